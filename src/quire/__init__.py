@@ -1,0 +1,1 @@
+"""Quire: PagedAttention for PyTorch, in Python."""
