@@ -1,0 +1,47 @@
+"""Every exception Quire raises on purpose.
+
+QuireError
+├── ArgumentError (ValueError)    a value no backend could accept
+│   ├── ShapeError                ... wrong shape, stride or layout
+│   ├── DtypeError                ... wrong dtype
+│   └── DeviceError               ... on the wrong device
+├── UnsupportedError              a sound request that this backend, model or machine cannot serve
+├── OutOfPages (MemoryError)      the pool has no page left; nothing was changed
+└── ModelError                    a folder or configuration that is no usable model
+
+Each message is one sentence in four parts: the name, what was expected, what came, and the fix.
+"""
+
+from __future__ import annotations
+
+
+class QuireError(Exception):
+    """Base of all errors raised by Quire."""
+
+
+class ArgumentError(QuireError, ValueError):
+    """An argument that no backend could accept."""
+
+
+class ShapeError(ArgumentError):
+    """An argument with the wrong shape, strides or number of dimensions."""
+
+
+class DtypeError(ArgumentError):
+    """An argument with the wrong dtype."""
+
+
+class DeviceError(ArgumentError):
+    """An argument that lives on the wrong device."""
+
+
+class UnsupportedError(QuireError):
+    """A sound request that the chosen backend, model or machine cannot serve."""
+
+
+class OutOfPages(QuireError, MemoryError):
+    """The pool has too few free pages; nothing was changed by the failed request."""
+
+
+class ModelError(QuireError):
+    """A folder, checkpoint or configuration that is not a usable model."""

@@ -1,0 +1,94 @@
+"""The shape of one attention layer, and what it costs in bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from quire.errors import ArgumentError, DtypeError
+
+KVDtype = Literal["int8", "fp8_e4m3", "fp8_e5m2"]
+
+COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QUANTIZED_DTYPES: dict[str, torch.dtype] = {
+    "int8": torch.int8,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+PAGE_ALIGNMENT_BYTES = 64  # one cache line, two 32-byte DRAM sectors: a page is loaded as whole lines
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Heads, sizes and dtypes of one attention layer.
+
+    Args:
+        num_qo_heads: query heads; a multiple of num_kv_heads (GQA groups them).
+        num_kv_heads: heads of the KV cache.
+        head_dim: elements per head, the same for keys and values.
+        page_size: tokens per page.
+        dtype: dtype of queries, outputs and, unless kv_dtype is set, of the pages.
+        kv_dtype: None, or "int8", "fp8_e4m3", "fp8_e5m2" for quantised pages with one fp32
+            scale per token and head.
+    Raises:
+        ArgumentError: a size below one, heads that do not divide, an unknown dtype.
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    kv_dtype: KVDtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_qo_heads", "num_kv_heads", "head_dim", "page_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more")
+        if self.num_qo_heads % self.num_kv_heads:
+            raise ArgumentError(
+                f"num_qo_heads must be a multiple of num_kv_heads; got {self.num_qo_heads} and "
+                f"{self.num_kv_heads}. Fix: give both counts as in the model's config"
+            )
+        if self.dtype not in COMPUTE_DTYPES:
+            raise DtypeError(
+                f"dtype must be torch.float32, float16 or bfloat16; got {self.dtype}. "
+                "Fix: quantised pages are asked for with kv_dtype"
+            )
+        if self.kv_dtype is not None and self.kv_dtype not in get_args(KVDtype):
+            raise DtypeError(
+                f"kv_dtype must be None or one of {', '.join(get_args(KVDtype))}; got {self.kv_dtype!r}. "
+                "Fix: kv_dtype=None keeps the pages in dtype"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def quantized(self) -> bool:
+        """Whether pages hold quantised values beside fp32 scales."""
+        return self.kv_dtype is not None
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype of the K and V elements in a page."""
+        return self.dtype if self.kv_dtype is None else QUANTIZED_DTYPES[self.kv_dtype]
+
+    @property
+    def page_stride(self) -> int:
+        """Elements from the start of one page of one head to the next, in whole cache lines."""
+        elements_per_line = PAGE_ALIGNMENT_BYTES // self.storage_dtype.itemsize
+        return math.ceil(self.page_size * self.head_dim / elements_per_line) * elements_per_line
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page of one layer: K and V, all KV heads, padding and scales included."""
+        elements = self.page_stride * self.storage_dtype.itemsize
+        scales = self.page_size * torch.float32.itemsize if self.quantized else 0
+        return 2 * self.num_kv_heads * (elements + scales)
