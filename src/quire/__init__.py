@@ -1,1 +1,64 @@
-"""Quire: PagedAttention for PyTorch, in Python."""
+"""Quire: PagedAttention for PyTorch, in Python.
+
+A KV cache kept in fixed-size pages, and attention that reads the pages in place: on CPUs (Numba) and GPUs
+(Triton), with one API and one host planner over both. Importing it loads torch and NumPy only; kernels and
+models are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from quire.attention import AttentionPlan, paged_attention, plan
+from quire.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    ModelError,
+    OutOfPages,
+    QuireError,
+    ShapeError,
+    UnsupportedError,
+)
+from quire.pages import KVPool, PageAllocator, PageTable
+from quire.spec import AttentionSpec
+from quire.state import SoftmaxState, merge
+from quire.store import write_kv
+
+if TYPE_CHECKING:
+    from quire.engine import LLM, RequestOutput, SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "ArgumentError",
+    "AttentionPlan",
+    "AttentionSpec",
+    "DeviceError",
+    "DtypeError",
+    "KVPool",
+    "ModelError",
+    "OutOfPages",
+    "PageAllocator",
+    "PageTable",
+    "QuireError",
+    "RequestOutput",
+    "SamplingParams",
+    "ShapeError",
+    "SoftmaxState",
+    "UnsupportedError",
+    "merge",
+    "paged_attention",
+    "plan",
+    "write_kv",
+]
+
+_FROM_ENGINE = ("LLM", "RequestOutput", "SamplingParams")  # they load transformers
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_ENGINE:
+        return getattr(importlib.import_module("quire.engine"), name)
+    raise AttributeError(f"module 'quire' has no attribute {name!r}")

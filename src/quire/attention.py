@@ -1,0 +1,293 @@
+"""The public operator: check → plan → dispatch.
+
+``paged_attention`` does all three for one call. Where many layers share a step, ``plan`` does the host's part
+once and ``AttentionPlan.run`` the rest per layer. Both go through operators registered with torch, so that
+``torch.compile(fullgraph=True)`` keeps them whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal, overload
+
+import torch
+
+from quire import checks
+from quire.errors import ArgumentError
+from quire.kernels import load_backend, resolve_backend
+from quire.plan import plan_step
+from quire.spec import AttentionSpec
+from quire.state import SoftmaxState
+from quire.work import AttentionCall, StepPlan
+
+_plan_numbers = itertools.count()
+_plans: weakref.WeakValueDictionary[int, AttentionPlan] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """One step's attention, planned on the host and run once per layer. Made by ``plan``."""
+
+    spec: AttentionSpec
+    backend: str
+    device: torch.device
+    step: StepPlan
+    num_tokens: int
+    max_q_len: int
+    _kernels: ModuleType = field(repr=False)
+    _prepared: Any = field(repr=False)
+    # A tensor, so that a compiled graph takes each step's plan as an input instead of being compiled anew.
+    _number: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        number = next(_plan_numbers)
+        object.__setattr__(self, "_number", torch.tensor(number))
+        _plans[number] = self
+
+    @property
+    def page_indptr(self) -> torch.Tensor:
+        """int32 [batch + 1]: where each sequence's pages start in ``page_indices``."""
+        return torch.from_numpy(self.step.page_indptr)
+
+    @property
+    def page_indices(self) -> torch.Tensor:
+        """int32 [pages]: physical pages of all sequences end to end."""
+        return torch.from_numpy(self.step.page_indices)
+
+    @property
+    def page_offsets(self) -> torch.Tensor:
+        """int32 [pages]: the logical token at which each page starts."""
+        return torch.from_numpy(self.step.page_offsets)
+
+    @property
+    def page_valid_lengths(self) -> torch.Tensor:
+        """int32 [pages]: tokens of each page that hold keys."""
+        return torch.from_numpy(self.step.page_valid_lengths)
+
+    @overload
+    def run(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, return_state: Literal[True], **rest: Any
+    ) -> SoftmaxState: ...
+
+    @overload
+    def run(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, return_state: Literal[False] = False, **rest: Any
+    ) -> torch.Tensor: ...
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        tree_mask: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> torch.Tensor | SoftmaxState:
+        """Attend each query token to its own sequence's pages.
+
+        Args:
+            q: packed queries [tokens, num_qo_heads, head_dim]; planned dtype and device.
+            k_pages, v_pages: one layer's pages [num_kv_heads, num_pages, page_size, head_dim].
+            softmax_scale: 1/√head_dim when None.
+            softcap: c > 0 bounds scores to c·tanh(score / c).
+            alibi_slopes: float32 [num_qo_heads]; adds −slope·|distance|.
+            sinks: float32 [num_qo_heads]; a logit that takes part in the softmax and has no value.
+            tree_mask: bool [tokens, max_q_len]: may packed query i see the j-th new token of its own
+                sequence? It replaces the causal rule among the step's tokens; earlier keys stay visible.
+                Distances (window, ALiBi) are counted in slots, as everywhere.
+            k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size] where pages are quantised.
+            out: written instead of a new tensor.
+            return_state: return a SoftmaxState. Its lse counts the sink, so of several states to be merged
+                only one may have been given the sinks.
+        Returns:
+            Like q, or a SoftmaxState. Rows that see no key are zero, with lse −inf.
+        Raises:
+            ShapeError, DtypeError, DeviceError: an argument does not fit the plan.
+        Cost: no host sync; no allocation when ``out`` is given.
+        Source: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867.
+        """
+        out, lse = _outputs(q, out, return_state)
+        torch.ops.quire.run_plan(
+            self._number, q, k_pages, v_pages, out, lse,
+            softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
+        )  # fmt: skip
+        return out if lse is None else SoftmaxState(out, lse)
+
+    def attend(self, call: AttentionCall) -> None:
+        """Check one layer's arguments and dispatch them to the backend."""
+        checks.check_call(self.spec, self.num_tokens, self.device, call)
+        checks.check_tree_mask(call.tree_mask, self.num_tokens, self.max_q_len, self.device)
+        if checks.debug_enabled():
+            num_pages = min(call.k_pages.shape[1], call.v_pages.shape[1])
+            checks.check_page_ids(self.step.page_table, self.step.seq_lens, self.spec.page_size, num_pages)
+        self._kernels.attend(self._prepared, call)
+
+
+def plan(
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    spec: AttentionSpec,
+    *,
+    causal: bool = True,
+    window_left: int = -1,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+) -> AttentionPlan:
+    """Plan one step on the host; run it once per layer.
+
+    Args:
+        page_table: int32 [batch, max_pages]; entries past a sequence's last page may hold anything.
+        seq_lens: int32 [batch], KV tokens per sequence including this step's.
+        cu_seqlens_q: int32 [batch + 1], where each sequence's queries start in the packed q; None for one
+            query per sequence (decode).
+        spec: the layers' shape.
+        causal: each query sees keys up to its own position; query j of sequence i stands at
+            ``seq_lens[i] − q_len[i] + j``.
+        window_left: keys further back than this many positions are out of sight; −1 for no window.
+        backend: "auto", "cpu", "triton" or "reference".
+        device: where q and the pages will be; page_table's device when None.
+    Returns:
+        An AttentionPlan, valid until a length or a page changes.
+    Raises:
+        ArgumentError: lengths and tables that do not fit together.
+        UnsupportedError: the backend asked for cannot serve this spec here.
+    Cost: host only, tens of microseconds; tensors on a device are copied to the host once.
+    Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
+    """
+    if not isinstance(window_left, int) or window_left < -1:
+        raise ArgumentError(f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1")
+    table, lens, starts = checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
+    where = page_table.device if device is None else torch.device(device)
+    name = resolve_backend(backend, where)
+    kernels = load_backend(name, spec, where)
+    step = plan_step(
+        table,
+        lens,
+        starts,
+        num_kv_heads=spec.num_kv_heads,
+        page_size=spec.page_size,
+        causal=causal,
+        window_left=window_left,
+        tiling=kernels.tiling(spec),
+    )
+    return AttentionPlan(
+        spec=spec,
+        backend=name,
+        device=where,
+        step=step,
+        num_tokens=int(starts[-1]),
+        max_q_len=int((starts[1:] - starts[:-1]).max(initial=0)),
+        _kernels=kernels,
+        _prepared=kernels.prepare(spec, step, where),
+    )
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | SoftmaxState:
+    """Attend each query token to its own sequence's pages, planning on the way.
+
+    Arguments, results and errors are those of ``plan`` and ``AttentionPlan.run``.
+
+    Cost: one plan per call. Where several layers share a step, plan it once instead.
+    Source: PagedAttention, arXiv:2309.06180 §4.1.
+    """
+    out, lse = _outputs(q, out, return_state)
+    torch.ops.quire.paged_attention(
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse, causal, window_left, backend,
+        softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
+    )  # fmt: skip
+    return out if lse is None else SoftmaxState(out, lse)
+
+
+def _outputs(
+    q: torch.Tensor, out: torch.Tensor | None, return_state: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    checks.check_queries(q)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:2], dtype=torch.float32) if return_state else None
+
+
+# The operators. Their results are arguments (`Tensor(a!)`), so that a compiled graph plans the memory, and so
+# that one operator serves with and without `out` and lse.
+
+_SCORING = (
+    "float? softmax_scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
+    "Tensor? k_scale, Tensor? v_scale"
+)
+_library = torch.library.Library("quire", "FRAGMENT")
+_library.define(
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
+    "Tensor? cu_seqlens_q, Tensor(a!) out, Tensor(b!)? lse, bool causal, int window_left, str backend, "
+    f"{_SCORING}) -> ()"
+)
+_library.define(
+    "run_plan(Tensor plan_number, Tensor q, Tensor k_pages, Tensor v_pages, Tensor(a!) out, Tensor(b!)? lse, "
+    f"{_SCORING}) -> ()"
+)
+
+
+def _paged_attention_op(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    causal: bool,
+    window_left: int,
+    backend: str,
+    *scoring: Any,
+) -> None:
+    checks.check_pages("k_pages", k_pages)
+    spec = checks.infer_spec(q, k_pages)
+    step = plan(
+        page_table, seq_lens, cu_seqlens_q, spec,
+        causal=causal, window_left=window_left, backend=backend, device=q.device,
+    )  # fmt: skip
+    step.attend(AttentionCall(q, k_pages, v_pages, out, lse, *scoring))
+
+
+def _run_plan_op(plan_number: torch.Tensor, *call: Any) -> None:
+    _plans[int(plan_number)].attend(AttentionCall(*call))
+
+
+def _no_result(*args: Any) -> None:
+    """The operators write their results in place: shapes are known without running them."""
+
+
+for _name, _op in (("paged_attention", _paged_attention_op), ("run_plan", _run_plan_op)):
+    _library.impl(_name, _op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quire::{_name}", _no_result, lib=_library)

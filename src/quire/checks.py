@@ -1,0 +1,241 @@
+"""Argument errors, the same for every backend: name, expected, got, fix.
+
+Everything is read on the host from shapes, strides, dtypes and host tensors: no check waits for a device.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quire.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
+from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype
+from quire.work import AttentionCall, Ints
+
+_KV_NAMES: dict[torch.dtype, KVDtype] = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}  # type: ignore[misc]
+
+
+def debug_enabled() -> bool:
+    """QUIRE_DEBUG=1: page ids are checked against the pool and freed pages are poisoned."""
+    return os.environ.get("QUIRE_DEBUG", "0") not in ("", "0")
+
+
+def describe(value: object) -> str:
+    """How an argument looks in an error: `int64 [4, 7]` for a tensor, the type's name otherwise."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
+
+
+def check_tensor(name: str, value: object, ndim: int, layout: str) -> torch.Tensor:
+    """A tensor with ``ndim`` dimensions; ``layout`` is how the error draws the shape."""
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentError(f"{name} must be a tensor {layout}; got {describe(value)}. Fix: torch.as_tensor({name})")
+    if value.dim() != ndim:
+        raise ShapeError(f"{name} must be {layout}; got {describe(value)}. Fix: reshape it to {ndim} dimensions")
+    return value
+
+
+def check_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
+    """Kernels read rows of head_dim neighbouring elements."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ShapeError(
+            f"{name} must have a contiguous last dimension; got strides {list(value.stride())}. "
+            f"Fix: {name}.contiguous()"
+        )
+
+
+def check_same_device(name: str, value: torch.Tensor, device: torch.device, like: str = "q") -> None:
+    """All tensors of a call live where the queries live."""
+    if value.device != device:
+        raise DeviceError(
+            f"{name} must be on {device}, like {like}; got {value.device}. Fix: {name}.to({str(device)!r})"
+        )
+
+
+def check_queries(q: object) -> torch.Tensor:
+    """q: [tokens, num_qo_heads, head_dim] of a compute dtype."""
+    q = check_tensor("q", q, 3, "[tokens, num_qo_heads, head_dim]")
+    if q.dtype not in COMPUTE_DTYPES:
+        raise DtypeError(f"q must be float32, float16 or bfloat16; got {describe(q)}. Fix: q.to(torch.bfloat16)")
+    check_last_dim_contiguous("q", q)
+    return q
+
+
+def check_pages(name: str, pages: object) -> torch.Tensor:
+    """One layer's pages: [num_kv_heads, num_pages, page_size, head_dim]."""
+    layout = "[num_kv_heads, num_pages, page_size, head_dim]"
+    pages = check_tensor(name, pages, 4, layout)
+    if 0 in pages.shape:
+        raise ShapeError(f"{name} must be {layout} with no empty dimension; got {describe(pages)}. Fix: a larger pool")
+    check_last_dim_contiguous(name, pages)
+    return pages
+
+
+def check_scales(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
+) -> None:
+    """Quantised pages come with scales, fp32 [num_kv_heads, num_pages, page_size]; others come without."""
+    for name, scale, pages in (("k_scale", k_scale, k_pages), ("v_scale", v_scale, v_pages)):
+        quantized = pages.dtype in _KV_NAMES
+        if scale is None:
+            if quantized:
+                raise ArgumentError(
+                    f"{name} must be given for {describe(pages)} pages; got None. Fix: {name}=pool.{name}[layer]"
+                )
+            continue
+        if not quantized:
+            raise ArgumentError(f"{name} must be None for {describe(pages)} pages; got a tensor. Fix: {name}=None")
+        if scale.dtype != torch.float32 or scale.shape != pages.shape[:3]:
+            raise ShapeError(
+                f"{name} must be float32 {list(pages.shape[:3])}; got {describe(scale)}. Fix: {name}=pool.{name}[layer]"
+            )
+        check_same_device(name, scale, pages.device, "its pages")
+
+
+def infer_spec(q: torch.Tensor, k_pages: torch.Tensor) -> AttentionSpec:
+    """The spec a call speaks of."""
+    num_kv_heads, _, page_size, head_dim = k_pages.shape
+    return AttentionSpec(q.shape[1], num_kv_heads, head_dim, page_size, q.dtype, _KV_NAMES.get(k_pages.dtype))
+
+
+def check_step(
+    page_table: object, seq_lens: object, cu_seqlens_q: object | None, page_size: int
+) -> tuple[NDArray[np.int32], Ints, Ints]:
+    """A step's page table and lengths as host arrays.
+
+    Returns:
+        page_table int32 [batch, max_pages], seq_lens int64 [batch], cu_seqlens_q int64 [batch + 1].
+    """
+    table = check_tensor("page_table", page_table, 2, "int32 [batch, max_pages]")
+    if table.dtype != torch.int32:
+        raise DtypeError(
+            f"page_table must be int32 [batch, max_pages]; got {describe(table)}. Fix: page_table.to(torch.int32)"
+        )
+    lens = _host_lengths("seq_lens", seq_lens, "[batch]")
+    batch = table.shape[0]
+    if len(lens) != batch:
+        raise ShapeError(
+            f"seq_lens must be [batch] with batch={batch}, the rows of page_table; got [{len(lens)}]. "
+            "Fix: one length per row"
+        )
+    if batch and lens.min() < 0:
+        raise ArgumentError(f"seq_lens must not be negative; got {lens.min()}. Fix: use 0 for an empty sequence")
+    capacity = table.shape[1] * page_size
+    if batch and lens.max() > capacity:
+        row = int(lens.argmax())
+        raise ShapeError(
+            f"page_table must have {-(-int(lens[row]) // page_size)} columns for seq_lens[{row}]={lens[row]} at "
+            f"page_size {page_size}; got {table.shape[1]}. Fix: append the tokens to the page table first"
+        )
+    if cu_seqlens_q is None:
+        starts: Ints = np.arange(batch + 1, dtype=np.int64)
+    else:
+        starts = _host_lengths("cu_seqlens_q", cu_seqlens_q, "[batch + 1]")
+        if len(starts) != batch + 1:
+            raise ShapeError(
+                f"cu_seqlens_q must be [batch + 1] = [{batch + 1}]; got [{len(starts)}]. "
+                "Fix: start with 0 and end with the number of query tokens"
+            )
+        if starts[0] != 0 or (np.diff(starts) < 0).any():
+            raise ArgumentError(
+                f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
+                "Fix: the cumulative sum of query lengths, with a leading 0"
+            )
+    return table.cpu().numpy(), lens, starts
+
+
+def _host_lengths(name: str, value: object, layout: str) -> Ints:
+    tensor = check_tensor(name, value, 1, f"int32 {layout}")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"{name} must be int32 {layout}; got {describe(tensor)}. Fix: {name}.to(torch.int32)")
+    return tensor.cpu().numpy().astype(np.int64)
+
+
+def check_page_ids(page_table: NDArray[np.int32], seq_lens: Ints, page_size: int, num_pages: int) -> None:
+    """Debug mode: every page a sequence uses exists in the pool."""
+    used = np.arange(page_table.shape[1]) < -(-seq_lens // page_size)[:, None]
+    bad = used & ((page_table < 0) | (page_table >= num_pages))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ArgumentError(
+            f"page_table must hold page ids from 0 to {num_pages - 1}; got {page_table[row, column]} at "
+            f"[{row}, {column}]. Fix: use the ids that PageTable handed out for this pool"
+        )
+
+
+def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int, device: torch.device) -> None:
+    """alibi_slopes and sinks: one fp32 number per query head."""
+    if value is None:
+        return
+    layout = f"float32 [num_qo_heads] = [{num_qo_heads}]"
+    check_tensor(name, value, 1, layout)
+    if value.dtype != torch.float32 or len(value) != num_qo_heads:
+        raise ShapeError(f"{name} must be {layout}; got {describe(value)}. Fix: {name}.float(), one per query head")
+    check_same_device(name, value, device)
+
+
+def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: int, device: torch.device) -> None:
+    """tree_mask: bool [tokens, max_q_len], a row per packed query, a column per new key of its sequence."""
+    if tree_mask is None:
+        return
+    layout = f"bool [tokens, max_q_len] = [{num_tokens}, {max_q_len}]"
+    check_tensor("tree_mask", tree_mask, 2, layout)
+    if tree_mask.dtype != torch.bool or tree_mask.shape[0] != num_tokens or tree_mask.shape[1] < max_q_len:
+        raise ShapeError(
+            f"tree_mask must be {layout}; got {describe(tree_mask)}. "
+            "Fix: row i, column j: may packed query i see the j-th new token of its own sequence"
+        )
+    check_same_device("tree_mask", tree_mask, device)
+
+
+def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:
+    """One layer's arguments against the plan they are run with."""
+    _check_planned_queries(spec, num_tokens, device, call.q)
+    for name, pages in (("k_pages", call.k_pages), ("v_pages", call.v_pages)):
+        check_pages(name, pages)
+        heads, _, page_size, head_dim = pages.shape
+        if (heads, page_size, head_dim) != (spec.num_kv_heads, spec.page_size, spec.head_dim):
+            raise ShapeError(
+                f"{name} must be [{spec.num_kv_heads}, num_pages, {spec.page_size}, {spec.head_dim}] as "
+                f"planned; got {describe(pages)}. Fix: pool.layer(i), or plan for this pool's spec"
+            )
+        if pages.dtype != spec.storage_dtype:
+            raise DtypeError(
+                f"{name} must be {spec.storage_dtype} as planned; got {describe(pages)}. "
+                "Fix: give the plan the pool's spec"
+            )
+        check_same_device(name, pages, device, "the plan")
+    check_scales(call.k_pages, call.v_pages, call.k_scale, call.v_scale)
+    check_out(call.out, call.q)
+    check_head_vector("alibi_slopes", call.alibi_slopes, spec.num_qo_heads, device)
+    check_head_vector("sinks", call.sinks, spec.num_qo_heads, device)
+    if not 0.0 <= call.softcap < float("inf"):
+        raise ArgumentError(f"softcap must be 0 (off) or a positive number; got {call.softcap}. Fix: softcap=0.0")
+
+
+def _check_planned_queries(spec: AttentionSpec, num_tokens: int, device: torch.device, q: torch.Tensor) -> None:
+    check_queries(q)
+    if q.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "q must not require a gradient: Quire is for inference; got requires_grad=True. "
+            "Fix: call it under torch.inference_mode()"
+        )
+    planned = (num_tokens, spec.num_qo_heads, spec.head_dim)
+    if q.shape != planned:
+        raise ShapeError(f"q must be {list(planned)} as planned; got {describe(q)}. Fix: plan this step anew")
+    if q.dtype != spec.dtype:
+        raise DtypeError(f"q must be {spec.dtype} as planned; got {describe(q)}. Fix: q.to({spec.dtype})")
+    check_same_device("q", q, device, "the plan")
+
+
+def check_out(out: torch.Tensor, q: torch.Tensor) -> None:
+    """An output given by the caller looks like q."""
+    check_tensor("out", out, 3, "[tokens, num_qo_heads, head_dim]")
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise ShapeError(f"out must be like q, {describe(q)}; got {describe(out)}. Fix: torch.empty_like(q)")
+    check_last_dim_contiguous("out", out)
+    check_same_device("out", out, q.device)

@@ -1,0 +1,156 @@
+"""Paged attention as its formula, in float64 PyTorch: the specification the other backends are tested against.
+
+For query j of a sequence with keys k and values v, standing at position p = seq_len − q_len + j:
+
+    s_t = softcap(scale · q·k_t) + alibi(p, t)     for every visible t
+    out = Σ_t exp(s_t) v_t / (Σ_t exp(s_t) + exp(sink)),    lse = log(Σ_t exp(s_t) + exp(sink))
+
+where softcap(x) = c·tanh(x / c), alibi(p, t) = −slope·|p − t|, and t is visible when
+
+    t ≤ p (causal) and t ≥ p − window_left (window) and tree_mask[j, t − (seq_len − q_len)] (this step's keys).
+
+With a tree mask, this step's keys are visible by the mask alone. A row that sees no key gives out 0, lse −inf.
+It runs wherever PyTorch does, one sequence at a time; speed is not its business.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quire.spec import AttentionSpec
+from quire.work import AttentionCall, StepPlan, TileShape, Tiling
+
+FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+INT8_MAX = 127.0
+
+
+def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
+    """Nothing is beyond the specification."""
+    return None
+
+
+def tiling(spec: AttentionSpec) -> Tiling:
+    """One worker: the reference walks the sequences itself."""
+    whole = TileShape(q_tokens=1 << 30, kv_tokens=1 << 30)
+    return Tiling(num_workers=1, decode=whole, prefill=whole)
+
+
+def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> StepPlan:
+    """Nothing to compute ahead."""
+    return step
+
+
+def attend(step: StepPlan, call: AttentionCall) -> None:
+    """Attend every sequence's queries to its own pages; see the module's formula."""
+    for i, seq_len in enumerate(step.seq_lens.tolist()):
+        begin, end = step.cu_seqlens_q[i : i + 2].tolist()
+        if begin == end:
+            continue
+        rows = slice(begin, end)
+        pages = torch.from_numpy(step.page_table[i, : step.pages_per_sequence[i]].astype("int64")).to(call.q.device)
+        k = gather_pages(call.k_pages, call.k_scale, pages, seq_len)
+        v = gather_pages(call.v_pages, call.v_scale, pages, seq_len)
+        visible = visible_keys(end - begin, seq_len, step.causal, step.window_left, call.q.device)
+        if call.tree_mask is not None:
+            visible = with_tree_mask(visible, call.tree_mask[rows], step.window_left)
+        out, lse = attend_one(call, call.q[rows].double(), k, v, visible)
+        call.out[rows] = out.to(call.out.dtype)
+        if call.lse is not None:
+            call.lse[rows] = lse.float()
+
+
+def gather_pages(
+    pages: torch.Tensor, scale: torch.Tensor | None, page_ids: torch.Tensor, seq_len: int
+) -> torch.Tensor:
+    """A sequence's keys or values in float64, [num_kv_heads, seq_len, head_dim], dequantised."""
+    gathered = pages[:, page_ids].flatten(1, 2)[:, :seq_len].double()
+    if scale is not None:
+        gathered = gathered * scale[:, page_ids].flatten(1, 2)[:, :seq_len, None].double()
+    return gathered
+
+
+def visible_keys(
+    q_len: int, seq_len: int, causal: bool, window_left: int, device: torch.device
+) -> torch.Tensor:
+    """[q_len, seq_len] which keys each query may see by position alone."""
+    position = torch.arange(seq_len - q_len, seq_len, device=device)[:, None]
+    key = torch.arange(seq_len, device=device)[None, :]
+    visible = torch.ones(q_len, seq_len, dtype=torch.bool, device=device)
+    if causal:
+        visible &= key <= position
+    if window_left >= 0:
+        visible &= key >= position - window_left
+    return visible
+
+
+def with_tree_mask(visible: torch.Tensor, tree_mask: torch.Tensor, window_left: int) -> torch.Tensor:
+    """Let the mask alone decide about this step's own keys, within the window."""
+    q_len, seq_len = visible.shape
+    new_keys = min(q_len, seq_len)
+    first_new = seq_len - new_keys
+    in_window = visible_keys(q_len, seq_len, False, window_left, visible.device)
+    visible = visible.clone()
+    visible[:, first_new:] = tree_mask[:, q_len - new_keys : q_len] & in_window[:, first_new:]
+    return visible
+
+
+def attend_one(
+    call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence: q [q_len, num_qo_heads, head_dim] to out of that shape and lse [q_len, num_qo_heads]."""
+    group_size = q.shape[1] // k.shape[0]
+    k, v = k.repeat_interleave(group_size, 0), v.repeat_interleave(group_size, 0)
+
+    scores = call.scale * torch.einsum("qhd,htd->hqt", q, k)
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.alibi_slopes is not None:
+        q_len, seq_len = visible.shape
+        position = torch.arange(seq_len - q_len, seq_len, device=q.device)[:, None]
+        distance = (position - torch.arange(seq_len, device=q.device)).abs()
+        scores = scores - call.alibi_slopes.double()[:, None, None] * distance
+    scores = scores.masked_fill(~visible, float("-inf"))
+
+    lse = torch.logsumexp(scores, -1)
+    sees_nothing = ~visible.any(-1)
+    if call.sinks is not None:
+        lse = torch.logaddexp(lse, call.sinks.double()[:, None]).masked_fill(sees_nothing, float("-inf"))
+    weights = torch.exp(scores - lse[..., None]).masked_fill(sees_nothing[:, None], 0.0)
+    # A masked key's value may be anything, NaN too: no such key is in v, which ends at seq_len.
+    return torch.einsum("hqt,htd->qhd", weights, v), lse.T
+
+
+def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric quantisation per token and head: values of ``dtype`` and fp32 scales, x ≈ values · scale.
+
+    scale = max|x| / largest(dtype), so the largest element keeps its full precision; an all-zero row has
+    scale 0 and stays zero.
+    """
+    largest = INT8_MAX if dtype == torch.int8 else FP8_MAX[dtype]
+    x = x.float()
+    scale = x.abs().amax(-1) / largest
+    scaled = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0)
+    if dtype == torch.int8:
+        scaled = scaled.round().clamp(-INT8_MAX, INT8_MAX)
+    return scaled.clamp(-largest, largest).to(dtype), scale
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """Scatter each token's K and V into its slot; slot −1 writes nowhere."""
+    written = slot_mapping >= 0
+    slots = slot_mapping[written].long()
+    page, offset = slots // k_pages.shape[2], slots % k_pages.shape[2]
+    for values, pages, scales in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
+        values = values[written]
+        if scales is not None:
+            values, scale = quantize(values, pages.dtype)
+            scales[:, page, offset] = scale.T
+        pages[:, page, offset] = values.transpose(0, 1).to(pages.dtype)

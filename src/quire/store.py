@@ -1,0 +1,135 @@
+"""The public store: check → dispatch. Each token's K and V go to the slot the page table gave it."""
+
+from __future__ import annotations
+
+import torch
+
+from quire import checks
+from quire.errors import ArgumentError, DtypeError, ShapeError
+from quire.kernels import load_backend, resolve_backend
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Write each token's keys and values into its slot of one layer's pages.
+
+    Args:
+        k, v: [tokens, num_kv_heads, head_dim]; any strides with a contiguous last dimension.
+        k_pages, v_pages: [num_kv_heads, num_pages, page_size, head_dim], written in place.
+        slot_mapping: int64 [tokens], page × page_size + offset; −1 writes nowhere.
+        k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size], written where pages are quantised:
+            symmetric, per token and head.
+    Raises:
+        ShapeError, DtypeError, DeviceError: arguments that do not fit together.
+        ArgumentError: with QUIRE_DEBUG=1, a slot outside the pool.
+    Cost: reads and writes each element once; no host sync.
+    Source: the reshape-and-cache step of PagedAttention, arXiv:2309.06180 §4.
+    """
+    torch.ops.quire.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend)
+
+
+def _check(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    layout = "[tokens, num_kv_heads, head_dim]"
+    for name, rows, pages_name, pages in (("k", k, "k_pages", k_pages), ("v", v, "v_pages", v_pages)):
+        checks.check_tensor(name, rows, 3, layout)
+        checks.check_last_dim_contiguous(name, rows)
+        checks.check_pages(pages_name, pages)
+        heads, _, _, head_dim = pages.shape
+        expected = (len(slot_mapping), heads, head_dim)
+        if rows.shape != expected:
+            raise ShapeError(
+                f"{name} must be {layout} = {list(expected)} to fit slot_mapping and {pages_name}; "
+                f"got {checks.describe(rows)}. Fix: one slot per token, and the pool of this layer's spec"
+            )
+        if rows.dtype != k.dtype or rows.dtype not in checks.COMPUTE_DTYPES:
+            raise DtypeError(
+                f"{name} must be float32, float16 or bfloat16, k and v alike; got {checks.describe(rows)}. "
+                f"Fix: {name}.to(torch.bfloat16)"
+            )
+        if pages.dtype in checks.COMPUTE_DTYPES and pages.dtype != rows.dtype:
+            raise DtypeError(
+                f"{name} must be {pages.dtype} like {pages_name}; got {checks.describe(rows)}. "
+                f"Fix: {name}.to({pages.dtype})"
+            )
+        checks.check_same_device(name, rows, k_pages.device, "k_pages")
+        checks.check_same_device(pages_name, pages, k_pages.device, "k_pages")
+    if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ShapeError(
+            f"v_pages must be like k_pages, {checks.describe(k_pages)}; got {checks.describe(v_pages)}. "
+            "Fix: take both from one KVPool"
+        )
+    checks.check_scales(k_pages, v_pages, k_scale, v_scale)
+    if slot_mapping.dtype != torch.int64:
+        raise DtypeError(
+            f"slot_mapping must be int64 [tokens]; got {checks.describe(slot_mapping)}. Fix: slot_mapping.long()"
+        )
+    checks.check_same_device("slot_mapping", slot_mapping, k_pages.device, "k_pages")
+
+
+def _check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
+    """Debug mode: every slot lies in the pool."""
+    if len(slot_mapping) and not (-1 <= int(slot_mapping.min()) and int(slot_mapping.max()) < num_slots):
+        raise ArgumentError(
+            f"slot_mapping must lie between −1 and {num_slots - 1}; got values from {int(slot_mapping.min())} to "
+            f"{int(slot_mapping.max())}. Fix: use the slots that PageTable.append returned for this pool"
+        )
+
+
+_library = torch.library.Library("quire", "FRAGMENT")
+_library.define(
+    "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, "
+    "Tensor(c!)? k_scale, Tensor(d!)? v_scale, str backend) -> ()"
+)
+
+
+def _write_kv_op(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    backend: str,
+) -> None:
+    checks.check_tensor("slot_mapping", slot_mapping, 1, "int64 [tokens]")
+    _check(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+    if checks.debug_enabled():
+        _check_slots(slot_mapping, k_pages.shape[1] * k_pages.shape[2])
+    name = resolve_backend(backend, k.device)
+    kernels = load_backend(name, checks.infer_spec(k, k_pages), k.device)
+    kernels.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+
+
+def _write_kv_fake(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    backend: str,
+) -> None:
+    """Writes in place: nothing to shape."""
+
+
+_library.impl("write_kv", _write_kv_op, "CompositeExplicitAutograd")
+torch.library.register_fake("quire::write_kv", _write_kv_fake, lib=_library)

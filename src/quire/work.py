@@ -1,0 +1,143 @@
+"""What a plan hands to the kernels: plain arrays on the host, and the arguments of one call.
+
+The planner builds these and the backends read them, so that neither has to know the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+# Columns of WorkList.items.
+ITEM_COLUMNS = ("sequence", "kv_head", "q_begin", "q_len", "q_position", "kv_begin", "kv_end", "partial")
+# Columns of WorkList.merges.
+MERGE_COLUMNS = ("kv_head", "q_begin", "q_len", "first_partial", "num_partials")
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What one kernel works on at a time: query tokens by KV tokens (the grain at which it may be split)."""
+
+    q_tokens: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a backend wants the work cut: its workers and the tile of each of its two kernels.
+
+    Sequences with at most ``decode_max_q_len`` query tokens are decode work; 0 sends all to prefill.
+    """
+
+    num_workers: int
+    decode: TileShape
+    prefill: TileShape
+    decode_max_q_len: int = 1
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """Work of one kernel, cut into one share per worker.
+
+    ``items[worker_indptr[w]:worker_indptr[w + 1]]`` is the share of worker w. ``q_begin`` counts packed
+    tokens, ``q_position`` is where the first of them stands in its sequence, ``kv_begin:kv_end`` are logical
+    tokens, and ``partial`` is −1 when the item is a whole tile, else its place in the workspace.
+    """
+
+    items: Ints  # [num_items, 8], see ITEM_COLUMNS
+    worker_indptr: Ints  # [num_workers + 1]
+    merges: Ints  # [num_split_tiles, 5], see MERGE_COLUMNS
+    num_partials: int
+
+    def column(self, name: str) -> Ints:
+        """One named column of ``items``."""
+        column: Ints = self.items[:, ITEM_COLUMNS.index(name)]
+        return column
+
+    def kv_tokens_per_worker(self) -> Ints:
+        """KV tokens each worker reads: what the balance is judged by."""
+        lengths = self.column("kv_end") - self.column("kv_begin")
+        read = np.concatenate([[0], np.cumsum(lengths)])
+        tokens: Ints = np.diff(read[self.worker_indptr])
+        return tokens
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step's lengths, page table and work, shared by all layers of one attention shape.
+
+    ``decode`` holds the sequences with a single query token, ``prefill`` the others: two groups with their
+    own tile shapes, because one kernel that branches between them is good at neither.
+    """
+
+    page_table: NDArray[np.int32]  # [batch, max_pages]
+    seq_lens: Ints  # [batch], KV tokens including this step's
+    cu_seqlens_q: Ints  # [batch + 1]
+    page_size: int
+    causal: bool
+    window_left: int  # keys further back than this are out of sight; −1 for no window
+    decode: WorkList
+    prefill: WorkList
+
+    @cached_property
+    def pages_per_sequence(self) -> Ints:
+        """[batch] pages in use."""
+        count: Ints = -(-self.seq_lens // self.page_size)
+        return count
+
+    @cached_property
+    def page_indptr(self) -> NDArray[np.int32]:
+        """[batch + 1] where each sequence's pages start in ``page_indices``."""
+        return np.concatenate([[0], np.cumsum(self.pages_per_sequence)]).astype(np.int32)
+
+    @cached_property
+    def page_indices(self) -> NDArray[np.int32]:
+        """[pages] physical pages of all sequences end to end."""
+        used = np.arange(self.page_table.shape[1]) < self.pages_per_sequence[:, None]
+        indices: NDArray[np.int32] = self.page_table[used]
+        return indices
+
+    @cached_property
+    def page_offsets(self) -> NDArray[np.int32]:
+        """[pages] logical token at which each page starts in its sequence."""
+        ordinal = np.arange(self.page_indptr[-1])
+        first = np.repeat(self.page_indptr[:-1], self.pages_per_sequence)
+        return ((ordinal - first) * self.page_size).astype(np.int32)
+
+    @cached_property
+    def page_valid_lengths(self) -> NDArray[np.int32]:
+        """[pages] tokens of each page that hold keys; only a sequence's last page may be partly filled."""
+        seq_len = np.repeat(self.seq_lens, self.pages_per_sequence)
+        return np.minimum(self.page_size, seq_len - self.page_offsets).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Checked arguments of one layer's attention, in the shapes of ``quire.paged_attention``.
+
+    ``out`` is written whole. ``lse``, fp32 [tokens, num_qo_heads], is written where it is not None.
+    """
+
+    q: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    softmax_scale: float | None = None  # 1/√head_dim
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        """What q·k is multiplied with."""
+        return self.q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
