@@ -1,0 +1,75 @@
+"""One forward of an unmodified model over a packed step."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quire.hf.attention import ATTENTION_NAME, AttentionSwitch, RunningStep, running_step
+from quire.hf.cache import PagedCache
+from quire.hf.step import Step
+
+
+class TokenPast:
+    """A past that has one length per packed token: all of a `Cache` that Llama-4 needs, and no storage.
+
+    Llama-4's layers without rotary embedding scale their queries by position and take the position to be
+    "index in this forward + tokens seen before". In a packed row that sum is right if the tokens seen before
+    are counted per token: position − index.
+    """
+
+    def __init__(self, position_ids: torch.Tensor) -> None:
+        self._seen = position_ids - torch.arange(len(position_ids), device=position_ids.device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        """int64 [tokens]."""
+        return self._seen
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values are kept in pages, not here."""
+        return key, value
+
+
+class PackedForward:
+    """Calls a model on packed steps and on single sequences, and takes the logits from what it returns."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.switch = AttentionSwitch(model)
+        self._can_keep_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        text_config = model.config.get_text_config(decoder=True)
+        self._scales_by_index = bool(getattr(text_config, "attn_temperature_tuning", False))
+
+    @torch.inference_mode()
+    def paged(self, step: Step, cache: PagedCache, backend: str) -> torch.Tensor:
+        """Logits fp32 [rows, vocab] of the step's logits_indices.
+
+        Cost: the head runs on the wanted rows only, where the model's forward has `logits_to_keep`.
+        """
+        device = self.model.device
+        position_ids = step.position_ids.to(device)
+        wanted = step.logits_indices.to(device)
+        options: dict[str, Any] = {"logits_to_keep": wanted} if self._can_keep_rows else {}
+        if self._scales_by_index:
+            options["past_key_values"] = TokenPast(position_ids)
+        with self.switch.using(ATTENTION_NAME), running_step(RunningStep(step, cache, backend, device)):
+            logits = self._logits(step.input_ids.to(device), position_ids=position_ids[None], **options)
+        if not self._can_keep_rows:
+            logits = logits[wanted]
+        return logits.float()
+
+    @torch.inference_mode()
+    def ordinary(self, input_ids: torch.Tensor, attention: str = "eager") -> torch.Tensor:
+        """Logits fp32 [tokens, vocab] of one whole sequence, without pages."""
+        with self.switch.using(attention):
+            return self._logits(input_ids.to(self.model.device)).float()
+
+    def _logits(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        output = self.model(input_ids=input_ids[None], use_cache=False, return_dict=True, **options)
+        logits: torch.Tensor = output.logits[0]
+        return logits

@@ -1,0 +1,164 @@
+"""A Hugging Face model, unmodified, whose keys and values live in pages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from quire.errors import ArgumentError
+from quire.hf import guard, limits
+from quire.hf.cache import PagedCache, bytes_per_page, pages_within
+from quire.hf.forward import PackedForward
+from quire.hf.load import load_model
+from quire.hf.step import Step
+from quire.spec import KVDtype
+
+DEFAULT_CPU_POOL_BYTES = 1 << 30
+DEFAULT_GPU_POOL_SHARE = 0.8  # of what the weights leave free; the rest is for activations
+
+
+class PagedModel:
+    """Runs packed steps through a decoder-only model of transformers, attention on pages.
+
+    The model is not changed: outside `forward` it works as before, with the attention it had.
+
+    Args:
+        model: any decoder-only causal language model, in eval mode, on one device.
+        page_size: tokens per page.
+        num_pages: pages of the pool. Give this or memory_bytes; with neither, the pool takes 1 GiB on a CPU
+            and 80 % of the free memory on a GPU.
+        memory_bytes: take as many pages as fit.
+        kv_dtype: None keeps pages in the model's dtype; "int8", "fp8_e4m3", "fp8_e5m2" quantise them.
+        backend: "auto", "cpu", "triton" or "reference".
+    Raises:
+        UnsupportedError: the model would not compute the same on pages; the sentence says why (see guard.py).
+        ArgumentError: sizes that do not fit, or both num_pages and memory_bytes.
+    Cost: six forwards of a few tokens to check the model, and the pool.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        memory_bytes: int | None = None,
+        kv_dtype: KVDtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if num_pages is not None and memory_bytes is not None:
+            raise ArgumentError(
+                f"only one of num_pages and memory_bytes may be given; got {num_pages} and {memory_bytes}. "
+                "Fix: leave one of them None"
+            )
+        guard.check_config(model)
+        self._forward = PackedForward(model)
+        shapes = guard.layer_shapes(model, self._forward)
+        guard.check_logits(model, self._forward, shapes, page_size, backend)
+
+        self.model = model
+        self.page_size = page_size
+        self.bytes_per_page = bytes_per_page(shapes, page_size, kv_dtype)
+        if num_pages is None:
+            num_pages = pages_within(memory_bytes or _default_pool_bytes(model.device), self.bytes_per_page)
+        self.max_seq_len = limits.max_seq_len(model.config)
+        self._backend = backend
+        self._cache = PagedCache(
+            shapes, page_size=page_size, num_pages=num_pages, kv_dtype=kv_dtype, device=model.device
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        page_size: int = 16,
+        num_pages: int | None = None,
+        memory_bytes: int | None = None,
+        kv_dtype: KVDtype | None = None,
+        backend: str = "auto",
+    ) -> PagedModel:
+        """Load a local folder in the Hugging Face format: config.json and *.safetensors.
+
+        Nothing is downloaded and no code of the folder is run.
+
+        Raises:
+            ModelError: the folder holds no usable model.
+            UnsupportedError, ArgumentError: as for PagedModel.
+        """
+        return cls(
+            load_model(path, dtype, device),
+            page_size=page_size,
+            num_pages=num_pages,
+            memory_bytes=memory_bytes,
+            kv_dtype=kv_dtype,
+            backend=backend,
+        )
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """Run one packed step: write its keys and values into their slots, attend, return the wanted logits.
+
+        Args:
+            step: the new tokens of any number of sequences; prefills, chunks and decodes may be mixed.
+        Returns:
+            float32 [rows, vocab_size], a row per entry of step.logits_indices, in its order.
+        Raises:
+            ArgumentError: a token outside the vocabulary or a position past max_seq_len; nothing was written.
+        Cost: one forward of step.num_tokens tokens; the head runs on the wanted rows only.
+        """
+        step.check_fits(self.vocab_size, self.max_seq_len)
+        return self._forward.paged(step, self._cache, self._backend)
+
+    def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Copy whole pages in every layer (copy-on-write); (source, destination) pairs, in order."""
+        self._cache.copy_pages(copies)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool; page ids run from 0 to num_pages − 1."""
+        return self._cache.num_pages
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and pages live."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids run from 0 to vocab_size − 1."""
+        return int(self.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text; empty where the model names none."""
+        generation = getattr(self.model, "generation_config", None)
+        named = getattr(generation, "eos_token_id", None)
+        if named is None:
+            named = getattr(self.config.get_text_config(decoder=True), "eos_token_id", None)
+        if named is None:
+            return ()
+        return tuple(named) if isinstance(named, (list, tuple)) else (int(named),)
+
+
+def _default_pool_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * DEFAULT_GPU_POOL_SHARE)
+    return DEFAULT_CPU_POOL_BYTES

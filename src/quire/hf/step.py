@@ -1,0 +1,107 @@
+"""One packed forward, as plain tensors: what an engine hands to a model on pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quire.errors import ArgumentError, DtypeError, ShapeError
+
+_LAYOUT = {
+    "input_ids": (torch.int64, "[tokens]"),
+    "position_ids": (torch.int64, "[tokens]"),
+    "page_table": (torch.int32, "[batch, max_pages]"),
+    "seq_lens": (torch.int32, "[batch]"),
+    "cu_seqlens_q": (torch.int32, "[batch + 1]"),
+    "slot_mapping": (torch.int64, "[tokens]"),
+    "logits_indices": (torch.int64, "[rows]"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The new tokens of several sequences end to end, and where each sequence's pages are.
+
+    All tensors live on the CPU: the host plans with them and moves to the model's device what it needs.
+
+    Args:
+        input_ids: int64 [tokens], the new tokens of all sequences, packed.
+        position_ids: int64 [tokens], each token's position in its own sequence.
+        page_table: int32 [batch, max_pages], the pages of each sequence in logical order.
+        seq_lens: int32 [batch], tokens of each sequence including those of this step.
+        cu_seqlens_q: int32 [batch + 1], where each sequence's new tokens start in the packed row.
+        slot_mapping: int64 [tokens], page × page_size + offset of each new token.
+        logits_indices: int64 [rows], the packed tokens whose logits are wanted, usually each sequence's last.
+    Raises:
+        DtypeError, ShapeError, ArgumentError: tensors that do not fit together.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    slot_mapping: torch.Tensor
+    logits_indices: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name, (dtype, layout) in _LAYOUT.items():
+            _check_host_tensor(name, getattr(self, name), dtype, layout)
+        tokens, batch = self.num_tokens, len(self.seq_lens)
+        if tokens == 0:
+            raise ShapeError("input_ids must hold at least one token; got [0]. Fix: skip a step without tokens")
+        expected = {
+            "position_ids": tokens,
+            "slot_mapping": tokens,
+            "page_table": batch,
+            "cu_seqlens_q": batch + 1,
+        }
+        for name, length in expected.items():
+            got = len(getattr(self, name))
+            if got != length:
+                raise ShapeError(
+                    f"{name} must be {_LAYOUT[name][1]} with tokens={tokens}, batch={batch}; got length {got}. "
+                    "Fix: build the step's tensors from the same sequences"
+                )
+        if int(self.cu_seqlens_q[-1]) != tokens:
+            raise ArgumentError(
+                f"cu_seqlens_q must end with the number of tokens, {tokens}; got {int(self.cu_seqlens_q[-1])}. "
+                "Fix: the cumulative sum of new tokens per sequence, with a leading 0"
+            )
+        _check_range("logits_indices", self.logits_indices, tokens, "give rows of the packed tokens")
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all sequences together."""
+        return len(self.input_ids)
+
+    def check_fits(self, vocab_size: int, max_seq_len: int | None) -> None:
+        """Refuse tokens and positions the model has no row for.
+
+        Raises:
+            ArgumentError: an id outside the vocabulary, or a position at or past max_seq_len.
+        """
+        _check_range("input_ids", self.input_ids, vocab_size, "use the tokenizer that belongs to this model")
+        if max_seq_len is not None:
+            _check_range("position_ids", self.position_ids, max_seq_len, "end the sequence at max_seq_len tokens")
+
+
+def _check_host_tensor(name: str, value: object, dtype: torch.dtype, layout: str) -> None:
+    wanted = f"{name} must be {str(dtype).removeprefix('torch.')} {layout} on the CPU"
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentError(f"{wanted}; got {type(value).__name__}. Fix: torch.tensor({name}, dtype={dtype})")
+    if value.dtype != dtype or value.device.type != "cpu":
+        raise DtypeError(f"{wanted}; got {value.dtype} on {value.device}. Fix: {name}.to('cpu', {dtype})")
+    if value.dim() != layout.count(",") + 1:
+        raise ShapeError(f"{wanted}; got shape {list(value.shape)}. Fix: {name}.reshape to {layout}")
+
+
+def _check_range(name: str, values: torch.Tensor, end: int, fix: str) -> None:
+    if len(values) == 0:
+        return
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= end:
+        raise ArgumentError(
+            f"{name} must be from 0 to {end - 1}; got {low if low < 0 else high}. Fix: {fix}"
+        )
