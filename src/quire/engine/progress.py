@@ -1,0 +1,48 @@
+"""The progress bar of `LLM.generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from quire.engine.request import Delta
+
+
+@contextmanager
+def progress_bar(num_requests: int, *, shown: bool | None) -> Iterator[Callable[[Sequence[Delta]], None]]:
+    """Show how many requests have finished and how fast tokens come, on stderr.
+
+    Args:
+        shown: None: when stderr is a terminal.
+    Yields:
+        A function to call with the deltas of each step.
+    """
+    if not (sys.stderr.isatty() if shown is None else shown):
+        yield lambda deltas: None
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests · {task.fields[tokens]} tokens · {task.fields[rate]:.1f} tokens/s"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task_id = progress.add_task("Generating", total=num_requests, tokens=0, rate=0.0)
+        task = progress.tasks[0]
+
+        def advance(deltas: Sequence[Delta]) -> None:
+            tokens = task.fields["tokens"] + sum(len(delta.token_ids) for delta in deltas)
+            progress.update(
+                task_id,
+                advance=sum(delta.output is not None for delta in deltas),
+                tokens=tokens,
+                rate=tokens / (task.elapsed or float("inf")),
+            )
+
+        yield advance
