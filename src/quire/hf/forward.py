@@ -36,7 +36,7 @@ class TokenPast:
 
 
 class PackedForward:
-    """Calls a model on packed steps and on single sequences, and takes the logits from what it returns."""
+    """Calls a model on packed steps, or on single sequences as anyone would, and takes the logits it returns."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -45,31 +45,44 @@ class PackedForward:
         text_config = model.config.get_text_config(decoder=True)
         self._scales_by_index = bool(getattr(text_config, "attn_temperature_tuning", False))
 
-    @torch.inference_mode()
     def paged(self, step: Step, cache: PagedCache, backend: str) -> torch.Tensor:
-        """Logits fp32 [rows, vocab] of the step's logits_indices.
+        """Logits fp32 [rows, vocab] of the step's logits_indices, attention on pages.
 
         Cost: the head runs on the wanted rows only, where the model's forward has `logits_to_keep`.
         """
         device = self.model.device
-        position_ids = step.position_ids.to(device)
-        wanted = step.logits_indices.to(device)
-        options: dict[str, Any] = {"logits_to_keep": wanted} if self._can_keep_rows else {}
-        if self._scales_by_index:
-            options["past_key_values"] = TokenPast(position_ids)
-        with self.switch.using(ATTENTION_NAME), running_step(RunningStep(step, cache, backend, device)):
-            logits = self._logits(step.input_ids.to(device), position_ids=position_ids[None], **options)
-        if not self._can_keep_rows:
-            logits = logits[wanted]
-        return logits.float()
+        past = TokenPast(step.position_ids.to(device)) if self._scales_by_index else None
+        with running_step(RunningStep(step, cache, backend, device)):
+            return self.packed(step.input_ids, step.position_ids, step.logits_indices, ATTENTION_NAME, past)
 
     @torch.inference_mode()
-    def ordinary(self, input_ids: torch.Tensor, attention: str = "eager") -> torch.Tensor:
-        """Logits fp32 [tokens, vocab] of one whole sequence, without pages."""
+    def packed(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        wanted: torch.Tensor,
+        attention: str,
+        past: TokenPast | None = None,
+    ) -> torch.Tensor:
+        """Logits fp32 [rows, vocab] of the wanted rows of one packed row of tokens."""
+        wanted = wanted.to(self.model.device)
+        options: dict[str, Any] = {"position_ids": position_ids.to(self.model.device)[None]}
+        if self._can_keep_rows:
+            options["logits_to_keep"] = wanted
+        if past is not None:
+            options["past_key_values"] = past
         with self.switch.using(attention):
-            return self._logits(input_ids.to(self.model.device)).float()
+            logits = self._logits(input_ids, **options)
+        return (logits if self._can_keep_rows else logits[wanted]).float()
+
+    @torch.inference_mode()
+    def ordinary(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits fp32 [tokens, vocab] of one whole sequence without pages, asked for with nothing but its ids."""
+        with self.switch.using("eager"):
+            return self._logits(input_ids).float()
 
     def _logits(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        output = self.model(input_ids=input_ids[None], use_cache=False, return_dict=True, **options)
+        row = input_ids.to(self.model.device)[None]
+        output = self.model(input_ids=row, use_cache=False, return_dict=True, **options)
         logits: torch.Tensor = output.logits[0]
         return logits

@@ -105,13 +105,13 @@ class LayerCall:
 _recording: ContextVar[list[LayerCall] | None] = ContextVar("quire_probe_calls", default=None)
 
 
-@torch.inference_mode()
 def record_layer_calls(forward: PackedForward, input_ids: torch.Tensor) -> list[LayerCall]:
-    """Run the model once on these tokens, and list what its layers asked for, in order."""
+    """Run the model once on PROBE_TOKENS tokens, and list what its layers asked for, in order."""
+    rows = torch.arange(PROBE_TOKENS)
     calls: list[LayerCall] = []
     token = _recording.set(calls)
     try:
-        forward.ordinary(input_ids[:PROBE_TOKENS], PROBE_NAME)
+        forward.packed(input_ids, rows, rows, PROBE_NAME)
     finally:
         _recording.reset(token)
     return calls
