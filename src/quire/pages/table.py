@@ -1,0 +1,273 @@
+"""Which pages each sequence owns, and where its next tokens go."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quire.errors import ArgumentError
+from quire.pages.allocator import PageAllocator
+
+_PAD = array("i", [-1])
+
+
+class AppendResult(NamedTuple):
+    """Where appended tokens go, and what must be copied before they are written.
+
+    slot_mapping: int64 [num_tokens]; slot = page × page_size + offset of each new token, in order.
+    copies: (source page, destination page) pairs, for `KVPool.copy_pages` before the tokens are
+        written; empty unless a shared page had to become private (copy-on-write).
+    """
+
+    slot_mapping: npt.NDArray[np.int64]
+    copies: list[tuple[int, int]]
+
+
+class _Pages:
+    """One sequence. Always exactly as many pages as its length needs, all but the last one full."""
+
+    __slots__ = ("length", "pages")
+
+    def __init__(self, pages: array[int], length: int) -> None:
+        self.pages = pages
+        self.length = length
+
+
+class PageTable:
+    """The pages of every live sequence, in logical order.
+
+    Token t of a sequence lives in its page number t // page_size, at offset t % page_size. Several
+    sequences may share a page; one is written only while it has a single owner.
+
+    Each sequence keeps its page ids in a growing `array` of int32: appending one costs what a list
+    append costs, and `dense` and `csr` only join buffers.
+
+    Args:
+        allocator: hands out the pages; may serve other owners beside this table.
+        page_size: tokens per page.
+    Raises:
+        ArgumentError: page_size below one.
+    Source: block tables, sharing and copy-on-write of PagedAttention, arXiv:2309.06180 §4.2-4.4.
+    """
+
+    def __init__(self, allocator: PageAllocator, page_size: int) -> None:
+        if not isinstance(page_size, int) or page_size < 1:
+            raise ArgumentError(
+                f"page_size must be an int of at least 1; got {page_size!r}. Fix: pass spec.page_size"
+            )
+        self.allocator = allocator
+        self.page_size = page_size
+        self._sequences: dict[Hashable, _Pages] = {}
+
+    @property
+    def seq_ids(self) -> list[Hashable]:
+        """The live sequences, oldest first."""
+        return list(self._sequences)
+
+    def length(self, seq_id: Hashable) -> int:
+        """Tokens of a sequence. Raises ArgumentError when it is unknown."""
+        return self._sequence(seq_id).length
+
+    def pages(self, seq_id: Hashable) -> list[int]:
+        """Page ids of a sequence in logical order. Raises ArgumentError when it is unknown."""
+        return self._sequence(seq_id).pages.tolist()
+
+    def add(self, seq_id: Hashable) -> None:
+        """Start an empty sequence, which owns no page yet.
+
+        Raises:
+            ArgumentError: the id is in use.
+        """
+        self._check_unused(seq_id)
+        self._sequences[seq_id] = _Pages(array("i"), 0)
+
+    def pages_needed(self, seq_id: Hashable, num_tokens: int) -> int:
+        """Free pages that `append` would take now, the copy-on-write page included.
+
+        When the sum over several sequences is at most `allocator.num_free`, all their appends
+        succeed. The sum can exceed what they take: of sequences that share one partial page each
+        counts a copy, and the last to append may write in place.
+
+        Raises:
+            ArgumentError: unknown sequence, or num_tokens is negative.
+        """
+        return self._pages_needed(self._sequence(seq_id), num_tokens)
+
+    def append(self, seq_id: Hashable, num_tokens: int) -> AppendResult:
+        """Make room for the next num_tokens tokens of a sequence.
+
+        A partially filled last page that someone else owns too is replaced by a private page, and
+        the copy to make is reported. Carry out the copies of a step in the order of the appends
+        and before writing its tokens; they may be collected into one `KVPool.copy_pages`.
+
+        Raises:
+            OutOfPages: too few free pages; nothing was changed.
+            ArgumentError: unknown sequence, or num_tokens is negative.
+        Cost: no pass over pages already full; one token, the decode step, avoids NumPy arithmetic.
+        Source: arXiv:2309.06180 §4.3, §4.4.
+        """
+        sequence = self._sequence(seq_id)
+        pages, first = sequence.pages, sequence.length
+        copies: list[tuple[int, int]] = []
+        needed = self._pages_needed(sequence, num_tokens)
+        if needed:
+            fresh = self.allocator.allocate(needed)
+            if num_tokens and self._last_page_is_partial_and_shared(sequence):
+                shared = pages.pop()
+                self.allocator.free([shared])
+                copies.append((shared, fresh[0]))
+            pages.extend(fresh)
+        sequence.length = first + num_tokens
+        return AppendResult(_slots(pages, self.page_size, first, num_tokens), copies)
+
+    def fork(self, parent: Hashable, child: Hashable) -> None:
+        """Start a sequence with the tokens of another, sharing all its pages, the last included.
+
+        Nothing is copied now. Whoever first appends to a shared partial page takes a private copy
+        (see `append`), so write the parent's tokens before either of the two appends.
+
+        Raises:
+            ArgumentError: unknown parent, or the child's id is in use.
+        Cost: O(pages of the parent).
+        Source: arXiv:2309.06180 §4.4.
+        """
+        source = self._sequence(parent)
+        self._check_unused(child)
+        self.allocator.share(source.pages)
+        self._sequences[child] = _Pages(source.pages[:], source.length)
+
+    def trim(self, seq_id: Hashable, length: int) -> list[int]:
+        """Drop tokens from the end until `length` are left, as speculative decoding does.
+
+        Pages left without a token of this sequence are given up. The new last page may be shared:
+        the next append then copies it.
+
+        Returns:
+            Pages that are free now, to be poisoned in debug runs.
+        Raises:
+            ArgumentError: unknown sequence, or length is not from 0 to its present length.
+        Cost: O(pages dropped).
+        """
+        sequence = self._sequence(seq_id)
+        if not 0 <= length <= sequence.length:
+            raise ArgumentError(
+                f"length must be from 0 to {sequence.length}, the tokens of sequence {seq_id!r}; "
+                f"got {length}. Fix: use append to lengthen a sequence"
+            )
+        kept = -(-length // self.page_size)
+        released = self.allocator.free(sequence.pages[kept:])
+        del sequence.pages[kept:]
+        sequence.length = length
+        return released
+
+    def free(self, seq_id: Hashable) -> list[int]:
+        """End a sequence and give up its pages.
+
+        Returns:
+            Pages that are free now: those that no one else owns.
+        Raises:
+            ArgumentError: unknown sequence.
+        Cost: O(pages of the sequence).
+        """
+        released = self.allocator.free(self._sequence(seq_id).pages)
+        del self._sequences[seq_id]
+        return released
+
+    def dense(self, seq_ids: Sequence[Hashable]) -> torch.Tensor:
+        """Page table of a batch, the `page_table` of `paged_attention`.
+
+        Returns:
+            int32 [batch, max_pages] on the CPU, a fresh tensor padded with -1; max_pages is the most
+            pages a sequence of the batch has.
+        Raises:
+            ArgumentError: unknown sequence.
+        Cost: one copy of the batch's page ids, row by row.
+        """
+        rows = [self._sequence(seq_id).pages for seq_id in seq_ids]
+        width = max(map(len, rows), default=0)
+        table = _join([row if len(row) == width else row + _PAD * (width - len(row)) for row in rows])
+        return torch.from_numpy(table.reshape(len(rows), width))
+
+    def seq_lens(self, seq_ids: Sequence[Hashable]) -> torch.Tensor:
+        """Tokens of each sequence of a batch, int32 [batch] on the CPU.
+
+        Raises:
+            ArgumentError: unknown sequence.
+        """
+        return torch.tensor([self._sequence(seq_id).length for seq_id in seq_ids], dtype=torch.int32)
+
+    def csr(self, seq_ids: Sequence[Hashable]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages of a batch end to end, without padding.
+
+        Returns:
+            page_indptr int32 [batch + 1] and page_indices int32 [pages of the batch] on the CPU: the
+            pages of sequence i are page_indices[page_indptr[i] : page_indptr[i + 1]].
+        Raises:
+            ArgumentError: unknown sequence.
+        Cost: one copy of the batch's page ids, row by row.
+        """
+        rows = [self._sequence(seq_id).pages for seq_id in seq_ids]
+        page_indptr = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([len(row) for row in rows], out=page_indptr[1:])
+        return torch.from_numpy(page_indptr), torch.from_numpy(_join(rows))
+
+    def page_owners(self) -> list[list[Hashable]]:
+        """For each page of the allocator, the sequences of this table that hold it, oldest first.
+
+        An owner outside this table does not appear: a page it alone holds has an empty list.
+
+        Cost: O(num_pages + pages held); for pictures and tests, not for every step.
+        """
+        owners: list[list[Hashable]] = [[] for _ in range(self.allocator.num_pages)]
+        for seq_id, sequence in self._sequences.items():
+            for page in sequence.pages:
+                owners[page].append(seq_id)
+        return owners
+
+    def _sequence(self, seq_id: Hashable) -> _Pages:
+        try:
+            return self._sequences[seq_id]
+        except KeyError:
+            raise ArgumentError(
+                f"seq_id must name a sequence of this table ({len(self._sequences)} live); got {seq_id!r}. "
+                "Fix: add(seq_id) or fork(parent, seq_id) first"
+            ) from None
+
+    def _check_unused(self, seq_id: Hashable) -> None:
+        if seq_id in self._sequences:
+            raise ArgumentError(
+                f"seq_id of a new sequence must not be in use; got {seq_id!r}, which is live. "
+                "Fix: free it first or choose another id"
+            )
+
+    def _pages_needed(self, sequence: _Pages, num_tokens: int) -> int:
+        if num_tokens < 0:
+            raise ArgumentError(
+                f"num_tokens must be 0 or more; got {num_tokens}. Fix: use trim to drop tokens from the end"
+            )
+        if not num_tokens:
+            return 0
+        pages_after = -(-(sequence.length + num_tokens) // self.page_size)
+        return pages_after - len(sequence.pages) + self._last_page_is_partial_and_shared(sequence)
+
+    def _last_page_is_partial_and_shared(self, sequence: _Pages) -> bool:
+        return sequence.length % self.page_size != 0 and self.allocator.refcount(sequence.pages[-1]) > 1
+
+
+def _slots(pages: array[int], page_size: int, first: int, num_tokens: int) -> npt.NDArray[np.int64]:
+    """Slots of tokens first to first + num_tokens - 1: page × page_size + offset."""
+    page, offset = divmod(first, page_size)
+    if num_tokens == 1:
+        return np.array([pages[page] * page_size + offset], dtype=np.int64)
+    page_starts = np.array(pages[page:], dtype=np.int64) * page_size
+    slots = page_starts[:, None] + np.arange(page_size)
+    return slots.reshape(-1)[offset : offset + num_tokens]
+
+
+def _join(rows: list[array[int]]) -> npt.NDArray[np.int32]:
+    return np.frombuffer(bytearray().join(rows), dtype=np.int32)
