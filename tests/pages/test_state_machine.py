@@ -1,0 +1,188 @@
+"""Allocator and tables under random use, against sequences that are plain lists of values.
+
+Every appended token writes a value of its own into a simulated pool, so sharing and copy-on-write
+are judged by what each sequence reads back through its pages.
+"""
+
+import itertools
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+from quire.errors import ArgumentError, OutOfPages
+from quire.pages import PageAllocator, PageTable
+
+pytestmark = pytest.mark.filterwarnings("error")  # torch warns of tensors over read-only memory
+
+POISON = "poison"
+token_counts = st.integers(0, 14)
+
+
+class PagesUnderUse(RuleBasedStateMachine):
+    sequences = Bundle("sequences")
+
+    @initialize(num_pages=st.integers(1, 14), page_size=st.integers(1, 5))
+    def start(self, num_pages, page_size):
+        self.page_size = page_size
+        self.allocator = PageAllocator(num_pages)
+        self.table = PageTable(self.allocator, page_size)
+        self.pool = [[POISON] * page_size for _ in range(num_pages)]
+        self.expected = {}  # seq_id → the values of its tokens
+        self.outside = []  # pages held by an owner that is no sequence, one entry per reference
+        self.new_id = itertools.count()
+        self.new_value = itertools.count()
+
+    # The naive model's own arithmetic
+
+    def owners(self, page):
+        return sum(page in self.table.pages(s) for s in self.expected) + self.outside.count(page)
+
+    def naive_pages_needed(self, seq_id, num_tokens):
+        length = len(self.expected[seq_id])
+        room = len(self.table.pages(seq_id)) * self.page_size - length
+        copied = num_tokens > 0 and room > 0 and self.owners(self.table.pages(seq_id)[-1]) > 1
+        grown = 0
+        while room + grown * self.page_size < num_tokens:
+            grown += 1
+        return grown + copied
+
+    def snapshot(self):
+        refcounts = [self.allocator.refcount(page) for page in range(self.allocator.num_pages)]
+        return (
+            self.allocator.num_free,
+            refcounts,
+            {s: (self.table.length(s), self.table.pages(s)) for s in self.expected},
+        )
+
+    def write(self, seq_id, num_tokens):
+        slot_mapping, copies = self.table.append(seq_id, num_tokens)
+        for source, destination in copies:
+            assert self.pool[destination] == [POISON] * self.page_size, "copied over a page in use"
+            self.pool[destination] = list(self.pool[source])
+        assert len(slot_mapping) == num_tokens
+        for slot in slot_mapping.tolist():
+            value = next(self.new_value)
+            self.pool[slot // self.page_size][slot % self.page_size] = value
+            self.expected[seq_id].append(value)
+
+    def released(self, pages):
+        for page in pages:
+            self.pool[page] = [POISON] * self.page_size
+
+    # What callers do
+
+    @rule(target=sequences, num_tokens=token_counts)
+    def add(self, num_tokens):
+        seq_id = next(self.new_id)
+        self.table.add(seq_id)
+        self.expected[seq_id] = []
+        self.append(seq_id, num_tokens)
+        return seq_id
+
+    @rule(seq_id=sequences, num_tokens=token_counts)
+    def append(self, seq_id, num_tokens):
+        if seq_id not in self.expected:
+            return
+        needed = self.naive_pages_needed(seq_id, num_tokens)
+        assert self.table.pages_needed(seq_id, num_tokens) == needed
+        before = self.snapshot()
+        if needed > before[0]:
+            with pytest.raises(OutOfPages):
+                self.table.append(seq_id, num_tokens)
+            assert self.snapshot() == before
+        else:
+            self.write(seq_id, num_tokens)
+            assert before[0] - self.allocator.num_free == needed
+
+    @rule(seq_ids=st.lists(sequences, unique=True, max_size=5), num_tokens=token_counts)
+    def append_to_all_that_fit_together(self, seq_ids, num_tokens):
+        live = [s for s in seq_ids if s in self.expected]
+        if sum(self.table.pages_needed(s, num_tokens) for s in live) <= self.allocator.num_free:
+            for seq_id in live:
+                self.write(seq_id, num_tokens)
+
+    @rule(target=sequences, parent=sequences)
+    def fork(self, parent):
+        if parent not in self.expected:
+            return multiple()
+        child = next(self.new_id)
+        self.table.fork(parent, child)
+        self.expected[child] = list(self.expected[parent])
+        return child
+
+    @rule(seq_id=sequences, data=st.data())
+    def trim(self, seq_id, data):
+        if seq_id in self.expected:
+            length = data.draw(st.integers(0, len(self.expected[seq_id])))
+            self.released(self.table.trim(seq_id, length))
+            del self.expected[seq_id][length:]
+
+    @rule(seq_id=sequences)
+    def free(self, seq_id):
+        if seq_id in self.expected:
+            self.released(self.table.free(seq_id))
+            del self.expected[seq_id]
+
+    @rule(seq_id=sequences)
+    def share_with_an_outside_owner(self, seq_id):
+        if seq_id in self.expected:
+            pages = self.table.pages(seq_id)
+            self.allocator.share(pages)
+            self.outside += pages
+
+    @rule(data=st.data())
+    def outside_owner_lets_go(self, data):
+        kept = data.draw(st.integers(0, len(self.outside)))
+        self.released(self.allocator.free(self.outside[kept:]))
+        del self.outside[kept:]
+
+    @rule(pages=st.lists(st.integers(-1, 14), max_size=4))
+    def free_more_than_there_are_owners(self, pages):
+        before = self.snapshot()
+        too_many = [p for p in range(self.allocator.num_pages) if not self.allocator.refcount(p)][:1] or [99]
+        with pytest.raises(ArgumentError):
+            self.allocator.free(pages + too_many)
+        assert self.snapshot() == before
+
+    # What must hold at all times
+
+    @invariant()
+    def every_sequence_reads_back_its_own_values(self):
+        for seq_id, values in self.expected.items():
+            pages, length = self.table.pages(seq_id), self.table.length(seq_id)
+            assert length == len(values)
+            assert len(pages) * self.page_size - length in range(self.page_size)
+            assert [v for page in pages for v in self.pool[page]][:length] == values
+
+    @invariant()
+    def every_page_has_exactly_its_owners_and_none_is_lost(self):
+        counts = [self.allocator.refcount(page) for page in range(self.allocator.num_pages)]
+        assert counts == [self.owners(page) for page in range(self.allocator.num_pages)]
+        assert self.allocator.num_free == counts.count(0)
+        held = self.table.page_owners()
+        assert held == [[s for s in self.expected if p in self.table.pages(s)] for p in range(len(counts))]
+
+    @invariant()
+    def all_free_pages_can_be_had_and_no_other(self):
+        free = self.allocator.num_free
+        pages = self.allocator.allocate(free)
+        assert sorted(pages) == [p for p in range(self.allocator.num_pages) if not self.owners(p)]
+        with pytest.raises(OutOfPages):
+            self.allocator.allocate(1)
+        assert self.allocator.free(pages) == pages
+
+    @invariant()
+    def the_batch_arrays_agree(self):
+        batch = list(self.expected)
+        pages = [self.table.pages(s) for s in batch]
+        width = max(map(len, pages), default=0)
+        assert self.table.dense(batch).tolist() == [p + [-1] * (width - len(p)) for p in pages]
+        assert self.table.seq_lens(batch).tolist() == [len(self.expected[s]) for s in batch]
+        page_indptr, page_indices = self.table.csr(batch)
+        assert [page_indices[a:b].tolist() for a, b in itertools.pairwise(page_indptr.tolist())] == pages
+
+
+PagesUnderUse.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPagesUnderUse = PagesUnderUse.TestCase
