@@ -1,0 +1,107 @@
+"""A model that remembers nothing but what its pages hold, and tokenizers of known bytes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from quire.hf import Step
+
+EMPTY = -1
+
+Rule = Callable[[np.ndarray], np.ndarray]
+
+
+class FakeModel:
+    """Logits are a function of a sequence's tokens, which it reads back from its slots.
+
+    A slot given to two sequences, a page table in the wrong order or a position off by one changes the
+    history, and with it every later token. The position is kept beside the token and checked.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 64,
+        page_size: int = 4,
+        vocab_size: int = 50,
+        max_seq_len: int | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+        rule: Rule | None = None,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.vocab_size = vocab_size
+        self.max_seq_len = max_seq_len
+        self.eos_token_ids = eos_token_ids
+        self.slots = np.full((num_pages * page_size, 2), EMPTY)
+        self.rule = rule or self.logits_of
+        self.step_sizes: list[int] = []
+        self.logits_rows: list[int] = []
+
+    def logits_of(self, history: np.ndarray) -> np.ndarray:
+        seed = zlib.crc32(np.ascontiguousarray(history, dtype=np.int64).tobytes())
+        return np.random.default_rng(seed).standard_normal(self.vocab_size).astype(np.float32)
+
+    def forward(self, step: Step) -> torch.Tensor:
+        slots = step.slot_mapping.numpy()
+        assert len(set(slots.tolist())) == len(slots), "two tokens of one step in one slot"
+        self.slots[slots, 0] = step.input_ids.numpy()
+        self.slots[slots, 1] = step.position_ids.numpy()
+        self.step_sizes.append(step.num_tokens)
+        self.logits_rows.append(len(step.logits_indices))
+        ends = step.cu_seqlens_q.numpy()[1:] - 1
+        rows = [np.zeros((0, self.vocab_size), dtype=np.float32)]
+        for row in step.logits_indices.tolist():
+            [sequence] = np.flatnonzero(ends == row)
+            rows.append(self.rule(self._history(step, sequence))[None])
+        return torch.from_numpy(np.concatenate(rows))
+
+    def _history(self, step: Step, sequence: int) -> np.ndarray:
+        length = int(step.seq_lens[sequence])
+        pages = step.page_table[sequence].numpy()[: -(-length // self.page_size)]
+        slots = (pages[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)[:length]
+        assert (self.slots[slots, 1] == np.arange(length)).all(), "a token is not where its page table says"
+        return self.slots[slots, 0]
+
+    def continuation(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """What greedy generation must give, computed without any pages."""
+        history = list(prompt)
+        for _ in range(num_tokens):
+            history.append(int(np.argmax(self.rule(np.array(history)))))
+        return history[len(prompt) :]
+
+
+def scripted(model_vocab: int, prompt_length: int, script: Sequence[int]) -> Rule:
+    """A rule that says the tokens of a script one after the other, whatever the prompt."""
+
+    def rule(history: np.ndarray) -> np.ndarray:
+        logits = np.zeros(model_vocab, dtype=np.float32)
+        logits[script[(len(history) - prompt_length) % len(script)]] = 1.0
+        return logits
+
+    return rule
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 tokens, each of one byte, token id = byte; id 256 is <eos>."""
+    characters = [_byte_character(byte) for byte in range(256)]
+    vocab = {character: byte for byte, character in enumerate(characters)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<eos>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+def _byte_character(byte: int) -> str:
+    """The printable character that byte-level BPE writes for a byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte) if byte in printable else chr(256 + sorted(set(range(256)) - set(printable)).index(byte))
