@@ -1,8 +1,8 @@
 """The attention function that models call, and the step it reads.
 
-Registered with `AttentionInterface` as "quire" and deliberately not with `AttentionMaskInterface`: models then
-build no mask and hand over plain q, k and v. What else a layer needs travels in a context variable, because
-some models drop keyword arguments on the way down.
+Registered with `AttentionInterface` as "quire" and deliberately not with `AttentionMaskInterface`: models
+then build no mask and hand over plain q, k and v. What else a layer needs travels in a context variable,
+because some models drop keyword arguments on the way down.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ def attend_pages(
         k_scale=layer.k_scale,
         v_scale=layer.v_scale,
     )
-    return out[None, ..., : layer.value_dim], None  # type: ignore[index]
+    return out[None, ..., : layer.value_dim], None
 
 
 def _widen(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Zeros appended to q and k leave every score as it is; appended to v they give zeros, which are cut off."""
+    """Zeros appended to q and k change no score; appended to v they give zeros, which are cut off again."""
     missing = head_dim - x.shape[-1]
     return pad(x, (0, missing)) if missing else x
 
@@ -169,5 +169,5 @@ class AttentionSwitch:
         try:
             yield
         finally:
-            for config, previous in zip(self._configs, before):
+            for config, previous in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = previous

@@ -128,8 +128,8 @@ def pages_within(memory_bytes: int, page_bytes: int) -> int:
     num_pages = memory_bytes // page_bytes
     if num_pages < 1:
         raise ArgumentError(
-            f"memory_bytes must hold at least one page of all layers, {page_bytes} bytes; got {memory_bytes}. "
-            f"Fix: memory_bytes={page_bytes} or more, or a smaller page_size"
+            f"memory_bytes must hold at least one page of all layers, {page_bytes} bytes; got "
+            f"{memory_bytes}. Fix: memory_bytes={page_bytes} or more, or a smaller page_size"
         )
     return num_pages
 
@@ -145,7 +145,8 @@ def _group_by_spec(
 
 def _check_chunk(chunk_size: int, page_size: int) -> None:
     if chunk_size % page_size:
+        divisor = max(size for size in range(1, page_size) if chunk_size % size == 0)
         raise UnsupportedError(
-            f"page_size must divide the model's attention_chunk_size, {chunk_size}, so that a chunk begins with "
-            f"a page; got {page_size}. Fix: page_size={max(p for p in range(1, page_size) if chunk_size % p == 0)}"
+            f"page_size must divide the model's attention_chunk_size, {chunk_size}, so that each chunk "
+            f"begins with a page; got {page_size}. Fix: page_size={divisor}"
         )

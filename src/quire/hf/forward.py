@@ -36,7 +36,7 @@ class TokenPast:
 
 
 class PackedForward:
-    """Calls a model on packed steps, or on single sequences as anyone would, and takes the logits it returns."""
+    """Calls a model on packed steps, or on one sequence as anyone would, and takes the logits it returns."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -77,7 +77,7 @@ class PackedForward:
 
     @torch.inference_mode()
     def ordinary(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits fp32 [tokens, vocab] of one whole sequence without pages, asked for with nothing but its ids."""
+        """Logits fp32 [tokens, vocab] of one whole sequence, without pages and from its ids alone."""
         with self.switch.using("eager"):
             return self._logits(input_ids).float()
 

@@ -10,10 +10,10 @@ from transformers import PretrainedConfig
 def max_seq_len(config: PretrainedConfig) -> int | None:
     """Tokens a sequence may have, or None where the config sets no limit.
 
-    The least of the model's position range and, for two kinds of rotary embedding, the length up to which its
-    frequencies stay the same. "longrope" (Phi-3) and "dynamic" take the largest position *of the whole batch*
-    and change all frequencies once it passes a threshold: in a packed step one long sequence would change every
-    other one's results, and keys already in pages would no longer fit their queries.
+    The least of the model's position range and, for two kinds of rotary embedding, the length up to which
+    its frequencies stay the same. "longrope" (Phi-3) and "dynamic" take the largest position *of the whole
+    batch* and change all frequencies once it passes a threshold: in a packed step one long sequence would
+    change every other one's results, and keys already in pages would no longer fit their queries.
     """
     text_config = config.get_text_config(decoder=True)
     positions = getattr(text_config, "max_position_embeddings", None)

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quire.errors import ModelError
 
 
-def load_model(path: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-    """Load config.json and *.safetensors from a local folder: no download, no pickle, no code from the folder.
+def load_model(
+    path: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """Load config.json and *.safetensors from a local folder: no download, no pickle, no code of the folder.
 
     Raises:
         ModelError: no such folder, no config, no safetensors, weights missing or of the wrong shape, or an
@@ -21,17 +23,18 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype, device: torch.d
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(
-            f"model must be a folder; got {str(path)!r}, which is none. Fix: download the model and pass its folder"
+            f"model must be a folder; got {str(path)!r}, which is none. Fix: download the model and pass "
+            "its folder"
         )
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"a model folder must hold config.json; got {str(folder)!r} without one. Fix: pass the folder that "
-            "save_pretrained wrote"
+            f"a model folder must hold config.json; got {str(folder)!r} without one. Fix: pass the folder "
+            "that save_pretrained wrote"
         )
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
-            f"a model folder must hold its weights as *.safetensors; got {str(folder)!r} without any. Fix: convert "
-            "them with save_pretrained, which writes safetensors"
+            f"a model folder must hold its weights as *.safetensors; got {str(folder)!r} without any. "
+            "Fix: convert them with save_pretrained, which writes safetensors"
         )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -52,8 +55,8 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype, device: torch.d
     missing = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
     if missing:
         raise ModelError(
-            f"the weights in {str(folder)!r} must be complete; got {len(missing)} missing or misshapen, first "
-            f"{missing[0]}. Fix: download the model again"
+            f"the weights in {str(folder)!r} must be complete; got {len(missing)} missing or misshapen, "
+            f"first {missing[0]}. Fix: download the model again"
         )
     model.to(device).eval()
-    return model  # type: ignore[no-any-return]
+    return model

@@ -1,9 +1,9 @@
 """What a model's layers ask of attention, learned by running it once on a few tokens.
 
 Two functions are registered as "quire_probe". One stands where models build masks: it returns a small causal
-mask that carries the *rule* it was built from, a function (batch, head, query, key) → visible. The other stands
-where layers attend: it notes the call, with the rule its mask carries. So the window or chunk of each layer is
-what the ordinary model would mask, whatever its config calls it and however far it reaches.
+mask that carries the *rule* it was built from, a function (batch, head, query, key) → visible. The other
+stands where layers attend: it notes the call, with the rule its mask carries. So the window or chunk of each
+layer is what the ordinary model would mask, whatever its config calls it and however far it reaches.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MaskRule:
     local_size: int | None
     device: torch.device
 
-    def read(self, max_position: int) -> Visibility | None:
+    def read(self, max_position: int | None = None) -> Visibility | None:
         """The visibility that agrees with the rule at its corners and far out, or None."""
         for candidate in self._candidates():
             if all(self._agrees(candidate, q) for q in self._telling_positions(max_position)):
@@ -66,10 +66,10 @@ class MaskRule:
             return [Visibility()]
         return [Visibility(window_left=self.local_size - 1), Visibility(chunk_size=self.local_size)]
 
-    def _telling_positions(self, max_position: int) -> list[int]:
+    def _telling_positions(self, max_position: int | None) -> list[int]:
         size = self.local_size or 1
         near = [0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1]
-        return [*near, min(max_position, _LARGEST_POSITION) - 1]
+        return [*near, min(max_position or _LARGEST_POSITION, _LARGEST_POSITION) - 1]
 
     def _agrees(self, candidate: Visibility, q: int) -> bool:
         key = torch.arange(q + 2, device=self.device)

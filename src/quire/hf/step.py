@@ -50,7 +50,9 @@ class Step:
             _check_host_tensor(name, getattr(self, name), dtype, layout)
         tokens, batch = self.num_tokens, len(self.seq_lens)
         if tokens == 0:
-            raise ShapeError("input_ids must hold at least one token; got [0]. Fix: skip a step without tokens")
+            raise ShapeError(
+                "input_ids must hold at least one token; got [0]. Fix: skip a step without tokens"
+            )
         expected = {
             "position_ids": tokens,
             "slot_mapping": tokens,
@@ -61,13 +63,13 @@ class Step:
             got = len(getattr(self, name))
             if got != length:
                 raise ShapeError(
-                    f"{name} must be {_LAYOUT[name][1]} with tokens={tokens}, batch={batch}; got length {got}. "
-                    "Fix: build the step's tensors from the same sequences"
+                    f"{name} must be {_LAYOUT[name][1]} with tokens={tokens}, batch={batch}; got length "
+                    f"{got}. Fix: build the step's tensors from the same sequences"
                 )
         if int(self.cu_seqlens_q[-1]) != tokens:
             raise ArgumentError(
-                f"cu_seqlens_q must end with the number of tokens, {tokens}; got {int(self.cu_seqlens_q[-1])}. "
-                "Fix: the cumulative sum of new tokens per sequence, with a leading 0"
+                f"cu_seqlens_q must end with the number of tokens, {tokens}; got "
+                f"{int(self.cu_seqlens_q[-1])}. Fix: the cumulative sum of new tokens, with a leading 0"
             )
         _check_range("logits_indices", self.logits_indices, tokens, "give rows of the packed tokens")
 
@@ -84,7 +86,9 @@ class Step:
         """
         _check_range("input_ids", self.input_ids, vocab_size, "use the tokenizer that belongs to this model")
         if max_seq_len is not None:
-            _check_range("position_ids", self.position_ids, max_seq_len, "end the sequence at max_seq_len tokens")
+            _check_range(
+                "position_ids", self.position_ids, max_seq_len, "end the sequence at max_seq_len tokens"
+            )
 
 
 def _check_host_tensor(name: str, value: object, dtype: torch.dtype, layout: str) -> None:
@@ -102,6 +106,4 @@ def _check_range(name: str, values: torch.Tensor, end: int, fix: str) -> None:
         return
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= end:
-        raise ArgumentError(
-            f"{name} must be from 0 to {end - 1}; got {low if low < 0 else high}. Fix: {fix}"
-        )
+        raise ArgumentError(f"{name} must be from 0 to {end - 1}; got {low if low < 0 else high}. Fix: {fix}")
