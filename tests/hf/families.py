@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import transformers
@@ -11,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from quire.hf import PagedModel, Step
 from quire.hf.attention import ATTENTION_NAME, attend_pages
+from quire.hf.cache import Visibility
 from quire.pages import PageAllocator, PageTable
 
 VOCAB = 97
@@ -36,7 +38,10 @@ _GPT2 = dict(
     eos_token_id=2,
 )  # fmt: skip
 _PHI3_ROPE = dict(
-    rope_type="longrope", rope_theta=10000.0, short_factor=[1.0 + i / 8 for i in range(8)], long_factor=[4.0] * 8
+    rope_type="longrope",
+    rope_theta=10000.0,
+    short_factor=[1.0 + i / 8 for i in range(8)],
+    long_factor=[4.0] * 8,
 )
 
 # name: (transformers prefix, what differs from _SMALL). Windows and chunks are shorter than the test's texts.
@@ -162,8 +167,13 @@ def worst_difference(model: PreTrainedModel, paged: PagedModel) -> float:
     return float(torch.stack(differences).max())  # NaN, if any, wins the max
 
 
+def on_pages(model: PreTrainedModel, **options: object) -> PagedModel:
+    """Small pages, few of them, on the float64 reference."""
+    return PagedModel(model, **{"page_size": PAGE_SIZE, "num_pages": 40, "backend": "reference", **options})
+
+
 @contextmanager
-def attention_without(**changed: object) -> Iterator[None]:
+def attention_with(**changed: object) -> Iterator[None]:
     """Attention on pages that is given other arguments than the model passes: a fault to be noticed."""
 
     def faulty(*args: object, **options: object) -> tuple[torch.Tensor, None]:
@@ -176,9 +186,9 @@ def attention_without(**changed: object) -> Iterator[None]:
         AttentionInterface.register(ATTENTION_NAME, attend_pages)
 
 
-def with_visibility(paged: PagedModel, change: Callable) -> None:
-    """Replace what each layer sees."""
-    from dataclasses import replace
-
-    for index, layer in paged._cache.layers.items():
-        paged._cache.layers[index] = replace(layer, visibility=change(layer.visibility))
+def seeing(paged: PagedModel, change: Callable[[Visibility], Visibility]) -> PagedModel:
+    """The same model with layers that see other keys than they should: a fault to be noticed."""
+    layers = paged._cache.layers
+    for index, layer in layers.items():
+        layers[index] = replace(layer, visibility=change(layer.visibility))
+    return paged
