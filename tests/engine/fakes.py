@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from quire.hf import Step
 
 EMPTY = -1
+EOS = 256
 
 Rule = Callable[[np.ndarray], np.ndarray]
 
@@ -90,11 +91,14 @@ def scripted(model_vocab: int, prompt_length: int, script: Sequence[int]) -> Rul
     return rule
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 tokens, each of one byte, token id = byte; id 256 is <eos>."""
+def byte_tokenizer(*pairs: bytes) -> PreTrainedTokenizerFast:
+    """256 tokens of one byte each, token id = byte; then <eos>, then a token for each pair of bytes given."""
     characters = [_byte_character(byte) for byte in range(256)]
     vocab = {character: byte for byte, character in enumerate(characters)}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab["<eos>"] = EOS
+    merges = [(characters[pair[0]], characters[pair[1]]) for pair in pairs]
+    vocab |= {"".join(merge): EOS + 1 + i for i, merge in enumerate(merges)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<eos>"])

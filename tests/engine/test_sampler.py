@@ -28,13 +28,16 @@ def test_temperature_zero_takes_what_argmax_takes_also_in_a_tie():
     assert sample(logits, [request()] * 3) == logits.argmax(-1).tolist() == [1, 0, 3]
 
 
-@pytest.mark.parametrize(("k", "support"), [(1, {1}), (2, {1, 3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (99, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    ("k", "support"), [(1, {1}), (2, {1, 3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (99, {0, 1, 2, 3})]
+)
 def test_top_k_draws_exactly_the_k_likeliest(k, support):
     assert set(draws(LOGITS, temperature=1.0, top_k=k)) == support
 
 
 @pytest.mark.parametrize(
-    ("p", "support"), [(1e-9, {1}), (0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {1, 2, 3}), (0.96, {0, 1, 2, 3})]
+    ("p", "support"),
+    [(1e-9, {1}), (0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {1, 2, 3}), (0.96, {0, 1, 2, 3})],
 )
 def test_top_p_draws_exactly_the_smallest_set_that_reaches_p(p, support):
     assert set(draws(LOGITS, temperature=1.0, top_p=p)) == support

@@ -67,12 +67,18 @@ def test_the_youngest_gives_its_pages_to_an_older_request_and_waits_in_front():
     requests = [make_request(0, 4), make_request(1, 4), make_request(2, 4), make_request(3, 4)]
     for request in requests:
         scheduler.add(request)
-    assert step(scheduler) == {0: 4, 1: 4, 2: 4}  # request 3 finds pages, but none to spare per running request
+    assert step(scheduler) == {
+        0: 4,
+        1: 4,
+        2: 4,
+    }  # request 3 finds pages, but none to spare per running request
     assert step(scheduler) == {0: 1, 1: 1}  # request 2 stands still: no page for its fifth token
     assert requests[2].preemptions == 0
     for _ in range(3):
         step(scheduler)
-    assert step(scheduler) == {0: 1}  # request 0 begins a third page; requests 2 and 1 made room or stood still
+    assert step(scheduler) == {
+        0: 1
+    }  # request 0 begins a third page; requests 2 and 1 made room or stood still
     assert requests[2].preemptions == 1
     assert requests[2].num_computed == 0
     assert [request.request_id for request in scheduler.waiting] == [2, 3]

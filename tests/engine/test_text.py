@@ -8,10 +8,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from quire.engine.text import TextStream
 
-from .fakes import byte_tokenizer
+from .fakes import EOS, byte_tokenizer
 
 BYTES = byte_tokenizer().backend_tokenizer
-EOS = 256
 texts = st.text(st.sampled_from("ab\n é€😀漢\u0301"), max_size=12)
 stops = st.lists(st.text(st.sampled_from("ab€"), min_size=1, max_size=3), max_size=3)
 
@@ -80,6 +79,14 @@ def test_text_that_only_began_like_a_stop_string_comes_out_in_the_end():
     assert pieces_of(stream, b"the EN") == ["t", "h", "e", " ", "", ""]
     assert not stream.close(cut_off=True)
     assert stream.text == "the EN"
+
+
+def test_a_stop_string_hidden_behind_a_character_cut_off_still_counts():
+    tokenizer = byte_tokenizer(b"D\xe2").backend_tokenizer
+    stream = TextStream(tokenizer, [], ("END",))
+    assert pieces_of(stream, [*b"the EN", EOS + 1])[-1] == ""
+    assert stream.close(cut_off=True)
+    assert stream.text == "the "
 
 
 def test_special_tokens_are_no_text():

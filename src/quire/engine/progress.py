@@ -32,7 +32,9 @@ def progress_bar(num_requests: int, *, shown: bool | None) -> Iterator[Callable[
         TextColumn("requests · {task.fields[tokens]} tokens · {task.fields[rate]:.1f} tokens/s"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # A terminal is left clean; elsewhere the last state is all there is to see.
+    with Progress(*columns, console=console, transient=console.is_terminal) as progress:
         task_id = progress.add_task("Generating", total=num_requests, tokens=0, rate=0.0)
         task = progress.tasks[0]
 

@@ -6,22 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
-from quire.engine.request import Request
+from quire.engine.request import Request, SamplingParams
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """Choose the next token of each request as its parameters say.
 
     A request that draws takes exactly one number from its own generator, and no row is mixed with
-    another: its tokens depend on its logits and its seed only, not on the batch it is in.
+    another: its tokens depend on its logits and its seed only, not on the batch it is in. Tokens that
+    tie at the edge of top-k or top-p all stay, so that the draw does not depend on how a sort breaks ties.
 
     Args:
         logits: fp32 [len(requests), vocab_size], on any device; not changed.
         requests: whose logits these are, row by row.
     Returns:
         Token ids. Greedy ties go to the token `torch.argmax` takes.
-    Cost: greedy rows one pass; rows that draw a softmax and a cumulative sum, and a sort of the
-        vocabulary when a row has top_p or only some have top_k. One host sync.
+    Cost: greedy rows one pass; rows that draw a softmax and a cumulative sum; of these, rows with
+        top_k a partial sort and rows with top_p a sort of the vocabulary. One host sync.
     Source: top-k, arXiv:1805.04833 §5.4; top-p (nucleus), arXiv:1904.09751 §3.1.
     """
     drawing = [row for row, request in enumerate(requests) if request.generator is not None]
@@ -39,32 +40,42 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     temperature = _column([p.temperature for p in params], logits)
     # The maximum goes first: it becomes 0, and dividing by a tiny temperature cannot overflow to +inf.
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-
-    top_ks = [p.top_k for p in params if p.top_k is not None]
-    tokens = None
-    if any(p.top_p < 1 for p in params) or 0 < len(top_ks) < len(params):
-        scores, tokens = scores.sort(dim=-1, descending=True, stable=True)
-    elif top_ks:
-        scores, tokens = scores.topk(min(max(top_ks), scores.shape[-1]), dim=-1)
-    if top_ks:
-        rank = torch.arange(scores.shape[-1], device=scores.device)
-        kept = _column([p.top_k or scores.shape[-1] for p in params], rank)
-        scores = scores.masked_fill(rank >= kept, -torch.inf)
-
-    probabilities = scores.softmax(dim=-1).double()
-    mass = probabilities.cumsum(dim=-1)
-    if any(p.top_p < 1 for p in params):
-        # A token stays if those likelier than it do not reach top_p; so the likeliest always stays.
-        top_p = _column([p.top_p for p in params], mass)
-        probabilities = probabilities.masked_fill(mass - probabilities >= top_p, 0)
-        mass = probabilities.cumsum(dim=-1)
+    probabilities = _keep_top_p(_keep_top_k(scores, params).softmax(dim=-1), params)
 
     # u is uniform in [0, total mass): the token drawn is the first whose cumulative mass exceeds u.
+    mass = probabilities.cumsum(dim=-1, dtype=torch.float64)
     uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=r.generator) for r in requests])
     u = uniform.to(mass.device)[:, None] * mass[:, -1:]
     last_possible = (mass < mass[:, -1:]).sum(dim=-1, keepdim=True)  # where rounding must not go beyond
-    drawn = torch.searchsorted(mass, u, right=True).minimum(last_possible)
-    return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1)
+    return torch.searchsorted(mass, u, right=True).minimum(last_possible).squeeze(-1)
+
+
+def _keep_top_k(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Rule out what scores below the k-th likeliest token of its row; ties with that one stay."""
+    vocab_size = scores.shape[-1]
+    ks = [min(p.top_k or vocab_size, vocab_size) for p in params]
+    filtered = [row for row, k in enumerate(ks) if k < vocab_size]
+    if not filtered:
+        return scores
+    k_column = _column([ks[row] for row in filtered], scores).long()
+    ranked = scores[filtered].topk(int(k_column.max()), dim=-1).values
+    lowest = torch.full_like(scores[:, :1], -torch.inf)
+    lowest[filtered] = ranked.gather(-1, k_column - 1)
+    return scores.masked_fill(scores < lowest, -torch.inf)
+
+
+def _keep_top_p(probabilities: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Rule out what is less likely than the last token needed to reach top_p; ties with that one stay."""
+    filtered = [row for row, p in enumerate(params) if p.top_p < 1]
+    if not filtered:
+        return probabilities
+    ranked = probabilities[filtered].sort(dim=-1, descending=True).values
+    likelier_mass = ranked.cumsum(dim=-1, dtype=torch.float64) - ranked
+    # A token is needed if those likelier than it do not reach top_p; so the likeliest always is.
+    needed = likelier_mass < _column([params[row].top_p for row in filtered], likelier_mass)
+    lowest = torch.zeros_like(probabilities[:, :1])
+    lowest[filtered] = ranked.gather(-1, needed.sum(dim=-1, keepdim=True).clamp(min=1) - 1)
+    return probabilities.masked_fill(probabilities < lowest, 0)
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

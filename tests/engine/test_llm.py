@@ -1,0 +1,267 @@
+"""The whole engine over a real model, against the same model's own generate."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from quire.engine.llm import LLM
+from quire.engine.request import SamplingParams
+from quire.errors import ArgumentError, ModelError
+from quire.hf import PagedModel
+
+from .fakes import EOS, byte_tokenizer
+
+VOCAB = 257
+NEW_TOKENS = 20
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS)
+MARGIN = 1e-3  # between the two likeliest tokens, far above what another order of summation changes
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # wide, so that what is attended to decides the logits
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(3)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(256, (n,), generator=generator).tolist() for n in (17, 1, 40, 5, 16, 2, 33)]
+
+
+@pytest.fixture(scope="module")
+def expected(model, prompts) -> list[list[int]]:
+    """Each prompt's greedy tokens, one prompt at a time, without pages."""
+    texts = []
+    for prompt in prompts:
+        result = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best, second = torch.cat(result.logits).topk(2, dim=-1).values.T
+        assert (best - second).min() > MARGIN, "a near tie proves nothing: choose another seed"
+        texts.append(result.sequences[0, len(prompt) :].tolist())
+    return texts
+
+
+def make_llm(model, *, page_size=4, num_pages=200, backend="reference", **options) -> LLM:
+    paged = PagedModel(model, page_size=page_size, num_pages=num_pages, backend=backend)
+    paged._cache.poison(range(num_pages))
+    return LLM(paged, tokenizer=byte_tokenizer(), **options)
+
+
+def all_pages_are_free(llm: LLM) -> bool:
+    return llm.table.allocator.num_free == llm.model.num_pages
+
+
+def test_the_test_model_attends_far_back(model, prompts, expected):
+    changed = [*prompts[2]]
+    changed[10] = (changed[10] + 1) % 256  # 30 tokens before the end
+    tokens = model.generate(torch.tensor([changed]), max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert tokens[0, len(changed) :].tolist() != expected[2]
+    assert len({tuple(text) for text in expected}) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "max_batch_tokens", "max_num_seqs"), [(1, 64, 8), (4, 11, 8), (16, 1024, 8), (4, 3, 2)]
+)
+def test_tokens_equal_one_by_one_generate(
+    model, prompts, expected, page_size, max_batch_tokens, max_num_seqs
+):
+    llm = make_llm(
+        model,
+        page_size=page_size,
+        num_pages=800 // page_size,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+    )
+    outputs = llm.generate(prompts, GREEDY)
+    assert [output.token_ids for output in outputs] == expected
+    assert sum(output.preemptions for output in outputs) == 0
+    assert all_pages_are_free(llm)
+
+
+def test_tokens_equal_one_by_one_generate_also_when_pages_run_out(model, prompts, expected):
+    llm = make_llm(model, page_size=4, num_pages=18, max_batch_tokens=24)
+    outputs = llm.generate(prompts, GREEDY)
+    assert [output.token_ids for output in outputs] == expected
+    assert sum(output.preemptions for output in outputs) > 0, "this pool was meant to be too small"
+    assert all_pages_are_free(llm)
+
+
+def test_tokens_equal_one_by_one_generate_with_the_kernels_a_user_gets(model, prompts, expected):
+    llm = make_llm(model, backend="auto", num_pages=40, max_batch_tokens=24)
+    assert [output.token_ids for output in llm.generate(prompts, GREEDY)] == expected
+
+
+def test_draws_with_a_seed_are_the_same_alone_together_and_when_pages_run_out(model, prompts):
+    params = [
+        SamplingParams(temperature=0.8, top_k=40, top_p=0.95, seed=i, max_tokens=12, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+    roomy, tight = make_llm(model), make_llm(model, num_pages=14, max_batch_tokens=24)
+    together = roomy.generate(prompts, params)
+    alone = [roomy.generate([prompt], p)[0] for prompt, p in zip(prompts, params, strict=True)]
+    crowded = tight.generate(prompts, params)
+    assert [o.token_ids for o in together] == [o.token_ids for o in alone] == [o.token_ids for o in crowded]
+    assert sum(output.preemptions for output in crowded) > 0
+
+
+def test_streamed_deltas_join_to_the_output_of_generate(model):
+    llm = make_llm(model)
+    texts = ["one", "a much longer prompt", "é€😀"]
+    outputs = llm.generate(texts, GREEDY)
+    deltas = list(llm.stream(texts, GREEDY))
+    for index, output in enumerate(outputs):
+        own = [delta for delta in deltas if delta.index == index]
+        assert "".join(delta.text for delta in own) == output.text
+        assert [token for delta in own for token in delta.token_ids] == output.token_ids
+        assert [delta.finish_reason for delta in own] == [None] * (len(own) - 1) + [output.finish_reason]
+        assert own[-1].output.text == output.text
+    assert all_pages_are_free(llm)
+
+
+def test_closing_a_stream_frees_its_pages_and_no_others(model, prompts, expected):
+    llm = make_llm(model)
+    kept = llm.stream(prompts[0], GREEDY)
+    first = next(kept)
+    dropped = llm.stream(prompts[1:4], GREEDY)
+    for _ in range(4):
+        next(dropped)
+    assert len(llm.requests) == 4
+    dropped.close()
+    assert list(llm.requests) == [first.request_id]
+    assert first.token_ids + [token for delta in kept for token in delta.token_ids] == expected[0]
+    assert all_pages_are_free(llm)
+
+
+def test_streams_that_are_read_in_turns_lose_nothing_to_each_other(model, prompts, expected):
+    llm = make_llm(model)
+    streams = [llm.stream(prompt, GREEDY) for prompt in prompts[:3]]
+    tokens: list[list[int]] = [[], [], []]
+    open_streams = list(enumerate(streams))
+    while open_streams:
+        for entry in list(open_streams):
+            delta = next(entry[1], None)
+            if delta is None:
+                open_streams.remove(entry)
+            else:
+                tokens[entry[0]] += delta.token_ids
+    assert tokens == expected[:3]
+
+
+def test_a_stream_that_is_aborted_ends(model, prompts, expected):
+    llm = make_llm(model)
+    stream = llm.stream(prompts[0], GREEDY)
+    first = next(stream)
+    assert llm.abort(first.request_id)
+    assert all_pages_are_free(llm)
+    [last] = stream
+    assert (last.finish_reason, last.output.token_ids) == ("abort", expected[0][:1])
+
+
+def test_an_interrupted_generate_frees_all_pages_and_leaves_the_engine_usable(model, prompts, expected):
+    llm = make_llm(model)
+    steps, forward = [], llm.model.forward
+
+    def interrupted(step):
+        steps.append(step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return forward(step)
+
+    llm.model.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts, GREEDY)
+    assert all_pages_are_free(llm)
+    assert not llm.has_unfinished
+    assert llm.generate(prompts[0], GREEDY)[0].token_ids == expected[0]
+
+
+def test_a_bad_prompt_among_good_ones_is_named_before_any_work(model):
+    llm = make_llm(model)
+    with pytest.raises(ArgumentError, match=re.escape("prompts[1]: prompt must not be empty")):
+        llm.generate(["good", ""], GREEDY)
+    with pytest.raises(ArgumentError, match=re.escape("prompts[2]: prompt of 5 tokens plus 30")):
+        make_llm(model, num_pages=5).stream(
+            [[1], [2], [3] * 5], [*[SamplingParams(max_tokens=2)] * 2, SamplingParams(max_tokens=30)]
+        )
+    assert llm.stats.steps == 0
+    assert not llm.has_unfinished
+
+
+def test_prompts_may_be_text_or_token_ids_one_or_many(model):
+    llm = make_llm(model)
+    params = SamplingParams(max_tokens=3)
+    [text] = llm.generate("ab", params)
+    [ids] = llm.generate(list(b"ab"), params)
+    [many_texts, many_ids] = llm.generate(["ab", list(b"ab")], params)
+    assert text.token_ids == ids.token_ids == many_texts.token_ids == many_ids.token_ids
+    assert (text.prompt, ids.prompt) == ("ab", None)
+    assert llm.generate([]) == []
+    for wrong in (3, {"a": 1}, ["ab", 3]):
+        with pytest.raises(ArgumentError, match="prompts must be text, token ids or a list of these"):
+            llm.generate(wrong)
+    with pytest.raises(ArgumentError, match="params must be one SamplingParams or one per prompt, 2; got 1"):
+        llm.generate(["a", "b"], [params])
+
+
+def test_a_folder_is_loaded_with_its_tokenizer(model, tmp_path, prompts, expected):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="must hold a tokenizer"):
+        LLM(tmp_path, num_pages=50, backend="reference")
+    byte_tokenizer().save_pretrained(tmp_path)
+    llm = LLM(tmp_path, num_pages=50, page_size=8, backend="reference")
+    assert (llm.model.num_pages, llm.model.page_size, llm.model.dtype) == (50, 8, torch.float32)
+    [output] = llm.generate(prompts[0], GREEDY)
+    assert output.token_ids == expected[0]
+    assert output.text.startswith(byte_tokenizer().decode(expected[0]).rstrip("\ufffd"))
+
+
+def test_a_transformers_model_is_put_on_pages(model, prompts, expected):
+    llm = LLM(model, num_pages=50, backend="reference")
+    assert llm.generate(prompts[0], GREEDY)[0].token_ids == expected[0]
+    assert llm.generate(prompts[0], GREEDY)[0].text == ""
+    with pytest.raises(ArgumentError, match="dtype must be left out"):
+        LLM(model, dtype=torch.bfloat16)
+    with pytest.raises(ArgumentError, match="num_pages must be left out, as a PagedModel has them already"):
+        LLM(llm.model, num_pages=3)
+    with pytest.raises(ArgumentError, match="model must be a model folder"):
+        LLM(3)
+
+
+def test_no_folder_is_one_clear_sentence(tmp_path):
+    with pytest.raises(ModelError, match="model must be a folder"):
+        LLM(tmp_path / "nothing")
+
+
+def test_the_progress_bar_counts_requests_and_tokens_on_stderr(model, capsys):
+    llm = make_llm(model)
+    llm.generate(["a", "b"], SamplingParams(max_tokens=3, ignore_eos=True), progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "2/2 requests · 6 tokens" in captured.err.replace("\n", " ")
+    llm.generate(["a", "b"], SamplingParams(max_tokens=3))
+    assert capsys.readouterr().err == "", "stderr is no terminal here"
