@@ -102,9 +102,9 @@ class AttentionPlan:
             softcap: c > 0 bounds scores to c·tanh(score / c).
             alibi_slopes: float32 [num_qo_heads]; adds −slope·|distance|.
             sinks: float32 [num_qo_heads]; a logit that takes part in the softmax and has no value.
-            tree_mask: bool [tokens, max_q_len]: may packed query i see the j-th new token of its own
-                sequence? It replaces the causal rule among the step's tokens; earlier keys stay visible.
-                Distances (window, ALiBi) are counted in slots, as everywhere.
+            tree_mask: bool [tokens, max_q_len]: may packed query i see the j-th of its sequence's tokens of
+                this step? It only hides: the causal rule holds beside it, so a tree's parents come before
+                their children, and earlier keys stay visible. Distances (window, ALiBi) count slots.
             k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size] where pages are quantised.
             out: written instead of a new tensor.
             return_state: return a SoftmaxState. Its lse counts the sink, so of several states to be merged

@@ -9,7 +9,7 @@ where softcap(x) = c·tanh(x / c), alibi(p, t) = −slope·|p − t|, and t is v
 
     t ≤ p (causal) and t ≥ p − window_left (window) and tree_mask[j, t − (seq_len − q_len)] (this step's keys).
 
-With a tree mask, this step's keys are visible by the mask alone. A row that sees no key gives out 0, lse −inf.
+A row that sees no key gives out 0, lse −inf.
 It runs wherever PyTorch does, one sequence at a time; speed is not its business.
 """
 
@@ -52,7 +52,7 @@ def attend(step: StepPlan, call: AttentionCall) -> None:
         v = gather_pages(call.v_pages, call.v_scale, pages, seq_len)
         visible = visible_keys(end - begin, seq_len, step.causal, step.window_left, call.q.device)
         if call.tree_mask is not None:
-            visible = with_tree_mask(visible, call.tree_mask[rows], step.window_left)
+            visible = with_tree_mask(visible, call.tree_mask[rows])
         out, lse = attend_one(call, call.q[rows].double(), k, v, visible)
         call.out[rows] = out.to(call.out.dtype)
         if call.lse is not None:
@@ -83,14 +83,12 @@ def visible_keys(
     return visible
 
 
-def with_tree_mask(visible: torch.Tensor, tree_mask: torch.Tensor, window_left: int) -> torch.Tensor:
-    """Let the mask alone decide about this step's own keys, within the window."""
+def with_tree_mask(visible: torch.Tensor, tree_mask: torch.Tensor) -> torch.Tensor:
+    """Hide those of this step's own keys that the mask hides."""
     q_len, seq_len = visible.shape
     new_keys = min(q_len, seq_len)
-    first_new = seq_len - new_keys
-    in_window = visible_keys(q_len, seq_len, False, window_left, visible.device)
     visible = visible.clone()
-    visible[:, first_new:] = tree_mask[:, q_len - new_keys : q_len] & in_window[:, first_new:]
+    visible[:, seq_len - new_keys :] &= tree_mask[:, q_len - new_keys : q_len]
     return visible
 
 

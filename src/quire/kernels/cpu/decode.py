@@ -1,0 +1,302 @@
+"""Decode: one query token per sequence against its pages, all query heads of a KV head in one tile.
+
+For each block of tokens, with query heads g of the group:
+
+    s[t, g] = q_g · k_t                      K is read once and serves every head of the group
+    m' = max(m, max_t s),  p = 2^(s − m'),  l = l·2^(m − m') + Σ_t p
+    acc_g = acc_g·2^(m − m') + Σ_t p[t, g] v_t
+
+The kernel is bound by reading K and V: per token of 2·head_dim elements it spends 2·heads·head_dim/16 fused
+multiply-adds, and everything else is arranged so that those keep up with memory. Scores of a block lie
+token-major, [token][head] with heads padded to a power of two, so that a tile of 16 dot products ends up in
+the 16 lanes of one vector (``sum_rows``). While one block is computed, the next one's rows are prefetched:
+pages lie anywhere, so the hardware cannot guess them.
+
+Sources: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867; FlashDecoding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quire.kernels.cpu.launch import kernel, parallel_for
+from quire.kernels.cpu.memory import BYTES, F32, load, load_f32, load_head, load_i64, load_u8, prefetch, store, store_f32, store_i64
+from quire.kernels.cpu.rows import (
+    LOG2_E,
+    LOWEST,
+    MINUS_INFINITY,
+    ZERO,
+    Call,
+    Step,
+    finish_partial,
+    finish_row,
+    load_row,
+    load_scales,
+    locate_tokens,
+)
+from quire.kernels.cpu.simd import (
+    LANES,
+    add,
+    exp2,
+    fma,
+    fold_max,
+    fold_sum,
+    maximum,
+    mul,
+    splat,
+    sub,
+    sum_rows,
+    tanh,
+    tile,
+)
+
+BLOCK = 64  # tokens per block: 32 KiB of bf16 K and V at head_dim 128
+MAX_HEADS = 16  # query heads per tile: as many as one vector has lanes
+CACHE_LINE = 64
+
+# Scratch of one block: byte addresses of its K and V rows, and their scales where pages are quantised.
+K_ROWS, V_ROWS, K_SCALES, V_SCALES = 0, BLOCK * 8, BLOCK * 16, BLOCK * 20
+BLOCK_SCRATCH = BLOCK * 24
+
+# Scratch of one tile: float32 vectors by lane (m, l, the last correction, ALiBi slope, token), then q and acc
+# rows of up to 16 heads. Lane j belongs to head j % padded_heads, so that it can meet a vector of scores.
+M, L, CORRECTION, SLOPE, TOKEN = 0, 64, 128, 192, 256
+Q_ROWS = 320
+
+
+def scratch_bytes(head_dim: int, group: int) -> int:
+    """Scratch memory of one worker: two blocks, their scores, and the tiles of one group."""
+    row_bytes = -(-head_dim // LANES) * LANES * 4
+    tiles = -(-group // MAX_HEADS)
+    return 2 * BLOCK_SCRATCH + BLOCK * LANES * 4 + tiles * (Q_ROWS + 2 * MAX_HEADS * row_bytes)
+
+
+@kernel
+def decode(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> None:
+    """Run every worker's share."""
+    parallel_for(attend_share, threads, workers, (cfg, step, call))
+
+
+@kernel
+def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
+    """One worker's items, in order."""
+    scratch = step.scratch + worker * step.scratch_bytes
+    first = load_i64(step.worker_indptr + worker * 8)
+    last = load_i64(step.worker_indptr + worker * 8 + 8)
+    for item in range(first, last):
+        attend_item(cfg, step, call, step.items + item * 64, scratch)
+
+
+@kernel
+def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> None:
+    """One KV range of one sequence and KV head; the group is walked in tiles of at most ``cfg.heads``."""
+    sequence, kv_head, token = load_i64(item), load_i64(item + 8), load_i64(item + 16)
+    position, begin, end, partial = load_i64(item + 32), load_i64(item + 40), load_i64(item + 48), load_i64(item + 56)
+    if call.tree_mask and end == position + 1 and load_u8(call.tree_mask + token * call.tree_mask_row) == 0:
+        end -= 1  # the mask may hide a query's own key, the only new one here
+
+    here, upcoming = scratch, scratch + BLOCK_SCRATCH
+    scores = scratch + 2 * BLOCK_SCRATCH
+    states = scores + BLOCK * LANES * 4
+    tiles = (step.group + cfg.heads - 1) // cfg.heads
+    for i in range(tiles):
+        start_tile(cfg, step, call, token, kv_head, i, states + i * tile_bytes(cfg.row_bytes))
+
+    block_end = min(begin + BLOCK, end)
+    locate_block(cfg, step, call, sequence, kv_head, begin, block_end, here)
+    while begin < end:
+        next_end = min(block_end + BLOCK, end)
+        locate_block(cfg, step, call, sequence, kv_head, block_end, next_end, upcoming)
+        for i in range(tiles):
+            state = states + i * tile_bytes(cfg.row_bytes)
+            score_block(cfg, block_end - begin, next_end - block_end, here, upcoming, state, scores)
+            adjust_scores(cfg, call, position - begin, block_end - begin, here, state, scores)
+            update_softmax(cfg, call, block_end - begin, here, state, scores)
+            accumulate_values(cfg, block_end - begin, here, state, scores)
+        here, upcoming = upcoming, here
+        begin, block_end = block_end, next_end
+    for i in range(tiles):
+        finish_tile(cfg, step, call, token, kv_head, i, partial, states + i * tile_bytes(cfg.row_bytes))
+
+
+@kernel
+def tile_bytes(row_bytes: int) -> int:
+    """Scratch of one tile; its accumulators follow the 16 rows of q."""
+    return Q_ROWS + 2 * MAX_HEADS * row_bytes
+
+
+@kernel
+def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, state: int) -> None:
+    """Load the tile's queries, scaled so that scores come out in base 2, and empty its softmax state."""
+    scale = np.float32(call.softmax_scale) * LOG2_E
+    if call.softcap > 0.0:
+        scale = np.float32(call.softmax_scale / call.softcap)
+    store(F32, state + M, splat(LOWEST))
+    store(F32, state + L, splat(ZERO))
+    store(F32, state + SLOPE, splat(ZERO))
+    for lane in range(LANES):
+        store_f32(state + TOKEN + lane * 4, np.float32(lane // cfg.padded_heads))
+    for g in range(cfg.heads):
+        q_row = state + Q_ROWS + g * cfg.row_bytes
+        in_group = min(number * cfg.heads + g, step.group - 1)  # a last tile repeats its last head, unread
+        head = kv_head * step.group + in_group
+        load_row(cfg, cfg.q_dtype, call.q + token * call.q_token + head * call.q_head, scale, q_row)
+        for i in range(0, cfg.row_bytes, LANES * 4):
+            store(F32, q_row + MAX_HEADS * cfg.row_bytes + i, splat(ZERO))
+        if call.alibi_slopes:
+            slope = load_f32(call.alibi_slopes + head * 4) * LOG2_E
+            for t in range(cfg.tokens):
+                store_f32(state + SLOPE + (t * cfg.padded_heads + g) * 4, slope)
+
+
+@kernel
+def locate_block(
+    cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, end: int, block: int
+) -> None:
+    """Addresses of a block's K and V rows; K's are padded with the last one to whole vectors of scores."""
+    k, v = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head
+    locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, block + K_ROWS)
+    locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, block + V_ROWS)
+    count = end - begin
+    while count % cfg.tokens:
+        store_i64(block + K_ROWS + count * 8, load_i64(block + K_ROWS + count * 8 - 8))
+        count += 1
+    if call.k_scale:
+        load_scales(step, call, sequence, begin, end, call.k_scale + kv_head * call.scale_head, block + K_SCALES)
+        load_scales(step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, block + V_SCALES)
+
+
+@kernel
+def score_block(
+    cfg: Any, count: int, upcoming_count: int, here: int, upcoming: int, state: int, scores: int
+) -> None:
+    """scores[t, g] = q_g · k_t, 16 at a time, asking for the next block's rows on the way."""
+    k_rows, q_rows, step_bytes = here + K_ROWS, state + Q_ROWS, LANES * BYTES[cfg.kv_dtype]
+    for first in range(0, count, cfg.tokens):
+        for t in range(first, min(first + cfg.tokens, upcoming_count)):
+            for line in range(0, cfg.head_dim * BYTES[cfg.kv_dtype], CACHE_LINE):
+                prefetch(load_i64(upcoming + K_ROWS + t * 8) + line)
+                prefetch(load_i64(upcoming + V_ROWS + t * 8) + line)
+        products = tile(LANES)
+        for j in range(LANES):
+            products[j] = splat(ZERO)
+        for i in range(cfg.vectors):
+            for t in range(cfg.tokens):
+                k = load(cfg.kv_dtype, load_i64(k_rows + (first + t) * 8) + i * step_bytes)
+                for g in range(cfg.heads):
+                    q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
+                    products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
+        if cfg.tail:
+            for t in range(cfg.tokens):
+                k = load_head(cfg.kv_dtype, load_i64(k_rows + (first + t) * 8) + cfg.vectors * step_bytes, cfg.tail)
+                for g in range(cfg.heads):
+                    q = load(F32, q_rows + g * cfg.row_bytes + cfg.vectors * LANES * 4)
+                    products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
+        store(F32, scores + first * cfg.padded_heads * 4, sum_rows(products))
+
+
+@kernel
+def adjust_scores(cfg: Any, call: Call, distance: int, count: int, here: int, state: int, scores: int) -> None:
+    """Scales of quantised keys, softcap and ALiBi, where asked for; −inf behind the block's last token.
+
+    ``distance`` is how far the query stands behind the block's first token.
+    """
+    used = count * cfg.padded_heads
+    vectors = (used + LANES - 1) // LANES
+    if call.k_scale:
+        for t in range(count):
+            scale = load_f32(here + K_SCALES + t * 4)
+            for g in range(cfg.padded_heads):
+                at = scores + (t * cfg.padded_heads + g) * 4
+                store_f32(at, load_f32(at) * scale)
+    if call.softcap > 0.0:
+        cap = splat(np.float32(call.softcap) * LOG2_E)
+        for j in range(vectors):
+            at = scores + j * LANES * 4
+            store(F32, at, mul(cap, tanh(load(F32, at))))
+    if call.alibi_slopes:
+        slope, token = load(F32, state + SLOPE), load(F32, state + TOKEN)
+        for j in range(vectors):
+            at = scores + j * LANES * 4
+            behind = sub(token, splat(np.float32(distance - j * cfg.tokens)))
+            store(F32, at, fma(slope, behind, load(F32, at)))
+    for j in range(used, vectors * LANES):
+        store_f32(scores + j * 4, MINUS_INFINITY)
+
+
+@kernel
+def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scores: int) -> None:
+    """Scores become weights p = 2^(s − m'); m, l and the correction 2^(m − m') move on (online softmax)."""
+    vectors = (count * cfg.padded_heads + LANES - 1) // LANES
+    before = load(F32, state + M)
+    highest = before
+    for j in range(vectors):
+        highest = maximum(highest, load(F32, scores + j * LANES * 4))
+    highest = fold_max(highest, cfg.padded_heads)
+    correction = exp2(sub(before, highest))
+    total = mul(load(F32, state + L), correction)
+    for j in range(vectors):
+        p = exp2(sub(load(F32, scores + j * LANES * 4), highest))
+        total = add(total, p)
+        store(F32, scores + j * LANES * 4, p)
+    store(F32, state + M, highest)
+    store(F32, state + L, total)
+    store(F32, state + CORRECTION, correction)
+    if call.v_scale:
+        for t in range(count):
+            scale = load_f32(here + V_SCALES + t * 4)
+            for g in range(cfg.padded_heads):
+                at = scores + (t * cfg.padded_heads + g) * 4
+                store_f32(at, load_f32(at) * scale)
+
+
+@kernel
+def accumulate_values(cfg: Any, count: int, here: int, state: int, scores: int) -> None:
+    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers."""
+    v_rows, accs, step_bytes = here + V_ROWS, state + Q_ROWS + MAX_HEADS * cfg.row_bytes, LANES * BYTES[cfg.kv_dtype]
+    for first in range(0, cfg.vectors, cfg.strip):
+        sums = tile(cfg.strip_tile)
+        values = tile(cfg.strip)
+        for g in range(cfg.heads):
+            correction = splat(load_f32(state + CORRECTION + g * 4))
+            for i in range(cfg.strip):
+                at = accs + g * cfg.row_bytes + (first + i) * LANES * 4
+                sums[g * cfg.strip + i] = mul(correction, load(F32, at))
+        for t in range(count):
+            row = load_i64(v_rows + t * 8) + first * step_bytes
+            for i in range(cfg.strip):
+                values[i] = load(cfg.kv_dtype, row + i * step_bytes)
+            for g in range(cfg.heads):
+                p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
+                for i in range(cfg.strip):
+                    sums[g * cfg.strip + i] = fma(p, values[i], sums[g * cfg.strip + i])
+        for g in range(cfg.heads):
+            for i in range(cfg.strip):
+                store(F32, accs + g * cfg.row_bytes + (first + i) * LANES * 4, sums[g * cfg.strip + i])
+    if cfg.tail:
+        for g in range(cfg.heads):
+            at = accs + g * cfg.row_bytes + cfg.vectors * LANES * 4
+            total = mul(splat(load_f32(state + CORRECTION + g * 4)), load(F32, at))
+            for t in range(count):
+                p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
+                v = load_head(cfg.kv_dtype, load_i64(v_rows + t * 8) + cfg.vectors * step_bytes, cfg.tail)
+                total = fma(p, v, total)
+            store(F32, at, total)
+
+
+@kernel
+def finish_tile(
+    cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, partial: int, state: int
+) -> None:
+    """Write the tile's rows, as results or as partial states."""
+    store(F32, state + L, fold_sum(load(F32, state + L), cfg.padded_heads))
+    for g in range(min(cfg.heads, step.group - number * cfg.heads)):
+        in_group = number * cfg.heads + g
+        acc = state + Q_ROWS + (MAX_HEADS + g) * cfg.row_bytes
+        m, l = load_f32(state + M + g * 4), load_f32(state + L + g * 4)  # noqa: E741
+        if partial < 0:
+            finish_row(cfg, call, token, kv_head * step.group + in_group, acc, m, l)
+        else:
+            finish_partial(cfg, step, partial, in_group, acc, m, l)

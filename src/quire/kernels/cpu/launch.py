@@ -1,0 +1,286 @@
+"""How a CPU kernel is specialised, compiled, cached on disk and run on all cores.
+
+A kernel is an ordinary module-level Numba function whose first argument is a ``Config``: a value that is all
+type, so that ``config.head_dim`` is a compile-time number and loops over it unroll. It is compiled once per
+Config and found on disk by later processes; the cache key holds a digest of this package's sources, so that
+an edited or upgraded kernel is never mistaken for an old one.
+
+Workers run on the OpenMP threads that torch already keeps: a second pool would fight with the first for the
+same cores, each spinning while the other works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.imputils import impl_ret_untracked, lower_getattr_generic
+from numba.core.typing.templates import AttributeTemplate, infer_getattr
+from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
+
+from quire.kernels.cpu.memory import BF16, E4M3, E5M2, F16, F32, INT8
+from quire.kernels.cpu.simd import LANES
+
+DTYPE_CODES = {
+    torch.float32: F32,
+    torch.float16: F16,
+    torch.bfloat16: BF16,
+    torch.int8: INT8,
+    torch.float8_e4m3fn: E4M3,
+    torch.float8_e5m2: E5M2,
+}
+
+
+class Config(NamedTuple):
+    """What a kernel is specialised for. Every field and property is a compile-time number inside the kernel."""
+
+    q_dtype: int  # dtype codes of memory.py
+    kv_dtype: int
+    head_dim: int
+    heads: int = 1  # decode: query heads of one tile, at most 16
+
+    @property
+    def vectors(self) -> int:
+        """Whole vectors in a row of head_dim elements."""
+        return self.head_dim // LANES
+
+    @property
+    def tail(self) -> int:
+        """Elements of a row behind its whole vectors."""
+        return self.head_dim % LANES
+
+    @property
+    def kv_largest(self) -> int:
+        """The largest value of a quantised page's dtype."""
+        return {INT8: 127, E4M3: 448, E5M2: 57344}.get(self.kv_dtype, 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in float32 scratch, padded to whole vectors."""
+        return -(-self.head_dim // LANES) * LANES * 4
+
+    @property
+    def padded_heads(self) -> int:
+        """Heads of a decode tile rounded up to a power of two, so that vectors of scores hold whole tokens."""
+        return 1 << (self.heads - 1).bit_length()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose scores fill one vector in decode."""
+        return LANES // self.padded_heads
+
+    @property
+    def strip(self) -> int:
+        """Output vectors per head that decode accumulates at once: as many as divide the row and fit registers."""
+        fitting = [n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n * self.heads <= LANES]
+        return max(fitting)
+
+    @property
+    def strip_tile(self) -> int:
+        """Registers that one such strip takes."""
+        return self.heads * self.strip
+
+
+@functools.cache
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class ConfigType(types.Type):
+    """The Numba type of one Config."""
+
+    def __init__(self, config: Config, sources: str) -> None:
+        self.config = config
+        super().__init__(f"quire_config{tuple(config)}@{sources}")
+
+
+@register_model(ConfigType)
+class _ConfigModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: ConfigType) -> None:
+        super().__init__(manager, fe_type, ir.IntType(8))
+
+
+@typeof_impl.register(Config)
+def _typeof_config(value: Config, context: Any) -> ConfigType:
+    return ConfigType(value, _sources_digest())
+
+
+@unbox(ConfigType)
+def _unbox_config(typ: ConfigType, value: Any, context: Any) -> Any:
+    return NativeValue(context.context.get_constant(types.int8, 0))
+
+
+@infer_getattr
+class _ConfigAttributes(AttributeTemplate):
+    key = ConfigType
+
+    def generic_resolve(self, config: ConfigType, field: str) -> Any:
+        return types.literal(getattr(config.config, field))
+
+
+@lower_getattr_generic(ConfigType)
+def _lower_config_field(context: Any, builder: Any, typ: ConfigType, value: Any, field: str) -> Any:
+    constant = context.get_constant(types.int64, getattr(typ.config, field))
+    return impl_ret_untracked(context, builder, types.int64, constant)
+
+
+# --- threads ---------------------------------------------------------------------------------------------
+
+
+def _find_openmp() -> bool:
+    """Make torch's own OpenMP runtime visible to the kernels; False where it has none we can call."""
+    wanted = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
+    for candidate in [*map(str, libraries), None]:  # None: what the process has loaded already
+        try:
+            library = ctypes.CDLL(candidate)
+            symbols = {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in wanted}
+        except (OSError, AttributeError):
+            continue
+        for name, address in symbols.items():
+            llvm.add_symbol(name, address)
+        return True
+    return False
+
+
+HAS_OPENMP = _find_openmp()
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def num_threads() -> int:
+    """Threads a kernel runs on: torch's, set by torch.set_num_threads or OMP_NUM_THREADS.
+
+    One in a forked child, where the parent's OpenMP threads do not exist but OpenMP believes they do.
+    """
+    return torch.get_num_threads() if HAS_OPENMP and not _forked else 1
+
+
+@intrinsic
+def parallel_for(typingctx: Any, body: Any, threads: Any, count: Any, arguments: Any) -> Any:
+    """Call ``body(i, *arguments)`` for i in range(count) on ``threads`` OpenMP threads.
+
+    Emits what a C compiler makes of ``#pragma omp parallel``: the arguments go into a struct on the stack,
+    and each thread walks i = its number, its number + threads, ….
+    """
+    body_args = (types.int64, *arguments.types)
+    body_signature = typingctx.resolve_function_type(body, body_args, {})
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, threads_value, count_value, arguments_value = args
+        compiled = body.dispatcher.overloads[tuple(body_args)]
+        context.active_code_library.add_linking_library(compiled.library)
+        packed_type = ir.LiteralStructType([count_value.type, arguments_value.type])
+        thread_main = _emit_thread_main(context, builder.module, packed_type, arguments, body_signature, compiled)
+
+        packed = cgutils.alloca_once(builder, packed_type)
+        builder.store(count_value, cgutils.gep_inbounds(builder, packed, 0, 0))
+        builder.store(arguments_value, cgutils.gep_inbounds(builder, packed, 0, 1))
+        void_pointer = builder.bitcast(packed, cgutils.voidptr_t)
+        _emit_fork(builder, thread_main, void_pointer, threads_value)
+        return context.get_dummy_value()
+
+    return types.void(body, types.int64, types.int64, arguments), codegen
+
+
+def _emit_fork(builder: Any, thread_main: Any, packed: Any, threads: Any) -> None:
+    zero, one = ir.Constant(ir.IntType(64), 0), ir.Constant(ir.IntType(64), 1)
+    if not HAS_OPENMP:
+        builder.call(thread_main, [packed, zero, one])
+        return
+    i32 = ir.IntType(32)
+    module = builder.module
+    fork_type = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, cgutils.voidptr_t, i32, i32])
+    number_type = ir.FunctionType(i32, [])
+    trampoline = ir.Function(
+        module,
+        ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t]),
+        module.get_unique_name("quire_omp_thread"),
+    )
+    trampoline.linkage = "internal"
+    inner = ir.IRBuilder(trampoline.append_basic_block())
+    numbers = [
+        inner.sext(inner.call(cgutils.get_or_insert_function(module, number_type, name), []), ir.IntType(64))
+        for name in ("omp_get_thread_num", "omp_get_num_threads")
+    ]
+    inner.call(thread_main, [trampoline.args[0], *numbers])
+    inner.ret_void()
+    with builder.if_else(builder.icmp_signed("<=", threads, one)) as (serial, parallel):
+        with serial:
+            builder.call(thread_main, [packed, zero, one])
+        with parallel:
+            fork = cgutils.get_or_insert_function(module, fork_type, "GOMP_parallel")
+            entry = builder.bitcast(trampoline, cgutils.voidptr_t)
+            builder.call(fork, [entry, packed, builder.trunc(threads, i32), ir.Constant(i32, 0)])
+
+
+def _emit_thread_main(
+    context: Any, module: Any, packed_type: Any, arguments: Any, body_signature: Any, compiled: Any
+) -> Any:
+    """``void f(packed*, first, step)``: the loop one thread runs."""
+    i64 = ir.IntType(64)
+    function = ir.Function(
+        module,
+        ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i64, i64]),
+        module.get_unique_name("quire_thread_main"),
+    )
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block())
+    packed, first, step = function.args
+    fields = builder.bitcast(packed, packed_type.as_pointer())
+    count = builder.load(cgutils.gep_inbounds(builder, fields, 0, 0))
+    values = builder.load(cgutils.gep_inbounds(builder, fields, 0, 1))
+    unpacked = cgutils.unpack_tuple(builder, values, len(arguments.types))
+    with cgutils.for_range_slice(builder, first, count, step, intp=i64) as (index, _):
+        context.call_internal_no_propagate(builder, compiled.fndesc, body_signature, [index, *unpacked])
+    builder.ret_void()
+    return function
+
+
+# --- compiling -------------------------------------------------------------------------------------------
+
+_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Mark a function as CPU kernel code: compiled on first use, kept on disk, run without the GIL."""
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # nowhere to write a cache: an installation without a writable home
+        return numba.njit(**_OPTIONS)(function)
+
+
+@functools.cache
+def specialise(function: Any, *prototypes: Any) -> Callable[..., None]:
+    """The machine code of a kernel for arguments of these types, callable without Numba's dispatch.
+
+    Args:
+        function: a ``kernel``.
+        prototypes: one argument of each type; tuples of ints and floats stand for all of their kind.
+    Cost: seconds to compile, milliseconds from disk, once per process.
+    """
+    signature = tuple(numba.typeof(value) for value in prototypes)
+    function.compile(signature)
+    entry: Callable[..., None] = function.overloads[signature].entry_point
+    return entry

@@ -1,0 +1,341 @@
+"""Prefill: a tile of query rows of one sequence and KV head against its pages.
+
+A row is one query head of one token; the heads of a group stand next to each other, so that K and V, once
+converted to float32, serve ROWS of them. Scores are kept transposed, S[t, row] with rows across lanes:
+
+    S[t, row] = k_t · q_row                  Qᵀ is laid out once per tile, K is used as it lies: no transpose
+    m' = max(m, max_t S),  p = 2^(S − m'),  l = l·2^(m − m') + Σ_t p          lane by lane, no reduction
+    acc[row] = acc[row]·2^(m − m') + Σ_t p[t, row] v_t
+
+so the softmax needs no work across lanes, and both products are register tiles of 24 fused multiply-adds per
+8 to 11 loads. What a row may see is a range [first_key, end_key): causality, windows and the end of the
+sequence are all this one comparison, made only for blocks that cross some row's limits.
+
+Sources: FlashAttention-2, arXiv:2307.08691; online softmax, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quire.kernels.cpu.launch import kernel, parallel_for
+from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, load_u8, store, store_f32
+from quire.kernels.cpu.rows import (
+    LOG2_E,
+    LOWEST,
+    MINUS_INFINITY,
+    ZERO,
+    Call,
+    Step,
+    finish_partial,
+    finish_row,
+    load_row,
+    load_scales,
+    locate_tokens,
+)
+from quire.kernels.cpu.simd import (
+    LANES,
+    add,
+    at_least,
+    both,
+    exp2,
+    fma,
+    less_than,
+    maximum,
+    mul,
+    select,
+    splat,
+    sub,
+    tanh,
+    tile,
+)
+
+ROWS = 96  # query rows per tile: six vectors across lanes, sixteen blocks of six down
+BLOCK = 64  # tokens per block: K and V as float32 are 64 KiB at head_dim 128
+SCORE_TOKENS, SCORE_VECTORS = 8, 3  # register tile of S: tokens × vectors of rows
+VALUE_ROWS, VALUE_VECTORS = 6, 4  # register tile of acc: rows × vectors of head_dim
+SCORE_TILE, VALUE_TILE = SCORE_TOKENS * SCORE_VECTORS, VALUE_ROWS * VALUE_VECTORS
+
+# Scratch of a tile, in float32 rows of ROWS: what each row may see, its slope, position and softmax state.
+_ROW = ROWS * 4
+FIRST_KEY, END_KEY, SLOPE, POSITION, M, L, CORRECTION = (i * _ROW for i in range(7))
+SCORES = 7 * _ROW  # [BLOCK][ROWS]
+K_ROWS = SCORES + BLOCK * _ROW  # byte addresses and scales of a block
+V_ROWS, K_SCALES, V_SCALES = K_ROWS + BLOCK * 8, K_ROWS + BLOCK * 16, K_ROWS + BLOCK * 20
+MATRICES = K_ROWS + BLOCK * 24  # Qᵀ [head_dim][ROWS], acc [ROWS][head_dim], K and V [BLOCK][head_dim]
+
+
+def scratch_bytes(head_dim: int) -> int:
+    """Scratch memory of one worker."""
+    return MATRICES + -(-head_dim // LANES) * LANES * 4 * (2 * ROWS + 2 * BLOCK)
+
+
+@kernel
+def prefill(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> None:
+    """Run every worker's share."""
+    parallel_for(attend_share, threads, workers, (cfg, step, call))
+
+
+@kernel
+def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
+    """One worker's items, in order."""
+    scratch = step.scratch + worker * step.scratch_bytes
+    first = load_i64(step.worker_indptr + worker * 8)
+    last = load_i64(step.worker_indptr + worker * 8 + 8)
+    for item in range(first, last):
+        attend_item(cfg, step, call, step.items + item * 64, scratch)
+
+
+@kernel
+def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> None:
+    """One query tile against one KV range; a group of more than ROWS heads is walked in parts."""
+    for first_head in range(0, step.group, ROWS):
+        attend_heads(cfg, step, call, item, first_head, min(ROWS, step.group - first_head), scratch)
+
+
+@kernel
+def attend_heads(cfg: Any, step: Step, call: Call, item: int, first_head: int, heads: int, scratch: int) -> None:
+    """The tile's tokens × ``heads`` heads of the group from ``first_head`` on; row = token × heads + head."""
+    sequence, kv_head, token, q_len = load_i64(item), load_i64(item + 8), load_i64(item + 16), load_i64(item + 24)
+    position, begin, end, partial = load_i64(item + 32), load_i64(item + 40), load_i64(item + 48), load_i64(item + 56)
+    rows, head = q_len * heads, kv_head * step.group + first_head
+    seq_len = load_i64(step.seq_lens + sequence * 8)
+    queries = scratch + MATRICES
+    acc = queries + ROWS * cfg.row_bytes
+    keys = acc + ROWS * cfg.row_bytes
+    values = keys + BLOCK * cfg.row_bytes
+
+    start_rows(step, call, head, heads, position, rows, seq_len, scratch)
+    load_queries(cfg, call, token, head, heads, rows, queries, acc)
+    # Every row sees all of [all_first, all_end); blocks inside it need no mask.
+    all_first = position + q_len - 1 - step.window_left if step.window_left >= 0 else 0
+    all_end = min(seq_len, position + 1) if step.causal else seq_len
+    while begin < end:
+        count = min(BLOCK, end - begin)
+        load_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
+        score_block(cfg, rows, count, queries, keys, scratch + SCORES)
+        adjust_scores(call, rows, begin, position, count, scratch)
+        if begin < all_first or begin + count > all_end:
+            hide_keys(rows, begin, position, count, scratch)
+        if call.tree_mask:
+            hide_by_tree(step, call, sequence, token, heads, rows, begin, count, scratch)
+        update_softmax(rows, count, scratch)
+        accumulate_values(cfg, rows, count, acc, values, scratch)
+        begin += count
+
+    for row in range(rows):
+        m, l = load_f32(scratch + M + row * 4), load_f32(scratch + L + row * 4)  # noqa: E741
+        at, row_token, row_head = acc + row * cfg.row_bytes, row // heads, row % heads
+        if partial < 0:
+            finish_row(cfg, call, token + row_token, head + row_head, at, m, l)
+        else:
+            finish_partial(cfg, step, partial, row_token * step.group + first_head + row_head, at, m, l)
+
+
+@kernel
+def start_rows(
+    step: Step, call: Call, head: int, heads: int, position: int, rows: int, seq_len: int, scratch: int
+) -> None:
+    """What each row may see, and an empty softmax state. Padding rows see nothing.
+
+    Keys are counted from the tile's first query, so that the numbers a limit is decided by are small and
+    exact in float32 however long the sequence is.
+    """
+    for row in range(ROWS):
+        here = row // heads
+        first = here - step.window_left if step.window_left >= 0 else -position
+        end = min(here + 1, seq_len - position) if step.causal else seq_len - position
+        slope = ZERO
+        if call.alibi_slopes and row < rows:
+            slope = load_f32(call.alibi_slopes + (head + row % heads) * 4) * LOG2_E
+        store_f32(scratch + FIRST_KEY + row * 4, np.float32(first))
+        store_f32(scratch + END_KEY + row * 4, np.float32(end if row < rows else -position))
+        store_f32(scratch + POSITION + row * 4, np.float32(here))
+        store_f32(scratch + SLOPE + row * 4, slope)
+        store_f32(scratch + M + row * 4, LOWEST)
+        store_f32(scratch + L + row * 4, ZERO)
+
+
+@kernel
+def load_queries(
+    cfg: Any, call: Call, token: int, head: int, heads: int, rows: int, queries: int, acc: int
+) -> None:
+    """Lay out Qᵀ, scaled so that scores come out in base 2, and empty the accumulators."""
+    scale = np.float32(call.softmax_scale) * LOG2_E
+    if call.softcap > 0.0:
+        scale = np.float32(call.softmax_scale / call.softcap)
+    for row in range((rows + LANES - 1) // LANES * LANES):
+        at = acc + row * cfg.row_bytes  # holds the row as it lies, for a moment
+        if row < rows:
+            source = call.q + (token + row // heads) * call.q_token + (head + row % heads) * call.q_head
+            load_row(cfg, cfg.q_dtype, source, scale, at)
+        for d in range(cfg.row_bytes // 4):
+            value = load_f32(at + d * 4) if row < rows else ZERO
+            store_f32(queries + d * _ROW + row * 4, value)
+    for offset in range(0, ROWS * cfg.row_bytes, LANES * 4):
+        store(F32, acc + offset, splat(ZERO))
+
+
+@kernel
+def load_block(
+    cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, count: int,
+    keys: int, values: int, scratch: int,
+) -> None:  # fmt: skip
+    """Convert a block's K and V rows to float32, once for all rows of the tile."""
+    k, v, end = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head, begin + count
+    locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, scratch + K_ROWS)
+    locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, scratch + V_ROWS)
+    if call.k_scale:
+        load_scales(step, call, sequence, begin, end, call.k_scale + kv_head * call.scale_head, scratch + K_SCALES)
+        load_scales(step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, scratch + V_SCALES)
+    k_factor = v_factor = np.float32(1.0)
+    for t in range(count):
+        if call.k_scale:
+            k_factor, v_factor = load_f32(scratch + K_SCALES + t * 4), load_f32(scratch + V_SCALES + t * 4)
+        load_row(cfg, cfg.kv_dtype, load_i64(scratch + K_ROWS + t * 8), k_factor, keys + t * cfg.row_bytes)
+        load_row(cfg, cfg.kv_dtype, load_i64(scratch + V_ROWS + t * 8), v_factor, values + t * cfg.row_bytes)
+
+
+@kernel
+def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores: int) -> None:
+    """S[t, row] = k_t · q_row. Scores behind the block's last token come out too, and are never read."""
+    vectors = (rows + LANES - 1) // LANES
+    for first in range(0, count, SCORE_TOKENS):
+        column = 0
+        while column + SCORE_VECTORS <= vectors:
+            sums = tile(SCORE_TILE)
+            for i in range(SCORE_TILE):
+                sums[i] = splat(ZERO)
+            for d in range(cfg.head_dim):
+                at = queries + d * _ROW + column * LANES * 4
+                q = tile(SCORE_VECTORS)
+                for c in range(SCORE_VECTORS):
+                    q[c] = load(F32, at + c * LANES * 4)
+                for t in range(SCORE_TOKENS):
+                    k = splat(load_f32(keys + (first + t) * cfg.row_bytes + d * 4))
+                    for c in range(SCORE_VECTORS):
+                        sums[t * SCORE_VECTORS + c] = fma(k, q[c], sums[t * SCORE_VECTORS + c])
+            for t in range(SCORE_TOKENS):
+                for c in range(SCORE_VECTORS):
+                    at = scores + (first + t) * _ROW + (column + c) * LANES * 4
+                    store(F32, at, sums[t * SCORE_VECTORS + c])
+            column += SCORE_VECTORS
+        while column < vectors:  # a short tile's last vectors, one by one
+            sums = tile(SCORE_TOKENS)
+            for t in range(SCORE_TOKENS):
+                sums[t] = splat(ZERO)
+            for d in range(cfg.head_dim):
+                one = load(F32, queries + d * _ROW + column * LANES * 4)
+                for t in range(SCORE_TOKENS):
+                    k = splat(load_f32(keys + (first + t) * cfg.row_bytes + d * 4))
+                    sums[t] = fma(k, one, sums[t])
+            for t in range(SCORE_TOKENS):
+                store(F32, scores + (first + t) * _ROW + column * LANES * 4, sums[t])
+            column += 1
+
+
+@kernel
+def adjust_scores(call: Call, rows: int, begin: int, position: int, count: int, scratch: int) -> None:
+    """Softcap and ALiBi, where asked for."""
+    if call.softcap > 0.0:
+        cap = splat(np.float32(call.softcap) * LOG2_E)
+        for t in range(count):
+            for column in range(0, rows * 4, LANES * 4):
+                at = scratch + SCORES + t * _ROW + column
+                store(F32, at, mul(cap, tanh(load(F32, at))))
+    if call.alibi_slopes:
+        for column in range(0, rows * 4, LANES * 4):
+            slope, here = load(F32, scratch + SLOPE + column), load(F32, scratch + POSITION + column)
+            for t in range(count):
+                at = scratch + SCORES + t * _ROW + column
+                ahead = sub(splat(np.float32(begin - position + t)), here)
+                distance = maximum(ahead, sub(splat(ZERO), ahead))
+                store(F32, at, sub(load(F32, at), mul(slope, distance)))
+
+
+@kernel
+def hide_keys(rows: int, begin: int, position: int, count: int, scratch: int) -> None:
+    """−inf where a key lies outside its row's [first_key, end_key)."""
+    for column in range(0, rows * 4, LANES * 4):
+        first, end = load(F32, scratch + FIRST_KEY + column), load(F32, scratch + END_KEY + column)
+        for t in range(count):
+            at = scratch + SCORES + t * _ROW + column
+            key = splat(np.float32(begin - position + t))
+            visible = both(at_least(key, first), less_than(key, end))
+            store(F32, at, select(visible, load(F32, at), splat(MINUS_INFINITY)))
+
+
+@kernel
+def hide_by_tree(
+    step: Step, call: Call, sequence: int, token: int, heads: int, rows: int, begin: int, count: int, scratch: int
+) -> None:
+    """−inf where the tree mask hides one of this step's own keys from a row."""
+    q_begin, q_end = load_i64(step.cu_seqlens_q + sequence * 8), load_i64(step.cu_seqlens_q + sequence * 8 + 8)
+    first_new = load_i64(step.seq_lens + sequence * 8) - (q_end - q_begin)
+    for t in range(max(0, first_new - begin), count):
+        for row in range(rows):
+            mask_row = call.tree_mask + (token + row // heads) * call.tree_mask_row
+            if load_u8(mask_row + (begin + t - first_new)) == 0:
+                store_f32(scratch + SCORES + t * _ROW + row * 4, MINUS_INFINITY)
+
+
+@kernel
+def update_softmax(rows: int, count: int, scratch: int) -> None:
+    """Scores become weights p = 2^(S − m'); m, l and the correction 2^(m − m') move on, a row per lane."""
+    for column in range(0, rows * 4, LANES * 4):
+        scores = scratch + SCORES + column
+        before = load(F32, scratch + M + column)
+        highest = before
+        for t in range(count):
+            highest = maximum(highest, load(F32, scores + t * _ROW))
+        correction = exp2(sub(before, highest))
+        total = mul(load(F32, scratch + L + column), correction)
+        for t in range(count):
+            p = exp2(sub(load(F32, scores + t * _ROW), highest))
+            total = add(total, p)
+            store(F32, scores + t * _ROW, p)
+        store(F32, scratch + M + column, highest)
+        store(F32, scratch + L + column, total)
+        store(F32, scratch + CORRECTION + column, correction)
+
+
+@kernel
+def accumulate_values(cfg: Any, rows: int, count: int, acc: int, values: int, scratch: int) -> None:
+    """acc[row] = correction[row] · acc[row] + Σ_t p[t, row] v_t. Rows of a last, short tile are padding."""
+    for first in range(0, rows, VALUE_ROWS):
+        column = 0
+        while column + VALUE_VECTORS * LANES * 4 <= cfg.row_bytes:
+            sums = tile(VALUE_TILE)
+            for r in range(VALUE_ROWS):
+                correction = splat(load_f32(scratch + CORRECTION + (first + r) * 4))
+                for c in range(VALUE_VECTORS):
+                    at = acc + (first + r) * cfg.row_bytes + column + c * LANES * 4
+                    sums[r * VALUE_VECTORS + c] = mul(correction, load(F32, at))
+            for t in range(count):
+                v = tile(VALUE_VECTORS)
+                for c in range(VALUE_VECTORS):
+                    v[c] = load(F32, values + t * cfg.row_bytes + column + c * LANES * 4)
+                for r in range(VALUE_ROWS):
+                    p = splat(load_f32(scratch + SCORES + t * _ROW + (first + r) * 4))
+                    for c in range(VALUE_VECTORS):
+                        sums[r * VALUE_VECTORS + c] = fma(p, v[c], sums[r * VALUE_VECTORS + c])
+            for r in range(VALUE_ROWS):
+                for c in range(VALUE_VECTORS):
+                    at = acc + (first + r) * cfg.row_bytes + column + c * LANES * 4
+                    store(F32, at, sums[r * VALUE_VECTORS + c])
+            column += VALUE_VECTORS * LANES * 4
+        while column < cfg.row_bytes:  # head_dim's last vectors, one by one
+            sums = tile(VALUE_ROWS)
+            for r in range(VALUE_ROWS):
+                correction = splat(load_f32(scratch + CORRECTION + (first + r) * 4))
+                sums[r] = mul(correction, load(F32, acc + (first + r) * cfg.row_bytes + column))
+            for t in range(count):
+                one = load(F32, values + t * cfg.row_bytes + column)
+                for r in range(VALUE_ROWS):
+                    p = splat(load_f32(scratch + SCORES + t * _ROW + (first + r) * 4))
+                    sums[r] = fma(p, one, sums[r])
+            for r in range(VALUE_ROWS):
+                store(F32, acc + (first + r) * cfg.row_bytes + column, sums[r])
+            column += LANES * 4

@@ -1,0 +1,171 @@
+"""What the decode and prefill kernels share: a call's addresses, rows in and rows out, and where pages lie.
+
+Inside the kernels scores are in base 2, ``s = score · log2(e)``, so that exponentials are exp2; a row's state is
+(m, l, acc) with out = acc / l and lse = ln 2 · (m + log2 l).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quire.kernels.cpu.launch import kernel
+from quire.kernels.cpu.memory import (
+    BYTES,
+    F32,
+    load,
+    load_f32,
+    load_head,
+    load_i32,
+    store,
+    store_f32,
+    store_head,
+    store_i64,
+)
+from quire.kernels.cpu.simd import LANES, mul, splat
+
+LOG2_E = np.float32(1.4426950408889634)
+LN_2 = np.float32(0.6931471805599453)
+MINUS_INFINITY = np.float32(-np.inf)
+LOWEST = np.float32(np.finfo(np.float32).min)  # a maximum to start from: −inf − −inf would be NaN
+ZERO = np.float32(0.0)
+
+
+class Step(NamedTuple):
+    """One kernel's part of a plan: addresses of int64 arrays and of scratch memory."""
+
+    items: int  # [num_items, 8], work.ITEM_COLUMNS
+    worker_indptr: int  # [num_workers + 1]
+    merges: int  # [num_merges, 5], work.MERGE_COLUMNS
+    page_table: int  # int32 [batch, max_pages]
+    page_table_row: int  # bytes from one row to the next
+    seq_lens: int  # [batch]
+    cu_seqlens_q: int  # [batch + 1]
+    page_size: int
+    group: int  # query heads per KV head
+    causal: int
+    window_left: int
+    partial_rows: int  # rows of one partial state
+    partial_out: int  # float32 [num_partials, partial_rows, padded head_dim]
+    partial_lse: int  # float32 [num_partials, partial_rows], base 2
+    scratch: int
+    scratch_bytes: int  # per worker
+
+
+class Call(NamedTuple):
+    """One layer's tensors: addresses, and strides in bytes. An address of 0 means: not given."""
+
+    q: int
+    q_token: int
+    q_head: int
+    k: int
+    k_head: int
+    k_page: int
+    k_slot: int
+    v: int
+    v_head: int
+    v_page: int
+    v_slot: int
+    out: int
+    out_token: int
+    out_head: int
+    lse: int
+    lse_token: int
+    k_scale: int
+    v_scale: int
+    scale_head: int
+    scale_page: int
+    scale_slot: int
+    alibi_slopes: int
+    sinks: int
+    tree_mask: int
+    tree_mask_row: int
+    softmax_scale: float
+    softcap: float
+
+
+@kernel
+def load_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> None:
+    """Convert one row of head_dim elements to float32 scratch, times a factor, padded with zeros."""
+    for i in range(cfg.vectors):
+        values = load(dtype, source + i * LANES * BYTES[dtype])
+        store(F32, target + i * LANES * 4, mul(values, splat(factor)))
+    if cfg.tail:
+        i = cfg.vectors
+        values = load_head(dtype, source + i * LANES * BYTES[dtype], cfg.tail)
+        store(F32, target + i * LANES * 4, mul(values, splat(factor)))
+
+
+@kernel
+def store_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> None:
+    """Write one row of float32 scratch, times a factor, as head_dim elements."""
+    for i in range(cfg.vectors):
+        values = mul(load(F32, source + i * LANES * 4), splat(factor))
+        store(dtype, target + i * LANES * BYTES[dtype], values)
+    if cfg.tail:
+        i = cfg.vectors
+        values = mul(load(F32, source + i * LANES * 4), splat(factor))
+        store_head(dtype, target + i * LANES * BYTES[dtype], values, cfg.tail)
+
+
+@kernel
+def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, l: float) -> None:  # noqa: E741
+    """Write a whole row's result: out = acc / (l + sink's share), lse = ln 2 · (m + log2 l).
+
+    A row that saw no key has l = 0: out is zero and lse −inf, whatever the sink.
+    """
+    factor, lse = ZERO, MINUS_INFINITY
+    if l > ZERO or l != l:
+        weight = np.float32(1.0)
+        if call.sinks:
+            sink = load_f32(call.sinks + head * 4) * LOG2_E
+            highest = max(m, sink)
+            weight = np.exp2(m - highest)
+            l = l * weight + np.exp2(sink - highest)  # noqa: E741
+            m = highest
+        factor = weight / l
+        lse = (m + np.log2(l)) * LN_2
+    store_row(cfg, cfg.q_dtype, acc, factor, call.out + token * call.out_token + head * call.out_head)
+    if call.lse:
+        store_f32(call.lse + token * call.lse_token + head * 4, lse)
+
+
+@kernel
+def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: float, l: float) -> None:  # noqa: E741
+    """Leave a split row's state in the workspace, normalised over its own keys."""
+    at = partial * step.partial_rows + row
+    factor, lse = ZERO, MINUS_INFINITY
+    if l > ZERO or l != l:
+        factor = np.float32(1.0) / l
+        lse = m + np.log2(l)
+    store_row(cfg, F32, acc, factor, step.partial_out + at * cfg.row_bytes)
+    store_f32(step.partial_lse + at * 4, lse)
+
+
+@kernel
+def locate_tokens(
+    step: Step, sequence: int, begin: int, end: int, base: int, page_stride: int, slot_stride: int, target: int
+) -> None:
+    """Write the byte addresses of a sequence's tokens begin … end − 1 to ``target``, page by page."""
+    table = step.page_table + sequence * step.page_table_row
+    token = begin
+    while token < end:
+        page = token // step.page_size
+        first = page * step.page_size
+        last = min(first + step.page_size, end)
+        address = base + load_i32(table + page * 4) * page_stride + (token - first) * slot_stride
+        while token < last:
+            store_i64(target + (token - begin) * 8, address)
+            address += slot_stride
+            token += 1
+
+
+@kernel
+def load_scales(step: Step, call: Call, sequence: int, begin: int, end: int, base: int, target: int) -> None:
+    """Copy the fp32 scales of a sequence's tokens begin … end − 1 to ``target``."""
+    table = step.page_table + sequence * step.page_table_row
+    for token in range(begin, end):
+        page = load_i32(table + token // step.page_size * 4)
+        scale = load_f32(base + page * call.scale_page + token % step.page_size * call.scale_slot)
+        store_f32(target + (token - begin) * 4, scale)

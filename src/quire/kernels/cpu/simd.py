@@ -1,0 +1,272 @@
+"""A small SIMD language inside Numba: the words the CPU kernels compute with.
+
+Every word is a Numba intrinsic over LLVM vectors of 16 float32 lanes. LLVM lowers the same source to one
+AVX-512 register, two of AVX or four of NEON. ``memory`` holds the words that load and store.
+
+    registers   tile(n): n vectors, read and written as [i]; n is known at compile time
+    values      splat(x)  lanes() = 0, 1, … 15
+    arithmetic  add  sub  mul  div  fma(a, b, c) = a·b + c  maximum  magnitude  exp2  tanh
+    masks       at_least(a, b)  less_than(a, b)  both(m, n)  select(m, a, b) = a where m else b
+    across      first_lane(v)  fold_sum(v, n)  fold_max(v, n)  sum_rows(tile)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 16
+
+_f32, _i1, _i32 = ir.FloatType(), ir.IntType(1), ir.IntType(32)
+
+
+def _vector(element: Any) -> Any:
+    return ir.VectorType(element, LANES)
+
+
+def _all(element: Any, value: Any) -> Any:
+    return ir.Constant(_vector(element), [value] * LANES)
+
+
+class LaneType(types.Type):
+    """A vector of 16 lanes: "f32" values, or the "mask" of a comparison."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        super().__init__(f"quire_{kind}x{LANES}")
+
+
+class TileType(types.Type):
+    """A tile of vectors that LLVM keeps in registers once its loops are unrolled."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        super().__init__(f"quire_tile{size}")
+
+
+vector, mask = LaneType("f32"), LaneType("mask")
+
+
+@register_model(LaneType)
+class _LaneModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: LaneType) -> None:
+        super().__init__(manager, fe_type, _vector(_f32 if fe_type.kind == "f32" else _i1))
+
+
+@register_model(TileType)
+class _TileModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: TileType) -> None:
+        super().__init__(manager, fe_type, ir.ArrayType(_vector(_f32), fe_type.size).as_pointer())
+
+
+def _word(result: Any, emit: Callable[..., Any], arity: int) -> Any:
+    """An intrinsic of ``arity`` arguments whose code is ``emit(builder, *llvm_values)``."""
+
+    def typed(*args: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            emitted = emit(builder, *values)
+            return context.get_dummy_value() if result is types.void else emitted
+
+        return result(*args), codegen
+
+    # Numba reads the parameters' names off the function, so each arity needs its own.
+    forms = {
+        0: lambda typingctx: typed(),
+        1: lambda typingctx, a: typed(a),
+        2: lambda typingctx, a, b: typed(a, b),
+        3: lambda typingctx, a, b, c: typed(a, b, c),
+    }
+    return intrinsic(forms[arity])
+
+
+def _call(builder: Any, name: str, result: Any, args: list[Any], **flags: Any) -> Any:
+    signature = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args, **flags)
+
+
+# --- registers -------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def tile(typingctx: Any, size: Any) -> Any:
+    """A register tile of ``size`` vectors, a compile-time number; read and written with ``[i]``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        registers = cgutils.alloca_once(builder, ir.ArrayType(_vector(_f32), size.literal_value))
+        registers.align = 64
+        return registers
+
+    return TileType(size.literal_value)(size), codegen
+
+
+@intrinsic
+def _read(typingctx: Any, registers: Any, index: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(cgutils.gep_inbounds(builder, args[0], 0, args[1]))
+
+    return vector(registers, index), codegen
+
+
+@intrinsic
+def _write(typingctx: Any, registers: Any, index: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], cgutils.gep_inbounds(builder, args[0], 0, args[1]))
+        return context.get_dummy_value()
+
+    return types.void(registers, index, value), codegen
+
+
+@overload(operator.getitem)
+def _tile_getitem(registers, index):  # type: ignore[no-untyped-def]  # Numba compares this signature with the next
+    if isinstance(registers, TileType):
+        return lambda registers, index: _read(registers, index)
+    return None
+
+
+@overload(operator.setitem)
+def _tile_setitem(registers, index, value):  # type: ignore[no-untyped-def]
+    if isinstance(registers, TileType):
+        return lambda registers, index, value: _write(registers, index, value)
+    return None
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------
+
+
+def _broadcast(builder: Any, scalar: Any) -> Any:
+    undefined = ir.Constant(_vector(scalar.type), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(_i32, 0))
+    return builder.shuffle_vector(first, undefined, _all(_i32, 0))
+
+
+def _emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, f"llvm.fma.v{LANES}f32", _vector(_f32), [a, b, c])
+
+
+def _emit_maximum(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _emit_magnitude(builder: Any, x: Any) -> Any:
+    return _call(builder, f"llvm.fabs.v{LANES}f32", _vector(_f32), [x])
+
+
+# 2^f on [−1/2, 1/2]: our own fit of degree 6 with constant 1, relative error 2e-9 before rounding.
+_EXP2_COEFFICIENTS = (
+    1.53533591e-4, 1.33988754e-3, 9.61843738e-3, 5.55033247e-2, 2.40226479e-1, 6.93147203e-1, 1.0,
+)  # fmt: skip
+_ROUND = 12582912.0  # 1.5·2^23: adding it leaves a number rounded to an integer in the low bits
+
+
+def _emit_exp2(builder: Any, x: Any) -> Any:
+    """2^x for x ≤ 0, zero below 2^−126, NaN for NaN: x = n + f, 2^x = 2^n · p(f)."""
+    shifted = builder.fadd(x, _all(_f32, _ROUND + 127.0))
+    fraction = builder.fsub(x, builder.fsub(shifted, _all(_f32, _ROUND + 127.0)))
+    power = _all(_f32, _EXP2_COEFFICIENTS[0])
+    for coefficient in _EXP2_COEFFICIENTS[1:]:
+        power = _emit_fma(builder, power, fraction, _all(_f32, coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, _vector(_i32)), _all(_i32, 23))
+    scaled = builder.fmul(power, builder.bitcast(exponent, _vector(_f32)))
+    underflows = builder.fcmp_ordered("<", x, _all(_f32, -126.0))
+    return builder.select(underflows, _all(_f32, 0.0), scaled)
+
+
+# tanh on [0, 0.55] as x·p(x²): our own fit, where (1 − e)/(1 + e) would cancel.
+_TANH_COEFFICIENTS = (
+    -0.00619869165, 0.0210205356, -0.0538405152, 0.133324805, -0.333333147, 1.0,
+)  # fmt: skip
+_TANH_SMALL = 0.55
+_TWO_LOG2_E = 2.8853900817779268
+
+
+def _emit_tanh(builder: Any, x: Any) -> Any:
+    """tanh |x| = (1 − e)/(1 + e) with e = 2^(−2·log2(e)·|x|), or a polynomial near zero, with the sign of x."""
+    size = _emit_magnitude(builder, x)
+    decay = _emit_exp2(builder, builder.fmul(size, _all(_f32, -_TWO_LOG2_E)))
+    one = _all(_f32, 1.0)
+    far = builder.fdiv(builder.fsub(one, decay), builder.fadd(one, decay))
+    square = builder.fmul(x, x)
+    near = _all(_f32, _TANH_COEFFICIENTS[0])
+    for coefficient in _TANH_COEFFICIENTS[1:]:
+        near = _emit_fma(builder, near, square, _all(_f32, coefficient))
+    near = builder.fmul(near, size)
+    result = builder.select(builder.fcmp_ordered("<", size, _all(_f32, _TANH_SMALL)), near, far)
+    return _call(builder, f"llvm.copysign.v{LANES}f32", _vector(_f32), [result, x])
+
+
+splat = _word(vector, _broadcast, 1)
+lanes = _word(vector, lambda b: ir.Constant(_vector(_f32), [float(i) for i in range(LANES)]), 0)
+add = _word(vector, lambda b, x, y: b.fadd(x, y), 2)
+sub = _word(vector, lambda b, x, y: b.fsub(x, y), 2)
+mul = _word(vector, lambda b, x, y: b.fmul(x, y), 2)
+div = _word(vector, lambda b, x, y: b.fdiv(x, y), 2)
+fma = _word(vector, _emit_fma, 3)
+maximum = _word(vector, _emit_maximum, 2)
+magnitude = _word(vector, _emit_magnitude, 1)
+exp2 = _word(vector, _emit_exp2, 1)
+tanh = _word(vector, _emit_tanh, 1)
+at_least = _word(mask, lambda b, x, y: b.fcmp_ordered(">=", x, y), 2)
+less_than = _word(mask, lambda b, x, y: b.fcmp_ordered("<", x, y), 2)
+both = _word(mask, lambda b, x, y: b.and_(x, y), 2)
+select = _word(vector, lambda b, m, x, y: b.select(m, x, y), 3)
+
+
+# --- across lanes ----------------------------------------------------------------------------------------
+
+
+def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_i32, len(order)), order))
+
+
+def _fold(combine: Callable[..., Any]) -> Any:
+    @intrinsic(prefer_literal=True)
+    def fold(typingctx: Any, value: Any, period: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            folded, step = args[0], period.literal_value
+            while step < LANES:
+                turned = _shuffle(builder, folded, folded, [(i + step) % LANES for i in range(LANES)])
+                folded, step = combine(builder, folded, turned), 2 * step
+            return folded
+
+        return vector(value, period), codegen
+
+    return fold
+
+
+first_lane = _word(types.float32, lambda builder, v: builder.extract_element(v, _i32(0)), 1)
+
+# Combine the lanes that are equal modulo a period (a power of two), leaving the result in each of them.
+fold_sum = _fold(lambda builder, a, b: builder.fadd(a, b))
+fold_max = _fold(_emit_maximum)
+
+
+@intrinsic
+def sum_rows(typingctx: Any, registers: Any) -> Any:
+    """Lane i of the result is the sum over the lanes of vector i of a 16-vector tile.
+
+    A tree of 15 pairwise steps, each halving the vectors: cheaper than 16 separate reductions.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows = [builder.load(cgutils.gep_inbounds(builder, args[0], 0, i)) for i in range(LANES)]
+        # After a step with distance d, lane j of pair (a, b) holds part of a's sum if bit d of j is clear,
+        # of b's if it is set; rows are paired so that row i's sum ends in lane i.
+        distance = LANES // 2
+        while distance:
+            half = len(rows) // 2
+            low = [i if not i & distance else LANES + i - distance for i in range(LANES)]
+            high = [i + distance if not i & distance else LANES + i for i in range(LANES)]
+            rows = [
+                builder.fadd(_shuffle(builder, a, b, low), _shuffle(builder, a, b, high))
+                for a, b in zip(rows[:half], rows[half:], strict=True)
+            ]
+            distance //= 2
+        return rows[0]
+
+    return vector(registers), codegen

@@ -1,0 +1,81 @@
+"""Store: each token's K and V into its slot, quantised where the pages are.
+
+Quantisation is symmetric, per token and head: scale = max|x| / largest(dtype), values = round(x / scale), so
+that x ≈ values · scale and the largest element keeps its full precision. An all-zero row has scale 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quire.kernels.cpu.launch import kernel, parallel_for
+from quire.kernels.cpu.memory import BYTES, load, load_head, load_i64, store, store_f32, store_head
+from quire.kernels.cpu.simd import LANES, div, first_lane, fold_max, magnitude, maximum, splat
+
+
+class Write(NamedTuple):
+    """K's or V's tensors: addresses, and strides in bytes. A scale address of 0 means: not quantised."""
+
+    rows: int
+    token: int
+    head: int
+    pages: int
+    pages_head: int
+    page: int
+    slot: int
+    scale: int
+    scale_head: int
+    scale_page: int
+    scale_slot: int
+
+
+@kernel
+def write(cfg: Any, threads: int, tokens: int, heads: int, slots: int, page_size: int, k: Write, v: Write) -> None:
+    """Write every token's K and V."""
+    parallel_for(write_token, threads, tokens, (cfg, heads, slots, page_size, k, v))
+
+
+@kernel
+def write_token(token: int, cfg: Any, heads: int, slots: int, page_size: int, k: Write, v: Write) -> None:
+    """All heads of one token; slot −1 writes nowhere."""
+    slot = load_i64(slots + token * 8)
+    if slot < 0:
+        return
+    page, offset = slot // page_size, slot % page_size
+    for head in range(heads):
+        write_row(cfg, token, head, page, offset, k)
+        write_row(cfg, token, head, page, offset, v)
+
+
+@kernel
+def write_row(cfg: Any, token: int, head: int, page: int, offset: int, to: Write) -> None:
+    """One row of head_dim elements."""
+    source = to.rows + token * to.token + head * to.head
+    target = to.pages + head * to.pages_head + page * to.page + offset * to.slot
+    scale = np.float32(1.0)
+    if to.scale:
+        scale = largest_element(cfg, source) / np.float32(cfg.kv_largest)
+        store_f32(to.scale + head * to.scale_head + page * to.scale_page + offset * to.scale_slot, scale)
+        if scale == np.float32(0.0):
+            scale = np.float32(1.0)  # an all-zero row: anything that keeps 0 / scale at 0
+    step, kv_step = LANES * BYTES[cfg.q_dtype], LANES * BYTES[cfg.kv_dtype]
+    for i in range(cfg.vectors):
+        values = load(cfg.q_dtype, source + i * step)
+        store(cfg.kv_dtype, target + i * kv_step, div(values, splat(scale)))
+    if cfg.tail:
+        values = load_head(cfg.q_dtype, source + cfg.vectors * step, cfg.tail)
+        store_head(cfg.kv_dtype, target + cfg.vectors * kv_step, div(values, splat(scale)), cfg.tail)
+
+
+@kernel
+def largest_element(cfg: Any, source: int) -> float:
+    """max|x| of one row."""
+    step = LANES * BYTES[cfg.q_dtype]
+    largest = splat(np.float32(0.0))
+    for i in range(cfg.vectors):
+        largest = maximum(largest, magnitude(load(cfg.q_dtype, source + i * step)))
+    if cfg.tail:
+        largest = maximum(largest, magnitude(load_head(cfg.q_dtype, source + cfg.vectors * step, cfg.tail)))
+    return first_lane(fold_max(largest, 1))
