@@ -44,6 +44,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below by name
         )
     except Exception as error:  # transformers, safetensors and json each raise their own kinds
         reason = str(error).strip().split("\n")[0]
@@ -52,7 +53,7 @@ def load_model(
             f"{type(error).__name__}: {reason}. Fix: check the folder's config.json and weights"
         ) from error
     # transformers fills missing weights with random numbers and only warns.
-    missing = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if missing:
         raise ModelError(
             f"the weights in {str(folder)!r} must be complete; got {len(missing)} missing or misshapen, "

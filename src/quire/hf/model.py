@@ -57,13 +57,14 @@ class PagedModel:
         guard.check_config(model)
         self._forward = PackedForward(model)
         shapes = guard.layer_shapes(model, self._forward)
+        self.bytes_per_page = bytes_per_page(shapes, page_size, kv_dtype)
         guard.check_logits(model, self._forward, shapes, page_size, backend)
 
         self.model = model
         self.page_size = page_size
-        self.bytes_per_page = bytes_per_page(shapes, page_size, kv_dtype)
         if num_pages is None:
-            num_pages = pages_within(memory_bytes or _default_pool_bytes(model.device), self.bytes_per_page)
+            budget = _default_pool_bytes(model.device) if memory_bytes is None else memory_bytes
+            num_pages = pages_within(budget, self.bytes_per_page)
         self.max_seq_len = limits.max_seq_len(model.config)
         self._backend = backend
         self._cache = PagedCache(
