@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quire.engine.request import Request, SamplingParams
-from quire.engine.sampler import sample
+from quire.engine.sampler import _keep_top_p, sample
 
 
 def request(**params) -> Request:
@@ -65,6 +65,19 @@ def test_a_draw_is_where_one_uniform_number_falls_in_the_cumulative_mass(filters
     for seed, token in enumerate(draws(LOGITS, 50, temperature=1.0, **filters)):
         u = torch.rand(1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         assert token == int((mass.cumsum(0) <= u * mass.sum()).sum())
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+def test_top_p_over_a_large_vocabulary_is_what_a_full_sort_says(spread):
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * spread
+    params = [SamplingParams(temperature=1.0, top_p=p) for p in (0.3, 1.0, 0.95)]
+    probabilities = logits.softmax(-1)
+    kept = _keep_top_p(probabilities, params) > 0
+    for row, p in ((0, 0.3), (2, 0.95)):
+        ranked, order = probabilities[row].double().sort(descending=True)
+        needed = int((ranked.cumsum(0) < p).sum()) + 1
+        assert set(order[:needed].tolist()) == set(kept[row].nonzero().flatten().tolist())
+    assert kept[1].all()
 
 
 def test_ties_at_the_edge_of_a_filter_all_stay():

@@ -8,6 +8,8 @@ import torch
 
 from quire.engine.request import Request, SamplingParams
 
+_FIRST_RANKS = 128  # how deep to sort for top_p at first
+
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """Choose the next token of each request as its parameters say.
@@ -22,7 +24,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     Returns:
         Token ids. Greedy ties go to the token `torch.argmax` takes.
     Cost: greedy rows one pass; rows that draw a softmax and a cumulative sum; of these, rows with
-        top_k a partial sort and rows with top_p a sort of the vocabulary. One host sync.
+        top_k or top_p a partial sort as deep as they reach. One host sync, with top_p one or a few more.
     Source: top-k, arXiv:1805.04833 §5.4; top-p (nucleus), arXiv:1904.09751 §3.1.
     """
     drawing = [row for row, request in enumerate(requests) if request.generator is not None]
@@ -43,7 +45,7 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     probabilities = _keep_top_p(_keep_top_k(scores, params).softmax(dim=-1), params)
 
     # u is uniform in [0, total mass): the token drawn is the first whose cumulative mass exceeds u.
-    mass = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    mass = probabilities.double().cumsum(dim=-1)
     uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=r.generator) for r in requests])
     u = uniform.to(mass.device)[:, None] * mass[:, -1:]
     last_possible = (mass < mass[:, -1:]).sum(dim=-1, keepdim=True)  # where rounding must not go beyond
@@ -69,13 +71,30 @@ def _keep_top_p(probabilities: torch.Tensor, params: Sequence[SamplingParams]) -
     filtered = [row for row, p in enumerate(params) if p.top_p < 1]
     if not filtered:
         return probabilities
-    ranked = probabilities[filtered].sort(dim=-1, descending=True).values
-    likelier_mass = ranked.cumsum(dim=-1, dtype=torch.float64) - ranked
+    top_p = _column([params[row].top_p for row in filtered], probabilities).double()
+    ranked, mass = _likeliest_that_reach(top_p, probabilities[filtered])
     # A token is needed if those likelier than it do not reach top_p; so the likeliest always is.
-    needed = likelier_mass < _column([params[row].top_p for row in filtered], likelier_mass)
+    needed = mass - ranked < top_p
     lowest = torch.zeros_like(probabilities[:, :1])
     lowest[filtered] = ranked.gather(-1, needed.sum(dim=-1, keepdim=True).clamp(min=1) - 1)
     return probabilities.masked_fill(probabilities < lowest, 0)
+
+
+def _likeliest_that_reach(
+    top_p: torch.Tensor, probabilities: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first columns of the sorted rows, at least to where each reaches top_p, and their cumulative mass.
+
+    A language model's mass sits in few tokens: the ranks beyond them are not worth sorting a vocabulary for.
+    """
+    vocab_size = probabilities.shape[-1]
+    num_ranks = _FIRST_RANKS
+    while True:
+        ranked = probabilities.topk(min(num_ranks, vocab_size), dim=-1).values
+        mass = ranked.double().cumsum(dim=-1)
+        if num_ranks >= vocab_size or bool((mass[:, -1:] >= top_p).all()):
+            return ranked, mass
+        num_ranks *= 16
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,9 @@ class TextStream:
 
     def _release(self, chunk: str) -> bool:
         self._decoded_chars += len(chunk)
+        if not self._stop:
+            self.text += chunk
+            return False
         self._held += chunk
         ends = [at for at in map(self._held.find, self._stop) if at >= 0]
         certain = min(ends) if ends else len(self._held) - self._possible_stop_chars()
