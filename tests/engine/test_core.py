@@ -175,13 +175,6 @@ def test_the_models_longest_sequence_ends_a_request():
     assert (len(output.token_ids), output.finish_reason) == (4, "length")
 
 
-@pytest.mark.parametrize(("max_seq_len", "expected"), [(None, 33 - 5), (20, 20 - 5)])
-def test_without_max_tokens_a_request_goes_as_far_as_model_and_pool_allow(max_seq_len, expected):
-    engine = Engine(FakeModel(num_pages=8, page_size=4, max_seq_len=max_seq_len))
-    request_id = engine.add_request([1] * 5, SamplingParams(max_tokens=None))
-    assert len(serve(engine)[request_id].token_ids) == expected
-
-
 def test_a_request_that_just_fits_the_whole_pool_is_served_and_one_token_more_is_refused():
     engine = Engine(FakeModel(num_pages=4, page_size=4))
     request_id = engine.add_request([1] * 10, SamplingParams(max_tokens=7))  # the last token needs no slot

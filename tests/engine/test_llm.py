@@ -255,13 +255,3 @@ def test_a_transformers_model_is_put_on_pages(model, prompts, expected):
 def test_no_folder_is_one_clear_sentence(tmp_path):
     with pytest.raises(ModelError, match="model must be a folder"):
         LLM(tmp_path / "nothing")
-
-
-def test_the_progress_bar_counts_requests_and_tokens_on_stderr(model, capsys):
-    llm = make_llm(model)
-    llm.generate(["a", "b"], SamplingParams(max_tokens=3, ignore_eos=True), progress=True)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "2/2 requests · 6 tokens" in captured.err.replace("\n", " ")
-    llm.generate(["a", "b"], SamplingParams(max_tokens=3))
-    assert capsys.readouterr().err == "", "stderr is no terminal here"
