@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from quire.kernels.cpu.launch import kernel, parallel_for
+from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import BYTES, F32, load, load_f32, load_head, load_i64, load_u8, prefetch, store, store_f32, store_i64
 from quire.kernels.cpu.rows import (
     LOG2_E,
@@ -79,7 +79,7 @@ def decode(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> None
     parallel_for(attend_share, threads, workers, (cfg, step, call))
 
 
-@kernel
+@part
 def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
     """One worker's items, in order."""
     scratch = step.scratch + worker * step.scratch_bytes
@@ -89,7 +89,7 @@ def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
         attend_item(cfg, step, call, step.items + item * 64, scratch)
 
 
-@kernel
+@part
 def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> None:
     """One KV range of one sequence and KV head; the group is walked in tiles of at most ``cfg.heads``."""
     sequence, kv_head, token = load_i64(item), load_i64(item + 8), load_i64(item + 16)
@@ -121,13 +121,13 @@ def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> No
         finish_tile(cfg, step, call, token, kv_head, i, partial, states + i * tile_bytes(cfg.row_bytes))
 
 
-@kernel
+@part
 def tile_bytes(row_bytes: int) -> int:
     """Scratch of one tile; its accumulators follow the 16 rows of q."""
     return Q_ROWS + 2 * MAX_HEADS * row_bytes
 
 
-@kernel
+@part
 def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, state: int) -> None:
     """Load the tile's queries, scaled so that scores come out in base 2, and empty its softmax state."""
     scale = np.float32(call.softmax_scale) * LOG2_E
@@ -151,7 +151,7 @@ def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, numbe
                 store_f32(state + SLOPE + (t * cfg.padded_heads + g) * 4, slope)
 
 
-@kernel
+@part
 def locate_block(
     cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, end: int, block: int
 ) -> None:
@@ -168,7 +168,7 @@ def locate_block(
         load_scales(step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, block + V_SCALES)
 
 
-@kernel
+@part
 def score_block(
     cfg: Any, count: int, upcoming_count: int, here: int, upcoming: int, state: int, scores: int
 ) -> None:
@@ -197,7 +197,7 @@ def score_block(
         store(F32, scores + first * cfg.padded_heads * 4, sum_rows(products))
 
 
-@kernel
+@part
 def adjust_scores(cfg: Any, call: Call, distance: int, count: int, here: int, state: int, scores: int) -> None:
     """Scales of quantised keys, softcap and ALiBi, where asked for; −inf behind the block's last token.
 
@@ -226,7 +226,7 @@ def adjust_scores(cfg: Any, call: Call, distance: int, count: int, here: int, st
         store_f32(scores + j * 4, MINUS_INFINITY)
 
 
-@kernel
+@part
 def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scores: int) -> None:
     """Scores become weights p = 2^(s − m'); m, l and the correction 2^(m − m') move on (online softmax)."""
     vectors = (count * cfg.padded_heads + LANES - 1) // LANES
@@ -252,7 +252,7 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
                 store_f32(at, load_f32(at) * scale)
 
 
-@kernel
+@part
 def accumulate_values(cfg: Any, count: int, here: int, state: int, scores: int) -> None:
     """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers."""
     v_rows, accs, step_bytes = here + V_ROWS, state + Q_ROWS + MAX_HEADS * cfg.row_bytes, LANES * BYTES[cfg.kv_dtype]
@@ -286,7 +286,7 @@ def accumulate_values(cfg: Any, count: int, here: int, state: int, scores: int) 
             store(F32, at, total)
 
 
-@kernel
+@part
 def finish_tile(
     cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, partial: int, state: int
 ) -> None:

@@ -264,11 +264,16 @@ _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Mark a function as CPU kernel code: compiled on first use, kept on disk, run without the GIL."""
+    """Mark a kernel that Python calls: compiled on first use, kept on disk, run without the GIL."""
     try:
         return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # nowhere to write a cache: an installation without a writable home
         return numba.njit(**_OPTIONS)(function)
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """Mark a piece that only kernels call: compiled into them, without a door to Python or disk of its own."""
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from quire.kernels.cpu.launch import kernel, parallel_for
+from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, store
 from quire.kernels.cpu.rows import LOWEST, ZERO, Call, Step, finish_row
 from quire.kernels.cpu.simd import LANES, fma, splat
@@ -27,7 +27,7 @@ def merge(cfg: Any, threads: int, merges: int, step: Step, call: Call) -> None:
     parallel_for(merge_tile, threads, merges, (cfg, step, call))
 
 
-@kernel
+@part
 def merge_tile(number: int, cfg: Any, step: Step, call: Call) -> None:
     """Fold the parts of one tile, row by row, into the first part's place, and write the results."""
     entry = step.merges + number * 40

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from quire.kernels.cpu.launch import kernel, parallel_for
+from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, load_u8, store, store_f32
 from quire.kernels.cpu.rows import (
     LOG2_E,
@@ -78,7 +78,7 @@ def prefill(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> Non
     parallel_for(attend_share, threads, workers, (cfg, step, call))
 
 
-@kernel
+@part
 def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
     """One worker's items, in order."""
     scratch = step.scratch + worker * step.scratch_bytes
@@ -88,14 +88,14 @@ def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
         attend_item(cfg, step, call, step.items + item * 64, scratch)
 
 
-@kernel
+@part
 def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> None:
     """One query tile against one KV range; a group of more than ROWS heads is walked in parts."""
     for first_head in range(0, step.group, ROWS):
         attend_heads(cfg, step, call, item, first_head, min(ROWS, step.group - first_head), scratch)
 
 
-@kernel
+@part
 def attend_heads(cfg: Any, step: Step, call: Call, item: int, first_head: int, heads: int, scratch: int) -> None:
     """The tile's tokens × ``heads`` heads of the group from ``first_head`` on; row = token × heads + head."""
     sequence, kv_head, token, q_len = load_i64(item), load_i64(item + 8), load_i64(item + 16), load_i64(item + 24)
@@ -134,7 +134,7 @@ def attend_heads(cfg: Any, step: Step, call: Call, item: int, first_head: int, h
             finish_partial(cfg, step, partial, row_token * step.group + first_head + row_head, at, m, l)
 
 
-@kernel
+@part
 def start_rows(
     step: Step, call: Call, head: int, heads: int, position: int, rows: int, seq_len: int, scratch: int
 ) -> None:
@@ -158,7 +158,7 @@ def start_rows(
         store_f32(scratch + L + row * 4, ZERO)
 
 
-@kernel
+@part
 def load_queries(
     cfg: Any, call: Call, token: int, head: int, heads: int, rows: int, queries: int, acc: int
 ) -> None:
@@ -178,7 +178,7 @@ def load_queries(
         store(F32, acc + offset, splat(ZERO))
 
 
-@kernel
+@part
 def load_block(
     cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, count: int,
     keys: int, values: int, scratch: int,
@@ -198,7 +198,7 @@ def load_block(
         load_row(cfg, cfg.kv_dtype, load_i64(scratch + V_ROWS + t * 8), v_factor, values + t * cfg.row_bytes)
 
 
-@kernel
+@part
 def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores: int) -> None:
     """S[t, row] = k_t · q_row. Scores behind the block's last token come out too, and are never read."""
     vectors = (rows + LANES - 1) // LANES
@@ -236,7 +236,7 @@ def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores
             column += 1
 
 
-@kernel
+@part
 def adjust_scores(call: Call, rows: int, begin: int, position: int, count: int, scratch: int) -> None:
     """Softcap and ALiBi, where asked for."""
     if call.softcap > 0.0:
@@ -255,7 +255,7 @@ def adjust_scores(call: Call, rows: int, begin: int, position: int, count: int, 
                 store(F32, at, sub(load(F32, at), mul(slope, distance)))
 
 
-@kernel
+@part
 def hide_keys(rows: int, begin: int, position: int, count: int, scratch: int) -> None:
     """−inf where a key lies outside its row's [first_key, end_key)."""
     for column in range(0, rows * 4, LANES * 4):
@@ -267,7 +267,7 @@ def hide_keys(rows: int, begin: int, position: int, count: int, scratch: int) ->
             store(F32, at, select(visible, load(F32, at), splat(MINUS_INFINITY)))
 
 
-@kernel
+@part
 def hide_by_tree(
     step: Step, call: Call, sequence: int, token: int, heads: int, rows: int, begin: int, count: int, scratch: int
 ) -> None:
@@ -281,7 +281,7 @@ def hide_by_tree(
                 store_f32(scratch + SCORES + t * _ROW + row * 4, MINUS_INFINITY)
 
 
-@kernel
+@part
 def update_softmax(rows: int, count: int, scratch: int) -> None:
     """Scores become weights p = 2^(S − m'); m, l and the correction 2^(m − m') move on, a row per lane."""
     for column in range(0, rows * 4, LANES * 4):
@@ -301,7 +301,7 @@ def update_softmax(rows: int, count: int, scratch: int) -> None:
         store(F32, scratch + CORRECTION + column, correction)
 
 
-@kernel
+@part
 def accumulate_values(cfg: Any, rows: int, count: int, acc: int, values: int, scratch: int) -> None:
     """acc[row] = correction[row] · acc[row] + Σ_t p[t, row] v_t. Rows of a last, short tile are padding."""
     for first in range(0, rows, VALUE_ROWS):

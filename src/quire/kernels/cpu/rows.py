@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quire.kernels.cpu.launch import kernel
+from quire.kernels.cpu.launch import part
 from quire.kernels.cpu.memory import (
     BYTES,
     F32,
@@ -85,7 +85,7 @@ class Call(NamedTuple):
     softcap: float
 
 
-@kernel
+@part
 def load_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> None:
     """Convert one row of head_dim elements to float32 scratch, times a factor, padded with zeros."""
     for i in range(cfg.vectors):
@@ -97,7 +97,7 @@ def load_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> N
         store(F32, target + i * LANES * 4, mul(values, splat(factor)))
 
 
-@kernel
+@part
 def store_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> None:
     """Write one row of float32 scratch, times a factor, as head_dim elements."""
     for i in range(cfg.vectors):
@@ -109,7 +109,7 @@ def store_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> 
         store_head(dtype, target + i * LANES * BYTES[dtype], values, cfg.tail)
 
 
-@kernel
+@part
 def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, l: float) -> None:  # noqa: E741
     """Write a whole row's result: out = acc / (l + sink's share), lse = ln 2 · (m + log2 l).
 
@@ -131,7 +131,7 @@ def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, 
         store_f32(call.lse + token * call.lse_token + head * 4, lse)
 
 
-@kernel
+@part
 def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: float, l: float) -> None:  # noqa: E741
     """Leave a split row's state in the workspace, normalised over its own keys."""
     at = partial * step.partial_rows + row
@@ -143,7 +143,7 @@ def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: fl
     store_f32(step.partial_lse + at * 4, lse)
 
 
-@kernel
+@part
 def locate_tokens(
     step: Step, sequence: int, begin: int, end: int, base: int, page_stride: int, slot_stride: int, target: int
 ) -> None:
@@ -161,7 +161,7 @@ def locate_tokens(
             token += 1
 
 
-@kernel
+@part
 def load_scales(step: Step, call: Call, sequence: int, begin: int, end: int, base: int, target: int) -> None:
     """Copy the fp32 scales of a sequence's tokens begin … end − 1 to ``target``."""
     table = step.page_table + sequence * step.page_table_row

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quire.kernels.cpu.launch import kernel, parallel_for
+from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import BYTES, load, load_head, load_i64, store, store_f32, store_head
 from quire.kernels.cpu.simd import LANES, div, first_lane, fold_max, magnitude, maximum, splat
 
@@ -37,7 +37,7 @@ def write(cfg: Any, threads: int, tokens: int, heads: int, slots: int, page_size
     parallel_for(write_token, threads, tokens, (cfg, heads, slots, page_size, k, v))
 
 
-@kernel
+@part
 def write_token(token: int, cfg: Any, heads: int, slots: int, page_size: int, k: Write, v: Write) -> None:
     """All heads of one token; slot −1 writes nowhere."""
     slot = load_i64(slots + token * 8)
@@ -49,7 +49,7 @@ def write_token(token: int, cfg: Any, heads: int, slots: int, page_size: int, k:
         write_row(cfg, token, head, page, offset, v)
 
 
-@kernel
+@part
 def write_row(cfg: Any, token: int, head: int, page: int, offset: int, to: Write) -> None:
     """One row of head_dim elements."""
     source = to.rows + token * to.token + head * to.head
@@ -69,7 +69,7 @@ def write_row(cfg: Any, token: int, head: int, page: int, offset: int, to: Write
         store_head(cfg.kv_dtype, target + cfg.vectors * kv_step, div(values, splat(scale)), cfg.tail)
 
 
-@kernel
+@part
 def largest_element(cfg: Any, source: int) -> float:
     """max|x| of one row."""
     step = LANES * BYTES[cfg.q_dtype]
