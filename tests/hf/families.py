@@ -1,3 +1,4 @@
+# ruff: noqa: C408 (configs are written as the keyword arguments they become)
 """Tiny random models of each family, and a small server that runs them on poisoned pages."""
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gemma4": ("Gemma4", dict(sliding_window=6, global_head_dim=32, num_kv_shared_layers=2,
                               layer_types=["sliding_attention", "full_attention"] * 2,
                               hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB)),
-    "deepseek_v3": ("DeepseekV3", dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
-                                       v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
-                                       topk_group=1, moe_intermediate_size=16, num_key_value_heads=4, head_dim=8)),
+    "deepseek_v3": ("DeepseekV3", dict(num_key_value_heads=4, head_dim=8, qk_nope_head_dim=8,
+                                       qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=16, kv_lora_rank=16,
+                                       n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+                                       moe_intermediate_size=16)),
 }  # fmt: skip
 _TEXT_CONFIG = {"Llama4": "Llama4TextConfig", "Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig"}
 _CLASS = {"GPT2": "GPT2LMHeadModel"}
@@ -84,7 +86,7 @@ def tiny_model(family: str, **overrides: object) -> PreTrainedModel:
 
 @torch.no_grad()
 def sharpen(model: PreTrainedModel) -> None:
-    """Give normalised queries and keys, and sinks, weights that matter; other layers have a wide initializer."""
+    """Give normalised queries and keys, and sinks, weights that matter; the rest is drawn wide enough."""
     for name, parameter in model.named_parameters():
         if "q_norm" in name or "k_norm" in name:
             parameter.fill_(1.7)
@@ -114,7 +116,7 @@ class Server:
         owners = [name for name, count in counts.items() for _ in range(count)]
         tokens = len(owners)
         step = Step(
-            input_ids=torch.cat([self.texts[n][p] for n, p in zip(names, positions)]),
+            input_ids=torch.cat([self.texts[n][p] for n, p in zip(names, positions, strict=True)]),
             position_ids=torch.cat(positions),
             page_table=self.table.dense(names),
             seq_lens=self.table.seq_lens(names),
@@ -124,11 +126,10 @@ class Server:
         )
         logits = self.paged.forward(step)
         assert logits.shape == (tokens, self.paged.vocab_size)
-        for owner, position, row in zip(owners, step.position_ids.tolist(), logits):
-            yield owner, position, row
+        yield from zip(owners, step.position_ids.tolist(), logits, strict=True)
 
 
-# Prefills, a chunked prefill beside decodes, a chunk that crosses windows and chunks, decodes in another order.
+# Prefills, a chunked prefill beside decodes, a piece that crosses windows and chunks.
 SCHEDULE = (
     dict(a=15, b=5),
     dict(a=1, b=1, c=10),

@@ -29,7 +29,7 @@ def page_table_of(sequences, page_size):
 
 
 def keys_seen(page_table, seq_lens, cu_seqlens_q, page_size):
-    """For each packed query in order, the (page, offset) of every key that plain causal attention shows it."""
+    """For each packed query in order, the (page, offset) of every key that causal attention shows it."""
     seen = []
     q_lens = cu_seqlens_q.diff().tolist()
     for row, seq_len, q_len in zip(page_table.tolist(), seq_lens.tolist(), q_lens, strict=True):

@@ -1,3 +1,4 @@
+# ruff: noqa: C408 (configs are written as the keyword arguments they become)
 """What would be silently wrong on pages is refused before the first step, with a sentence that says why."""
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ REFUSED = {
     "bert": (hf.BertLMHeadModel, hf.BertConfig, {},
              "see all earlier tokens, a window or a chunk; got bert: layer 0 with another mask"),
     "bart": (hf.BartForCausalLM, hf.BartConfig,
-             dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, is_decoder=True),
+             dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48),
              "give the same logits on pages as without; got bart: logits off by"),
     "t5": (hf.T5ForConditionalGeneration, hf.T5Config, dict(d_model=32, num_layers=2, num_heads=4, d_kv=8),
            "be a decoder alone; got t5: an encoder-decoder"),
@@ -53,7 +54,9 @@ def test_a_model_that_pages_cannot_serve_is_refused_by_name_and_reason(model_typ
 
 
 def test_a_model_in_training_mode_is_refused():
-    with pytest.raises(UnsupportedError, match=r"in eval mode; got llama: training mode.*Fix: model\.eval\(\)"):
+    with pytest.raises(
+        UnsupportedError, match=r"in eval mode; got llama: training mode.*Fix: model\.eval\(\)"
+    ):
         on_pages(tiny_model("llama").train())
 
 
@@ -65,7 +68,9 @@ def test_an_encoder_made_a_decoder_is_served():
 def test_a_window_that_mask_and_layer_disagree_on_is_refused():
     model = tiny_model("gpt_oss")
     model.model.layers[2].self_attn.sliding_window = 6
-    with pytest.raises(UnsupportedError, match="6 tokens; got gpt_oss: layer 2 whose mask shows a window of 5"):
+    with pytest.raises(
+        UnsupportedError, match="6 tokens; got gpt_oss: layer 2 whose mask shows a window of 5"
+    ):
         on_pages(model)
 
 

@@ -60,13 +60,13 @@ def test_bytes_per_page_counts_every_pool_of_a_mixed_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(num_pages=1, memory_bytes=1 << 20), "only one of num_pages and memory_bytes"),
-        (dict(num_pages=None, memory_bytes=10), "memory_bytes must hold at least one page .* got 10"),
-        (dict(num_pages=None, memory_bytes=0), "memory_bytes must hold at least one page .* got 0"),
-        (dict(num_pages=0), "num_pages must be an int of at least 1; got 0"),
-        (dict(page_size=0), "page_size must be an int of at least 1; got 0"),
-        (dict(backend="cuda"), "backend must be"),
-        (dict(kv_dtype="int4"), "kv_dtype must be"),
+        ({"num_pages": 1, "memory_bytes": 1 << 20}, "only one of num_pages and memory_bytes"),
+        ({"num_pages": None, "memory_bytes": 10}, "memory_bytes must hold at least one page .* got 10"),
+        ({"num_pages": None, "memory_bytes": 0}, "memory_bytes must hold at least one page .* got 0"),
+        ({"num_pages": 0}, "num_pages must be an int of at least 1; got 0"),
+        ({"page_size": 0}, "page_size must be an int of at least 1; got 0"),
+        ({"backend": "cuda"}, "backend must be"),
+        ({"kv_dtype": "int4"}, "kv_dtype must be"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options, message):
@@ -117,8 +117,8 @@ def test_a_chunk_of_a_prompt_needs_no_logits(text):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda step: dict(input_ids=step.input_ids + VOCAB), "input_ids must be from 0 to 96"),
-        (lambda step: dict(position_ids=step.position_ids + 246), "position_ids must be from 0 to 255"),
+        (lambda step: {"input_ids": step.input_ids + VOCAB}, "input_ids must be from 0 to 96"),
+        (lambda step: {"position_ids": step.position_ids + 246}, "position_ids must be from 0 to 255"),
     ],
 )
 def test_a_refused_step_writes_nothing(text, change, message):
@@ -177,9 +177,7 @@ def test_a_model_set_to_quire_by_hand_says_how_it_is_run(text):
         model(text[None])
 
 
-@pytest.mark.parametrize(
-    ("kv_dtype", "tolerance"), [("int8", 0.1), ("fp8_e4m3", 0.7), (None, TOLERANCE)]
-)
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("int8", 0.1), ("fp8_e4m3", 0.7), (None, TOLERANCE)])
 def test_quantised_pages_stay_near_the_ordinary_model(kv_dtype, tolerance):
     model = tiny_model("llama", initializer_range=0.1)
     paged = on_pages(model, kv_dtype=kv_dtype)

@@ -30,18 +30,18 @@ def test_a_step_that_fits_is_accepted():
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        (dict(page_table=torch.zeros(2, 3, dtype=torch.int64)), DtypeError,
+        ({"page_table": torch.zeros(2, 3, dtype=torch.int64)}, DtypeError,
          r"page_table must be int32 \[batch, max_pages\] on the CPU; got torch.int64"),
-        (dict(input_ids=[5, 6, 7, 8]), ArgumentError, "input_ids must be int64 .* got list"),
-        (dict(input_ids=torch.tensor([[5, 6, 7, 8]])), ShapeError, r"input_ids must .* got shape \[1, 4\]"),
-        (dict(position_ids=torch.tensor([0, 1, 2])), ShapeError, "position_ids must .* got length 3"),
-        (dict(slot_mapping=torch.tensor([0])), ShapeError, "slot_mapping must .* got length 1"),
-        (dict(page_table=torch.zeros(1, 3, dtype=torch.int32)), ShapeError, "page_table must .* length 1"),
-        (dict(cu_seqlens_q=torch.tensor([0, 4], dtype=torch.int32)), ShapeError, "cu_seqlens_q must .* 2"),
-        (dict(cu_seqlens_q=torch.tensor([0, 3, 5], dtype=torch.int32)), ArgumentError,
+        ({"input_ids": [5, 6, 7, 8]}, ArgumentError, "input_ids must be int64 .* got list"),
+        ({"input_ids": torch.tensor([[5, 6, 7, 8]])}, ShapeError, r"input_ids must .* got shape \[1, 4\]"),
+        ({"position_ids": torch.tensor([0, 1, 2])}, ShapeError, "position_ids must .* got length 3"),
+        ({"slot_mapping": torch.tensor([0])}, ShapeError, "slot_mapping must .* got length 1"),
+        ({"page_table": torch.zeros(1, 3, dtype=torch.int32)}, ShapeError, "page_table must .* length 1"),
+        ({"cu_seqlens_q": torch.tensor([0, 4], dtype=torch.int32)}, ShapeError, "cu_seqlens_q must .* 2"),
+        ({"cu_seqlens_q": torch.tensor([0, 3, 5], dtype=torch.int32)}, ArgumentError,
          "cu_seqlens_q must end with the number of tokens, 4; got 5"),
-        (dict(logits_indices=torch.tensor([4])), ArgumentError, "logits_indices must be from 0 to 3; got 4"),
-        (dict(logits_indices=torch.tensor([-1])), ArgumentError, "logits_indices must .* got -1"),
+        ({"logits_indices": torch.tensor([4])}, ArgumentError, "logits_indices must be from 0 to 3; got 4"),
+        ({"logits_indices": torch.tensor([-1])}, ArgumentError, "logits_indices must .* got -1"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named_with_what_was_expected_and_a_fix(changed, error, message):
@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_named_with_what_was_expected_and_a_fix(changed, er
 
 def test_a_step_without_tokens_is_refused():
     empty = torch.zeros(0, dtype=torch.int64)
-    nothing = dict(input_ids=empty, position_ids=empty, slot_mapping=empty, logits_indices=empty)
+    nothing = {"input_ids": empty, "position_ids": empty, "slot_mapping": empty, "logits_indices": empty}
     with pytest.raises(ShapeError, match="at least one token"):
         Step(**fields(**nothing))
 

@@ -55,10 +55,16 @@ class MaskRule:
     device: torch.device
 
     def read(self, max_position: int | None = None) -> Visibility | None:
-        """The visibility that agrees with the rule at its corners and far out, or None."""
+        """The visibility that agrees with the rule at its corners and far out, or None.
+
+        A rule made for these tokens only, which has no answer about later ones, cannot be read: None.
+        """
         for candidate in self._candidates():
-            if all(self._agrees(candidate, q) for q in self._telling_positions(max_position)):
-                return candidate
+            try:
+                if all(self._agrees(candidate, q) for q in self._telling_positions(max_position)):
+                    return candidate
+            except IndexError:
+                return None
         return None
 
     def _candidates(self) -> list[Visibility]:
