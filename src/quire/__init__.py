@@ -21,6 +21,7 @@ from quire.errors import (
     ShapeError,
     UnsupportedError,
 )
+from quire.flash_attn import flash_attn_with_kvcache
 from quire.pages import KVPool, PageAllocator, PageTable
 from quire.spec import AttentionSpec
 from quire.state import SoftmaxState, merge
@@ -49,6 +50,7 @@ __all__ = [
     "ShapeError",
     "SoftmaxState",
     "UnsupportedError",
+    "flash_attn_with_kvcache",
     "merge",
     "paged_attention",
     "plan",
