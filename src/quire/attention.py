@@ -11,11 +11,12 @@ import itertools
 import weakref
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 
 from quire import checks
+from quire.custom_op import register
 from quire.errors import ArgumentError
 from quire.kernels import load_backend, resolve_backend
 from quire.plan import plan_step
@@ -67,16 +68,6 @@ class AttentionPlan:
         """int32 [pages]: tokens of each page that hold keys."""
         return torch.from_numpy(self.step.page_valid_lengths)
 
-    @overload
-    def run(
-        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, return_state: Literal[True], **rest: Any
-    ) -> SoftmaxState: ...
-
-    @overload
-    def run(
-        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, return_state: Literal[False] = False, **rest: Any
-    ) -> torch.Tensor: ...
-
     def run(
         self,
         q: torch.Tensor,
@@ -92,7 +83,7 @@ class AttentionPlan:
         v_scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         return_state: bool = False,
-    ) -> torch.Tensor | SoftmaxState:
+    ) -> Any:  # a tensor, or a SoftmaxState where asked for: a union would cost every caller a cast
         """Attend each query token to its own sequence's pages.
 
         Args:
@@ -166,7 +157,9 @@ def plan(
     Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
     """
     if not isinstance(window_left, int) or window_left < -1:
-        raise ArgumentError(f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1")
+        raise ArgumentError(
+            f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"
+        )
     table, lens, starts = checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
     where = page_table.device if device is None else torch.device(device)
     name = resolve_backend(backend, where)
@@ -213,7 +206,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
     return_state: bool = False,
     backend: str = "auto",
-) -> torch.Tensor | SoftmaxState:
+) -> Any:  # a tensor, or a SoftmaxState where asked for: a union would cost every caller a cast
     """Attend each query token to its own sequence's pages, planning on the way.
 
     Arguments, results and errors are those of ``plan`` and ``AttentionPlan.run``.
@@ -236,25 +229,6 @@ def _outputs(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[:2], dtype=torch.float32) if return_state else None
-
-
-# The operators. Their results are arguments (`Tensor(a!)`), so that a compiled graph plans the memory, and so
-# that one operator serves with and without `out` and lse.
-
-_SCORING = (
-    "float? softmax_scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
-    "Tensor? k_scale, Tensor? v_scale"
-)
-_library = torch.library.Library("quire", "FRAGMENT")
-_library.define(
-    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
-    "Tensor? cu_seqlens_q, Tensor(a!) out, Tensor(b!)? lse, bool causal, int window_left, str backend, "
-    f"{_SCORING}) -> ()"
-)
-_library.define(
-    "run_plan(Tensor plan_number, Tensor q, Tensor k_pages, Tensor v_pages, Tensor(a!) out, Tensor(b!)? lse, "
-    f"{_SCORING}) -> ()"
-)
 
 
 def _paged_attention_op(
@@ -284,10 +258,19 @@ def _run_plan_op(plan_number: torch.Tensor, *call: Any) -> None:
     _plans[int(plan_number)].attend(AttentionCall(*call))
 
 
-def _no_result(*args: Any) -> None:
-    """The operators write their results in place: shapes are known without running them."""
-
-
-for _name, _op in (("paged_attention", _paged_attention_op), ("run_plan", _run_plan_op)):
-    _library.impl(_name, _op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quire::{_name}", _no_result, lib=_library)
+_SCORING = (
+    "float? softmax_scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
+    "Tensor? k_scale, Tensor? v_scale"
+)
+register(
+    "paged_attention",
+    "Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor? cu_seqlens_q, "
+    f"Tensor(a!) out, Tensor(b!)? lse, bool causal, int window_left, str backend, {_SCORING}",
+    _paged_attention_op,
+)
+register(
+    "run_plan",
+    "Tensor plan_number, Tensor q, Tensor k_pages, Tensor v_pages, Tensor(a!) out, Tensor(b!)? lse, "
+    f"{_SCORING}",
+    _run_plan_op,
+)

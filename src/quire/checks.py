@@ -33,9 +33,13 @@ def describe(value: object) -> str:
 def check_tensor(name: str, value: object, ndim: int, layout: str) -> torch.Tensor:
     """A tensor with ``ndim`` dimensions; ``layout`` is how the error draws the shape."""
     if not isinstance(value, torch.Tensor):
-        raise ArgumentError(f"{name} must be a tensor {layout}; got {describe(value)}. Fix: torch.as_tensor({name})")
+        raise ArgumentError(
+            f"{name} must be a tensor {layout}; got {describe(value)}. Fix: torch.as_tensor({name})"
+        )
     if value.dim() != ndim:
-        raise ShapeError(f"{name} must be {layout}; got {describe(value)}. Fix: reshape it to {ndim} dimensions")
+        raise ShapeError(
+            f"{name} must be {layout}; got {describe(value)}. Fix: reshape it to {ndim} dimensions"
+        )
     return value
 
 
@@ -60,7 +64,9 @@ def check_queries(q: object) -> torch.Tensor:
     """q: [tokens, num_qo_heads, head_dim] of a compute dtype."""
     q = check_tensor("q", q, 3, "[tokens, num_qo_heads, head_dim]")
     if q.dtype not in COMPUTE_DTYPES:
-        raise DtypeError(f"q must be float32, float16 or bfloat16; got {describe(q)}. Fix: q.to(torch.bfloat16)")
+        raise DtypeError(
+            f"q must be float32, float16 or bfloat16; got {describe(q)}. Fix: q.to(torch.bfloat16)"
+        )
     check_last_dim_contiguous("q", q)
     return q
 
@@ -70,7 +76,9 @@ def check_pages(name: str, pages: object) -> torch.Tensor:
     layout = "[num_kv_heads, num_pages, page_size, head_dim]"
     pages = check_tensor(name, pages, 4, layout)
     if 0 in pages.shape:
-        raise ShapeError(f"{name} must be {layout} with no empty dimension; got {describe(pages)}. Fix: a larger pool")
+        raise ShapeError(
+            f"{name} must be {layout} with no empty dimension; got {describe(pages)}. Fix: a larger pool"
+        )
     check_last_dim_contiguous(name, pages)
     return pages
 
@@ -88,7 +96,9 @@ def check_scales(
                 )
             continue
         if not quantized:
-            raise ArgumentError(f"{name} must be None for {describe(pages)} pages; got a tensor. Fix: {name}=None")
+            raise ArgumentError(
+                f"{name} must be None for {describe(pages)} pages; got a tensor. Fix: {name}=None"
+            )
         if scale.dtype != torch.float32 or scale.shape != pages.shape[:3]:
             raise ShapeError(
                 f"{name} must be float32 {list(pages.shape[:3])}; got {describe(scale)}. Fix: {name}=pool.{name}[layer]"
@@ -123,7 +133,9 @@ def check_step(
             "Fix: one length per row"
         )
     if batch and lens.min() < 0:
-        raise ArgumentError(f"seq_lens must not be negative; got {lens.min()}. Fix: use 0 for an empty sequence")
+        raise ArgumentError(
+            f"seq_lens must not be negative; got {lens.min()}. Fix: use 0 for an empty sequence"
+        )
     capacity = table.shape[1] * page_size
     if batch and lens.max() > capacity:
         row = int(lens.argmax())
@@ -151,7 +163,9 @@ def check_step(
 def _host_lengths(name: str, value: object, layout: str) -> Ints:
     tensor = check_tensor(name, value, 1, f"int32 {layout}")
     if tensor.dtype not in (torch.int32, torch.int64):
-        raise DtypeError(f"{name} must be int32 {layout}; got {describe(tensor)}. Fix: {name}.to(torch.int32)")
+        raise DtypeError(
+            f"{name} must be int32 {layout}; got {describe(tensor)}. Fix: {name}.to(torch.int32)"
+        )
     return tensor.cpu().numpy().astype(np.int64)
 
 
@@ -174,11 +188,15 @@ def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int, 
     layout = f"float32 [num_qo_heads] = [{num_qo_heads}]"
     check_tensor(name, value, 1, layout)
     if value.dtype != torch.float32 or len(value) != num_qo_heads:
-        raise ShapeError(f"{name} must be {layout}; got {describe(value)}. Fix: {name}.float(), one per query head")
+        raise ShapeError(
+            f"{name} must be {layout}; got {describe(value)}. Fix: {name}.float(), one per query head"
+        )
     check_same_device(name, value, device)
 
 
-def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: int, device: torch.device) -> None:
+def check_tree_mask(
+    tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: int, device: torch.device
+) -> None:
     """tree_mask: bool [tokens, max_q_len], a row per packed query, a column per new key of its sequence."""
     if tree_mask is None:
         return
@@ -214,10 +232,14 @@ def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call:
     check_head_vector("alibi_slopes", call.alibi_slopes, spec.num_qo_heads, device)
     check_head_vector("sinks", call.sinks, spec.num_qo_heads, device)
     if not 0.0 <= call.softcap < float("inf"):
-        raise ArgumentError(f"softcap must be 0 (off) or a positive number; got {call.softcap}. Fix: softcap=0.0")
+        raise ArgumentError(
+            f"softcap must be 0 (off) or a positive number; got {call.softcap}. Fix: softcap=0.0"
+        )
 
 
-def _check_planned_queries(spec: AttentionSpec, num_tokens: int, device: torch.device, q: torch.Tensor) -> None:
+def _check_planned_queries(
+    spec: AttentionSpec, num_tokens: int, device: torch.device, q: torch.Tensor
+) -> None:
     check_queries(q)
     if q.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(

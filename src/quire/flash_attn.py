@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from quire import checks
@@ -75,11 +73,13 @@ def flash_attn_with_kvcache(
     in_cache = _lengths(cache_seqlens, batch, page_table.shape[1] * k_cache.shape[1])
     k_pages, v_pages = k_cache.permute(2, 0, 1, 3), v_cache.permute(2, 0, 1, 3)
     if (k is None) != (v is None):
-        raise ArgumentError("k and v must be given together; got only one of them. Fix: pass both, or neither")
+        raise ArgumentError(
+            "k and v must be given together; got only one of them. Fix: pass both, or neither"
+        )
     if k is not None and v is not None:
         in_cache = _append(k, v, k_pages, v_pages, page_table, in_cache, backend)
 
-    result: Any = paged_attention(
+    result = paged_attention(
         q.flatten(0, 1),
         k_pages,
         v_pages,
@@ -154,5 +154,7 @@ def _append(
         )
     pages = page_table.cpu().long().gather(1, positions // page_size)
     slots = pages * page_size + positions % page_size
-    write_kv(k.flatten(0, 1), v.flatten(0, 1), k_pages, v_pages, slots.flatten().to(k.device), backend=backend)
+    write_kv(
+        k.flatten(0, 1), v.flatten(0, 1), k_pages, v_pages, slots.flatten().to(k.device), backend=backend
+    )
     return in_cache + new

@@ -80,7 +80,9 @@ def _cut_queries(
     tiles_per_head = -(-q_lens // q_tokens)
     tiles_per_sequence = tiles_per_head * num_kv_heads
     owner = np.repeat(np.arange(len(chosen)), tiles_per_sequence)
-    ordinal = np.arange(len(owner)) - np.repeat(np.cumsum(tiles_per_sequence) - tiles_per_sequence, tiles_per_sequence)
+    ordinal = np.arange(len(owner)) - np.repeat(
+        np.cumsum(tiles_per_sequence) - tiles_per_sequence, tiles_per_sequence
+    )
 
     kv_head, tile = np.divmod(ordinal, tiles_per_head[owner])
     first = tile * q_tokens
@@ -91,7 +93,9 @@ def _cut_queries(
     kv_end = np.maximum(q_position + q_len, 0) if causal else seq_len
     kv_begin = np.maximum(q_position - window_left, 0) if window_left >= 0 else np.zeros_like(kv_end)
     kv_begin = np.minimum(kv_begin, kv_end)
-    return np.stack([sequence, kv_head, cu_seqlens_q[sequence] + first, q_len, q_position, kv_begin, kv_end], axis=1)
+    return np.stack(
+        [sequence, kv_head, cu_seqlens_q[sequence] + first, q_len, q_position, kv_begin, kv_end], axis=1
+    )
 
 
 def _share(tiles: Ints, shape: TileShape, num_workers: int) -> WorkList:
@@ -102,7 +106,9 @@ def _share(tiles: Ints, shape: TileShape, num_workers: int) -> WorkList:
     """
     if not len(tiles):
         nothing = np.zeros((0, len(ITEM_COLUMNS)), np.int64)
-        return WorkList(nothing, np.zeros(num_workers + 1, np.int64), np.zeros((0, len(MERGE_COLUMNS)), np.int64), 0)
+        return WorkList(
+            nothing, np.zeros(num_workers + 1, np.int64), np.zeros((0, len(MERGE_COLUMNS)), np.int64), 0
+        )
     q_len, kv_len = tiles[:, 3], tiles[:, 6] - tiles[:, 5]
     weight = q_len * (kv_len + ITEM_OVERHEAD)
     end = np.cumsum(weight)

@@ -48,7 +48,9 @@ class AttentionSpec:
         for name in ("num_qo_heads", "num_kv_heads", "head_dim", "page_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more")
+                raise ArgumentError(
+                    f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more"
+                )
         if self.num_qo_heads % self.num_kv_heads:
             raise ArgumentError(
                 f"num_qo_heads must be a multiple of num_kv_heads; got {self.num_qo_heads} and "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from quire import checks
+from quire.custom_op import register
 from quire.errors import ArgumentError, DtypeError, ShapeError
 from quire.kernels import load_backend, resolve_backend
+from quire.spec import COMPUTE_DTYPES
 
 
 def write_kv(
@@ -58,12 +60,12 @@ def _check(
                 f"{name} must be {layout} = {list(expected)} to fit slot_mapping and {pages_name}; "
                 f"got {checks.describe(rows)}. Fix: one slot per token, and the pool of this layer's spec"
             )
-        if rows.dtype != k.dtype or rows.dtype not in checks.COMPUTE_DTYPES:
+        if rows.dtype != k.dtype or rows.dtype not in COMPUTE_DTYPES:
             raise DtypeError(
                 f"{name} must be float32, float16 or bfloat16, k and v alike; got {checks.describe(rows)}. "
                 f"Fix: {name}.to(torch.bfloat16)"
             )
-        if pages.dtype in checks.COMPUTE_DTYPES and pages.dtype != rows.dtype:
+        if pages.dtype in COMPUTE_DTYPES and pages.dtype != rows.dtype:
             raise DtypeError(
                 f"{name} must be {pages.dtype} like {pages_name}; got {checks.describe(rows)}. "
                 f"Fix: {name}.to({pages.dtype})"
@@ -85,18 +87,12 @@ def _check(
 
 def _check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
     """Debug mode: every slot lies in the pool."""
-    if len(slot_mapping) and not (-1 <= int(slot_mapping.min()) and int(slot_mapping.max()) < num_slots):
+    if len(slot_mapping) and (int(slot_mapping.min()) < -1 or int(slot_mapping.max()) >= num_slots):
         raise ArgumentError(
-            f"slot_mapping must lie between −1 and {num_slots - 1}; got values from {int(slot_mapping.min())} to "
-            f"{int(slot_mapping.max())}. Fix: use the slots that PageTable.append returned for this pool"
+            f"slot_mapping must lie between −1 and {num_slots - 1}; got values from "
+            f"{int(slot_mapping.min())} to {int(slot_mapping.max())}. "
+            "Fix: use the slots that PageTable.append returned for this pool"
         )
-
-
-_library = torch.library.Library("quire", "FRAGMENT")
-_library.define(
-    "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, "
-    "Tensor(c!)? k_scale, Tensor(d!)? v_scale, str backend) -> ()"
-)
 
 
 def _write_kv_op(
@@ -118,18 +114,9 @@ def _write_kv_op(
     kernels.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
 
 
-def _write_kv_fake(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    backend: str,
-) -> None:
-    """Writes in place: nothing to shape."""
-
-
-_library.impl("write_kv", _write_kv_op, "CompositeExplicitAutograd")
-torch.library.register_fake("quire::write_kv", _write_kv_fake, lib=_library)
+register(
+    "write_kv",
+    "Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, "
+    "Tensor(c!)? k_scale, Tensor(d!)? v_scale, str backend",
+    _write_kv_op,
+)

@@ -114,7 +114,8 @@ class StepPlan:
     def page_valid_lengths(self) -> NDArray[np.int32]:
         """[pages] tokens of each page that hold keys; only a sequence's last page may be partly filled."""
         seq_len = np.repeat(self.seq_lens, self.pages_per_sequence)
-        return np.minimum(self.page_size, seq_len - self.page_offsets).astype(np.int32)
+        valid: NDArray[np.int32] = np.minimum(self.page_size, seq_len - self.page_offsets).astype(np.int32)
+        return valid
 
 
 @dataclass(frozen=True)

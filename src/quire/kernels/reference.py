@@ -47,7 +47,9 @@ def attend(step: StepPlan, call: AttentionCall) -> None:
         if begin == end:
             continue
         rows = slice(begin, end)
-        pages = torch.from_numpy(step.page_table[i, : step.pages_per_sequence[i]].astype("int64")).to(call.q.device)
+        pages = torch.from_numpy(step.page_table[i, : step.pages_per_sequence[i]].astype("int64")).to(
+            call.q.device
+        )
         k = gather_pages(call.k_pages, call.k_scale, pages, seq_len)
         v = gather_pages(call.v_pages, call.v_scale, pages, seq_len)
         visible = visible_keys(end - begin, seq_len, step.causal, step.window_left, call.q.device)

@@ -13,6 +13,7 @@ from quire.kernels.cpu import prefill as prefilling
 from quire.kernels.cpu.launch import DTYPE_CODES, Config, num_threads, specialise
 from quire.kernels.cpu.merge import merge
 from quire.kernels.cpu.rows import Call, Step
+from quire.kernels.cpu.scores import ROWS
 from quire.kernels.cpu.store import Write, write
 from quire.spec import PAGE_ALIGNMENT_BYTES, AttentionSpec
 from quire.work import AttentionCall, StepPlan, TileShape, Tiling, WorkList
@@ -30,7 +31,7 @@ def tiling(spec: AttentionSpec) -> Tiling:
     return Tiling(
         num_workers=num_threads(),
         decode=TileShape(q_tokens=1, kv_tokens=decoding.BLOCK),
-        prefill=TileShape(q_tokens=max(1, prefilling.ROWS // spec.group_size), kv_tokens=prefilling.BLOCK),
+        prefill=TileShape(q_tokens=max(1, ROWS // spec.group_size), kv_tokens=prefilling.BLOCK),
     )
 
 
@@ -66,13 +67,25 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> list[_
     decode_scratch = decoding.scratch_bytes(spec.head_dim, spec.group_size)
     candidates = (
         (decoding.decode, decode_config, step.decode, spec.group_size, decode_scratch),
-        (prefilling.prefill, prefill_config, step.prefill, prefill_rows, prefilling.scratch_bytes(spec.head_dim)),
+        (
+            prefilling.prefill,
+            prefill_config,
+            step.prefill,
+            prefill_rows,
+            prefilling.scratch_bytes(spec.head_dim),
+        ),
     )
     return [_launch(spec, step, *candidate) for candidate in candidates if len(candidate[2].items)]
 
 
 def _launch(
-    spec: AttentionSpec, step: StepPlan, kernel: Any, config: Config, work: WorkList, partial_rows: int, scratch: int
+    spec: AttentionSpec,
+    step: StepPlan,
+    kernel: Any,
+    config: Config,
+    work: WorkList,
+    partial_rows: int,
+    scratch: int,
 ) -> _Launch:
     # Workers' scratch starts on its own cache lines, an odd number of them apart: at a power of two
     # the same row of every worker would fight for the same set of a shared cache.
@@ -173,19 +186,25 @@ def write_kv(
     tokens, heads, head_dim = k.shape
     config = Config(DTYPE_CODES[k.dtype], DTYPE_CODES[k_pages.dtype], head_dim)
     slots = slot_mapping.contiguous()
-    args = (heads, slots.data_ptr(), k_pages.shape[2], _native_write(k, k_pages, k_scale), _native_write(v, v_pages, v_scale))
+    k_write, v_write = _native_write(k, k_pages, k_scale), _native_write(v, v_pages, v_scale)
+    args = (heads, slots.data_ptr(), k_pages.shape[2], k_write, v_write)
     specialise(write, config, 1, 1, *args)(config, num_threads(), tokens, *args)
 
 
 def _native_write(rows: torch.Tensor, pages: torch.Tensor, scale: torch.Tensor | None) -> Write:
     element, page_element = rows.element_size(), pages.element_size()
-    scale_strides = (0, 0, 0) if scale is None else tuple(4 * stride for stride in scale.stride())
+    pages_head, page, slot, _ = pages.stride()
+    scale_head, scale_page, scale_slot = (0, 0, 0) if scale is None else scale.stride()
     return Write(
-        rows.data_ptr(),
-        rows.stride(0) * element,
-        rows.stride(1) * element,
-        pages.data_ptr(),
-        *(stride * page_element for stride in pages.stride()[:3]),
-        _address(scale),
-        *scale_strides,
+        rows=rows.data_ptr(),
+        token=rows.stride(0) * element,
+        head=rows.stride(1) * element,
+        pages=pages.data_ptr(),
+        pages_head=pages_head * page_element,
+        page=page * page_element,
+        slot=slot * page_element,
+        scale=_address(scale),
+        scale_head=scale_head * 4,
+        scale_page=scale_page * 4,
+        scale_slot=scale_slot * 4,
     )

@@ -22,7 +22,19 @@ from typing import Any
 import numpy as np
 
 from quire.kernels.cpu.launch import kernel, parallel_for, part
-from quire.kernels.cpu.memory import BYTES, F32, load, load_f32, load_head, load_i64, load_u8, prefetch, store, store_f32, store_i64
+from quire.kernels.cpu.memory import (
+    BYTES,
+    F32,
+    load,
+    load_f32,
+    load_head,
+    load_i64,
+    load_u8,
+    prefetch,
+    store,
+    store_f32,
+    store_i64,
+)
 from quire.kernels.cpu.rows import (
     LOG2_E,
     LOWEST,
@@ -93,7 +105,12 @@ def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
 def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> None:
     """One KV range of one sequence and KV head; the group is walked in tiles of at most ``cfg.heads``."""
     sequence, kv_head, token = load_i64(item), load_i64(item + 8), load_i64(item + 16)
-    position, begin, end, partial = load_i64(item + 32), load_i64(item + 40), load_i64(item + 48), load_i64(item + 56)
+    position, begin, end, partial = (
+        load_i64(item + 32),
+        load_i64(item + 40),
+        load_i64(item + 48),
+        load_i64(item + 56),
+    )
     if call.tree_mask and end == position + 1 and load_u8(call.tree_mask + token * call.tree_mask_row) == 0:
         end -= 1  # the mask may hide a query's own key, the only new one here
 
@@ -164,8 +181,12 @@ def locate_block(
         store_i64(block + K_ROWS + count * 8, load_i64(block + K_ROWS + count * 8 - 8))
         count += 1
     if call.k_scale:
-        load_scales(step, call, sequence, begin, end, call.k_scale + kv_head * call.scale_head, block + K_SCALES)
-        load_scales(step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, block + V_SCALES)
+        load_scales(
+            step, call, sequence, begin, end, call.k_scale + kv_head * call.scale_head, block + K_SCALES
+        )
+        load_scales(
+            step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, block + V_SCALES
+        )
 
 
 @part
@@ -190,7 +211,9 @@ def score_block(
                     products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
         if cfg.tail:
             for t in range(cfg.tokens):
-                k = load_head(cfg.kv_dtype, load_i64(k_rows + (first + t) * 8) + cfg.vectors * step_bytes, cfg.tail)
+                k = load_head(
+                    cfg.kv_dtype, load_i64(k_rows + (first + t) * 8) + cfg.vectors * step_bytes, cfg.tail
+                )
                 for g in range(cfg.heads):
                     q = load(F32, q_rows + g * cfg.row_bytes + cfg.vectors * LANES * 4)
                     products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
@@ -198,7 +221,9 @@ def score_block(
 
 
 @part
-def adjust_scores(cfg: Any, call: Call, distance: int, count: int, here: int, state: int, scores: int) -> None:
+def adjust_scores(
+    cfg: Any, call: Call, distance: int, count: int, here: int, state: int, scores: int
+) -> None:
     """Scales of quantised keys, softcap and ALiBi, where asked for; −inf behind the block's last token.
 
     ``distance`` is how far the query stands behind the block's first token.
@@ -255,7 +280,11 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
 @part
 def accumulate_values(cfg: Any, count: int, here: int, state: int, scores: int) -> None:
     """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers."""
-    v_rows, accs, step_bytes = here + V_ROWS, state + Q_ROWS + MAX_HEADS * cfg.row_bytes, LANES * BYTES[cfg.kv_dtype]
+    v_rows, accs, step_bytes = (
+        here + V_ROWS,
+        state + Q_ROWS + MAX_HEADS * cfg.row_bytes,
+        LANES * BYTES[cfg.kv_dtype],
+    )
     for first in range(0, cfg.vectors, cfg.strip):
         sums = tile(cfg.strip_tile)
         values = tile(cfg.strip)
@@ -295,7 +324,7 @@ def finish_tile(
     for g in range(min(cfg.heads, step.group - number * cfg.heads)):
         in_group = number * cfg.heads + g
         acc = state + Q_ROWS + (MAX_HEADS + g) * cfg.row_bytes
-        m, l = load_f32(state + M + g * 4), load_f32(state + L + g * 4)  # noqa: E741
+        m, l = load_f32(state + M + g * 4), load_f32(state + L + g * 4)
         if partial < 0:
             finish_row(cfg, call, token, kv_head * step.group + in_group, acc, m, l)
         else:

@@ -83,7 +83,9 @@ class Config(NamedTuple):
     @property
     def strip(self) -> int:
         """Output vectors per head that decode accumulates at once: as many as divide the row and fit registers."""
-        fitting = [n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n * self.heads <= LANES]
+        fitting = [
+            n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n * self.heads <= LANES
+        ]
         return max(fitting)
 
     @property
@@ -192,7 +194,9 @@ def parallel_for(typingctx: Any, body: Any, threads: Any, count: Any, arguments:
         compiled = body.dispatcher.overloads[tuple(body_args)]
         context.active_code_library.add_linking_library(compiled.library)
         packed_type = ir.LiteralStructType([count_value.type, arguments_value.type])
-        thread_main = _emit_thread_main(context, builder.module, packed_type, arguments, body_signature, compiled)
+        thread_main = _emit_thread_main(
+            context, builder.module, packed_type, arguments, body_signature, compiled
+        )
 
         packed = cgutils.alloca_once(builder, packed_type)
         builder.store(count_value, cgutils.gep_inbounds(builder, packed, 0, 0))

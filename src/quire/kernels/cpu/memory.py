@@ -89,7 +89,9 @@ def _narrow(builder: Any, dtype: int, values: Any) -> Any:
         rounded = builder.add(builder.add(bits, _all(_i32, 0x7FFF)), odd)
         is_nan = builder.fcmp_unordered("uno", values, values)
         quiet = builder.or_(bits, _all(_i32, 0x400000))
-        return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), _all(_i32, 16)), _vector(_i16))
+        return builder.trunc(
+            builder.lshr(builder.select(is_nan, quiet, rounded), _all(_i32, 16)), _vector(_i16)
+        )
     return _narrow_to_fp8(builder, values, *_FP8_FORMAT[dtype])
 
 
@@ -180,9 +182,18 @@ def store_head(typingctx: Any, dtype: Any, address: Any, values: Any, count: Any
         spill = cgutils.alloca_once(builder, raw.type)
         builder.store(raw, spill)
         with cgutils.for_range(builder, args[3], intp=_i64) as loop:
-            element = builder.load(cgutils.gep_inbounds(builder, builder.bitcast(spill, ir.ArrayType(_ELEMENT[code], LANES).as_pointer()), 0, loop.index))
+            element = builder.load(
+                cgutils.gep_inbounds(
+                    builder,
+                    builder.bitcast(spill, ir.ArrayType(_ELEMENT[code], LANES).as_pointer()),
+                    0,
+                    loop.index,
+                )
+            )
             offset = builder.mul(loop.index, _i64(BYTES[code]))
-            builder.store(element, _pointer(builder, builder.add(args[1], offset), _ELEMENT[code]), align=BYTES[code])
+            builder.store(
+                element, _pointer(builder, builder.add(args[1], offset), _ELEMENT[code]), align=BYTES[code]
+            )
         return context.get_dummy_value()
 
     return types.void(dtype, types.int64, values, types.int64), codegen

@@ -35,16 +35,16 @@ def merge_tile(number: int, cfg: Any, step: Step, call: Call) -> None:
     first, count = load_i64(entry + 24), load_i64(entry + 32)
     for row in range(q_len * step.group):
         highest = LOWEST
-        for part in range(first, first + count):
-            highest = max(highest, load_f32(step.partial_lse + (part * step.partial_rows + row) * 4))
+        for state in range(first, first + count):
+            highest = max(highest, load_f32(step.partial_lse + (state * step.partial_rows + row) * 4))
         total = ZERO
         acc = step.partial_out + (first * step.partial_rows + row) * cfg.row_bytes
-        for part in range(first, first + count):
-            at = part * step.partial_rows + row
+        for state in range(first, first + count):
+            at = state * step.partial_rows + row
             weight = np.exp2(load_f32(step.partial_lse + at * 4) - highest)
             total += weight
             for i in range(0, cfg.row_bytes, LANES * 4):
-                gathered = splat(ZERO) if part == first else load(F32, acc + i)
+                gathered = splat(ZERO) if state == first else load(F32, acc + i)
                 part_out = load(F32, step.partial_out + at * cfg.row_bytes + i)
                 store(F32, acc + i, fma(splat(weight), part_out, gathered))
         head = kv_head * step.group + row % step.group

@@ -8,8 +8,7 @@ converted to float32, serve ROWS of them. Scores are kept transposed, S[t, row] 
     acc[row] = acc[row]·2^(m − m') + Σ_t p[t, row] v_t
 
 so the softmax needs no work across lanes, and both products are register tiles of 24 fused multiply-adds per
-8 to 11 loads. What a row may see is a range [first_key, end_key): causality, windows and the end of the
-sequence are all this one comparison, made only for blocks that cross some row's limits.
+8 to 11 loads.
 
 Sources: FlashAttention-2, arXiv:2307.08691; online softmax, arXiv:1805.02867.
 """
@@ -21,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from quire.kernels.cpu.launch import kernel, parallel_for, part
-from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, load_u8, store, store_f32
+from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, store, store_f32
 from quire.kernels.cpu.rows import (
     LOG2_E,
     LOWEST,
-    MINUS_INFINITY,
     ZERO,
     Call,
     Step,
@@ -35,34 +33,30 @@ from quire.kernels.cpu.rows import (
     load_scales,
     locate_tokens,
 )
-from quire.kernels.cpu.simd import (
-    LANES,
-    add,
-    at_least,
-    both,
-    exp2,
-    fma,
-    less_than,
-    maximum,
-    mul,
-    select,
-    splat,
-    sub,
-    tanh,
-    tile,
+from quire.kernels.cpu.scores import (
+    CORRECTION,
+    END_KEY,
+    FIRST_KEY,
+    POSITION,
+    ROW_BYTES,
+    ROWS,
+    SCORES,
+    SLOPE,
+    L,
+    M,
+    adjust_scores,
+    hide_by_tree,
+    hide_keys,
+    update_softmax,
 )
+from quire.kernels.cpu.simd import LANES, fma, mul, splat, tile
 
-ROWS = 96  # query rows per tile: six vectors across lanes, sixteen blocks of six down
 BLOCK = 64  # tokens per block: K and V as float32 are 64 KiB at head_dim 128
 SCORE_TOKENS, SCORE_VECTORS = 8, 3  # register tile of S: tokens × vectors of rows
 VALUE_ROWS, VALUE_VECTORS = 6, 4  # register tile of acc: rows × vectors of head_dim
 SCORE_TILE, VALUE_TILE = SCORE_TOKENS * SCORE_VECTORS, VALUE_ROWS * VALUE_VECTORS
 
-# Scratch of a tile, in float32 rows of ROWS: what each row may see, its slope, position and softmax state.
-_ROW = ROWS * 4
-FIRST_KEY, END_KEY, SLOPE, POSITION, M, L, CORRECTION = (i * _ROW for i in range(7))
-SCORES = 7 * _ROW  # [BLOCK][ROWS]
-K_ROWS = SCORES + BLOCK * _ROW  # byte addresses and scales of a block
+K_ROWS = SCORES + BLOCK * ROW_BYTES  # byte addresses and scales of a block
 V_ROWS, K_SCALES, V_SCALES = K_ROWS + BLOCK * 8, K_ROWS + BLOCK * 16, K_ROWS + BLOCK * 20
 MATRICES = K_ROWS + BLOCK * 24  # Qᵀ [head_dim][ROWS], acc [ROWS][head_dim], K and V [BLOCK][head_dim]
 
@@ -96,10 +90,22 @@ def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> No
 
 
 @part
-def attend_heads(cfg: Any, step: Step, call: Call, item: int, first_head: int, heads: int, scratch: int) -> None:
+def attend_heads(
+    cfg: Any, step: Step, call: Call, item: int, first_head: int, heads: int, scratch: int
+) -> None:
     """The tile's tokens × ``heads`` heads of the group from ``first_head`` on; row = token × heads + head."""
-    sequence, kv_head, token, q_len = load_i64(item), load_i64(item + 8), load_i64(item + 16), load_i64(item + 24)
-    position, begin, end, partial = load_i64(item + 32), load_i64(item + 40), load_i64(item + 48), load_i64(item + 56)
+    sequence, kv_head, token, q_len = (
+        load_i64(item),
+        load_i64(item + 8),
+        load_i64(item + 16),
+        load_i64(item + 24),
+    )
+    position, begin, end, partial = (
+        load_i64(item + 32),
+        load_i64(item + 40),
+        load_i64(item + 48),
+        load_i64(item + 56),
+    )
     rows, head = q_len * heads, kv_head * step.group + first_head
     seq_len = load_i64(step.seq_lens + sequence * 8)
     queries = scratch + MATRICES
@@ -126,7 +132,7 @@ def attend_heads(cfg: Any, step: Step, call: Call, item: int, first_head: int, h
         begin += count
 
     for row in range(rows):
-        m, l = load_f32(scratch + M + row * 4), load_f32(scratch + L + row * 4)  # noqa: E741
+        m, l = load_f32(scratch + M + row * 4), load_f32(scratch + L + row * 4)
         at, row_token, row_head = acc + row * cfg.row_bytes, row // heads, row % heads
         if partial < 0:
             finish_row(cfg, call, token + row_token, head + row_head, at, m, l)
@@ -173,7 +179,7 @@ def load_queries(
             load_row(cfg, cfg.q_dtype, source, scale, at)
         for d in range(cfg.row_bytes // 4):
             value = load_f32(at + d * 4) if row < rows else ZERO
-            store_f32(queries + d * _ROW + row * 4, value)
+            store_f32(queries + d * ROW_BYTES + row * 4, value)
     for offset in range(0, ROWS * cfg.row_bytes, LANES * 4):
         store(F32, acc + offset, splat(ZERO))
 
@@ -188,8 +194,12 @@ def load_block(
     locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, scratch + K_ROWS)
     locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, scratch + V_ROWS)
     if call.k_scale:
-        load_scales(step, call, sequence, begin, end, call.k_scale + kv_head * call.scale_head, scratch + K_SCALES)
-        load_scales(step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, scratch + V_SCALES)
+        load_scales(
+            step, call, sequence, begin, end, call.k_scale + kv_head * call.scale_head, scratch + K_SCALES
+        )
+        load_scales(
+            step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, scratch + V_SCALES
+        )
     k_factor = v_factor = np.float32(1.0)
     for t in range(count):
         if call.k_scale:
@@ -209,7 +219,7 @@ def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores
             for i in range(SCORE_TILE):
                 sums[i] = splat(ZERO)
             for d in range(cfg.head_dim):
-                at = queries + d * _ROW + column * LANES * 4
+                at = queries + d * ROW_BYTES + column * LANES * 4
                 q = tile(SCORE_VECTORS)
                 for c in range(SCORE_VECTORS):
                     q[c] = load(F32, at + c * LANES * 4)
@@ -219,7 +229,7 @@ def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores
                         sums[t * SCORE_VECTORS + c] = fma(k, q[c], sums[t * SCORE_VECTORS + c])
             for t in range(SCORE_TOKENS):
                 for c in range(SCORE_VECTORS):
-                    at = scores + (first + t) * _ROW + (column + c) * LANES * 4
+                    at = scores + (first + t) * ROW_BYTES + (column + c) * LANES * 4
                     store(F32, at, sums[t * SCORE_VECTORS + c])
             column += SCORE_VECTORS
         while column < vectors:  # a short tile's last vectors, one by one
@@ -227,78 +237,13 @@ def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores
             for t in range(SCORE_TOKENS):
                 sums[t] = splat(ZERO)
             for d in range(cfg.head_dim):
-                one = load(F32, queries + d * _ROW + column * LANES * 4)
+                one = load(F32, queries + d * ROW_BYTES + column * LANES * 4)
                 for t in range(SCORE_TOKENS):
                     k = splat(load_f32(keys + (first + t) * cfg.row_bytes + d * 4))
                     sums[t] = fma(k, one, sums[t])
             for t in range(SCORE_TOKENS):
-                store(F32, scores + (first + t) * _ROW + column * LANES * 4, sums[t])
+                store(F32, scores + (first + t) * ROW_BYTES + column * LANES * 4, sums[t])
             column += 1
-
-
-@part
-def adjust_scores(call: Call, rows: int, begin: int, position: int, count: int, scratch: int) -> None:
-    """Softcap and ALiBi, where asked for."""
-    if call.softcap > 0.0:
-        cap = splat(np.float32(call.softcap) * LOG2_E)
-        for t in range(count):
-            for column in range(0, rows * 4, LANES * 4):
-                at = scratch + SCORES + t * _ROW + column
-                store(F32, at, mul(cap, tanh(load(F32, at))))
-    if call.alibi_slopes:
-        for column in range(0, rows * 4, LANES * 4):
-            slope, here = load(F32, scratch + SLOPE + column), load(F32, scratch + POSITION + column)
-            for t in range(count):
-                at = scratch + SCORES + t * _ROW + column
-                ahead = sub(splat(np.float32(begin - position + t)), here)
-                distance = maximum(ahead, sub(splat(ZERO), ahead))
-                store(F32, at, sub(load(F32, at), mul(slope, distance)))
-
-
-@part
-def hide_keys(rows: int, begin: int, position: int, count: int, scratch: int) -> None:
-    """−inf where a key lies outside its row's [first_key, end_key)."""
-    for column in range(0, rows * 4, LANES * 4):
-        first, end = load(F32, scratch + FIRST_KEY + column), load(F32, scratch + END_KEY + column)
-        for t in range(count):
-            at = scratch + SCORES + t * _ROW + column
-            key = splat(np.float32(begin - position + t))
-            visible = both(at_least(key, first), less_than(key, end))
-            store(F32, at, select(visible, load(F32, at), splat(MINUS_INFINITY)))
-
-
-@part
-def hide_by_tree(
-    step: Step, call: Call, sequence: int, token: int, heads: int, rows: int, begin: int, count: int, scratch: int
-) -> None:
-    """−inf where the tree mask hides one of this step's own keys from a row."""
-    q_begin, q_end = load_i64(step.cu_seqlens_q + sequence * 8), load_i64(step.cu_seqlens_q + sequence * 8 + 8)
-    first_new = load_i64(step.seq_lens + sequence * 8) - (q_end - q_begin)
-    for t in range(max(0, first_new - begin), count):
-        for row in range(rows):
-            mask_row = call.tree_mask + (token + row // heads) * call.tree_mask_row
-            if load_u8(mask_row + (begin + t - first_new)) == 0:
-                store_f32(scratch + SCORES + t * _ROW + row * 4, MINUS_INFINITY)
-
-
-@part
-def update_softmax(rows: int, count: int, scratch: int) -> None:
-    """Scores become weights p = 2^(S − m'); m, l and the correction 2^(m − m') move on, a row per lane."""
-    for column in range(0, rows * 4, LANES * 4):
-        scores = scratch + SCORES + column
-        before = load(F32, scratch + M + column)
-        highest = before
-        for t in range(count):
-            highest = maximum(highest, load(F32, scores + t * _ROW))
-        correction = exp2(sub(before, highest))
-        total = mul(load(F32, scratch + L + column), correction)
-        for t in range(count):
-            p = exp2(sub(load(F32, scores + t * _ROW), highest))
-            total = add(total, p)
-            store(F32, scores + t * _ROW, p)
-        store(F32, scratch + M + column, highest)
-        store(F32, scratch + L + column, total)
-        store(F32, scratch + CORRECTION + column, correction)
 
 
 @part
@@ -318,7 +263,7 @@ def accumulate_values(cfg: Any, rows: int, count: int, acc: int, values: int, sc
                 for c in range(VALUE_VECTORS):
                     v[c] = load(F32, values + t * cfg.row_bytes + column + c * LANES * 4)
                 for r in range(VALUE_ROWS):
-                    p = splat(load_f32(scratch + SCORES + t * _ROW + (first + r) * 4))
+                    p = splat(load_f32(scratch + SCORES + t * ROW_BYTES + (first + r) * 4))
                     for c in range(VALUE_VECTORS):
                         sums[r * VALUE_VECTORS + c] = fma(p, v[c], sums[r * VALUE_VECTORS + c])
             for r in range(VALUE_ROWS):
@@ -334,7 +279,7 @@ def accumulate_values(cfg: Any, rows: int, count: int, acc: int, values: int, sc
             for t in range(count):
                 one = load(F32, values + t * cfg.row_bytes + column)
                 for r in range(VALUE_ROWS):
-                    p = splat(load_f32(scratch + SCORES + t * _ROW + (first + r) * 4))
+                    p = splat(load_f32(scratch + SCORES + t * ROW_BYTES + (first + r) * 4))
                     sums[r] = fma(p, one, sums[r])
             for r in range(VALUE_ROWS):
                 store(F32, acc + (first + r) * cfg.row_bytes + column, sums[r])

@@ -110,7 +110,7 @@ def store_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> 
 
 
 @part
-def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, l: float) -> None:  # noqa: E741
+def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, l: float) -> None:
     """Write a whole row's result: out = acc / (l + sink's share), lse = ln 2 · (m + log2 l).
 
     A row that saw no key has l = 0: out is zero and lse −inf, whatever the sink.
@@ -122,7 +122,7 @@ def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, 
             sink = load_f32(call.sinks + head * 4) * LOG2_E
             highest = max(m, sink)
             weight = np.exp2(m - highest)
-            l = l * weight + np.exp2(sink - highest)  # noqa: E741
+            l = l * weight + np.exp2(sink - highest)
             m = highest
         factor = weight / l
         lse = (m + np.log2(l)) * LN_2
@@ -132,7 +132,7 @@ def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, 
 
 
 @part
-def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: float, l: float) -> None:  # noqa: E741
+def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: float, l: float) -> None:
     """Leave a split row's state in the workspace, normalised over its own keys."""
     at = partial * step.partial_rows + row
     factor, lse = ZERO, MINUS_INFINITY
@@ -145,7 +145,14 @@ def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: fl
 
 @part
 def locate_tokens(
-    step: Step, sequence: int, begin: int, end: int, base: int, page_stride: int, slot_stride: int, target: int
+    step: Step,
+    sequence: int,
+    begin: int,
+    end: int,
+    base: int,
+    page_stride: int,
+    slot_stride: int,
+    target: int,
 ) -> None:
     """Write the byte addresses of a sequence's tokens begin … end − 1 to ``target``, page by page."""
     table = step.page_table + sequence * step.page_table_row

@@ -32,7 +32,9 @@ class Write(NamedTuple):
 
 
 @kernel
-def write(cfg: Any, threads: int, tokens: int, heads: int, slots: int, page_size: int, k: Write, v: Write) -> None:
+def write(
+    cfg: Any, threads: int, tokens: int, heads: int, slots: int, page_size: int, k: Write, v: Write
+) -> None:
     """Write every token's K and V."""
     parallel_for(write_token, threads, tokens, (cfg, heads, slots, page_size, k, v))
 
@@ -70,7 +72,7 @@ def write_row(cfg: Any, token: int, head: int, page: int, offset: int, to: Write
 
 
 @part
-def largest_element(cfg: Any, source: int) -> float:
+def largest_element(cfg: Any, source: int) -> Any:
     """max|x| of one row."""
     step = LANES * BYTES[cfg.q_dtype]
     largest = splat(np.float32(0.0))

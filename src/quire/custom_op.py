@@ -1,0 +1,26 @@
+"""How Quire's operators become torch operators.
+
+Their results are arguments (``Tensor(a!) out``) written in place: a compiled graph plans the memory, one operator
+serves with and without each optional result, and the fake implementation has nothing to compute. ``Library``
+costs 2 µs a call where ``torch.library.custom_op`` costs 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("quire", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def register(name: str, arguments: str, implementation: Callable[..., None]) -> None:
+    """Make ``torch.ops.quire.<name>(arguments) -> ()`` run ``implementation`` on every device."""
+    _library.define(f"{name}({arguments}) -> ()")  # type: ignore[no-untyped-call]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"quire::{name}", _writes_in_place, lib=_library)
+
+
+def _writes_in_place(*args: Any) -> None:
+    """Every result's shape is known without running the operator: it is an argument."""
