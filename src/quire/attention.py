@@ -18,6 +18,7 @@ import torch
 from quire import checks
 from quire.custom_op import register
 from quire.errors import ArgumentError
+from quire.explain import explain
 from quire.kernels import load_backend, resolve_backend
 from quire.plan import plan_step
 from quire.spec import AttentionSpec
@@ -113,6 +114,10 @@ class AttentionPlan:
             softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
         )  # fmt: skip
         return out if lse is None else SoftmaxState(out, lse)
+
+    def explain(self) -> str:
+        """The plan in words: kernels, items, splits, bytes to read and balance, a line each."""
+        return explain(self.spec, self.backend, self.step)
 
     def attend(self, call: AttentionCall) -> None:
         """Check one layer's arguments and dispatch them to the backend."""

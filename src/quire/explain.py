@@ -1,0 +1,38 @@
+"""A plan in words: what will run, on how many workers, reading how many bytes, and how evenly."""
+
+from __future__ import annotations
+
+from quire.spec import AttentionSpec
+from quire.work import StepPlan, WorkList
+
+
+def explain(spec: AttentionSpec, backend: str, step: StepPlan) -> str:
+    """Several lines about a plan: its step, and per kernel the items, splits, bytes and balance.
+
+    Bytes are those of keys and values, counted each time an item reads them.
+    """
+    batch, tokens = len(step.seq_lens), int(step.cu_seqlens_q[-1])
+    pages = str(spec.storage_dtype).removeprefix("torch.")
+    lines = [
+        f'backend "{backend}": {batch} sequences, {tokens} query tokens, {int(step.seq_lens.sum())} KV tokens in '
+        f"{int(step.pages_per_sequence.sum())} pages of {spec.page_size}",
+        f"  {spec.num_qo_heads} query heads over {spec.num_kv_heads} KV heads of {spec.head_dim}, pages in {pages}, "
+        f"{'causal' if step.causal else 'full'} attention"
+        + (f" within {step.window_left} tokens back" if step.window_left >= 0 else ""),
+    ]
+    for name, work in (("decode", step.decode), ("prefill", step.prefill)):
+        lines.append(f"  {name}: {_describe(spec, work)}")
+    return "\n".join(lines)
+
+
+def _describe(spec: AttentionSpec, work: WorkList) -> str:
+    if not len(work.items):
+        return "nothing to do"
+    per_worker = work.kv_tokens_per_worker()
+    row_bytes = 2 * spec.head_dim * spec.storage_dtype.itemsize + (8 if spec.quantized else 0)
+    mean = per_worker.mean()
+    balance = f"{per_worker.max() / mean:.2f} × the mean" if mean else "no keys"
+    return (
+        f"{len(work.items)} items on {len(per_worker)} workers, {len(work.merges)} tiles split into "
+        f"{work.num_partials} parts; reads {per_worker.sum() * row_bytes / 1e6:.1f} MB; busiest worker {balance}"
+    )
