@@ -25,7 +25,7 @@ def test_logits_on_pages_are_those_of_the_ordinary_model(family):
     assert worst_difference(model, on_pages(model)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "llama4", "gemma4"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama4"])  # one shape of layer: compiled once
 def test_the_kernels_of_the_cpu_serve_a_model_as_the_reference_does(family):
     model = tiny_model(family)
     assert worst_difference(model, on_pages(model, backend="cpu")) <= TOLERANCE

@@ -106,6 +106,19 @@ def test_an_argument_without_a_rule_is_refused():
         on_pages(with_attention_of_layer_1(biased))
 
 
+def test_a_model_that_returns_the_last_rows_instead_of_those_asked_for_is_refused():
+    model = tiny_model("llama")
+    plain = model.forward
+
+    def last_rows(logits_to_keep=0, **options):
+        count = len(logits_to_keep) if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep
+        return plain(logits_to_keep=count, **options)
+
+    model.forward = last_rows
+    with pytest.raises(UnsupportedError, match="same logits on pages as without"):
+        on_pages(model)
+
+
 class RememberingEmbedding(torch.nn.Embedding):
     """Adds to each token those before it in the row: state that no attention layer sees."""
 
