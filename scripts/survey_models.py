@@ -36,10 +36,10 @@ INTRODUCTION = """# Which models run on pages
 
 Measured, not claimed: `scripts/survey_models.py` builds a tiny random float32 model of each of the {count}
 types in transformers' causal language model mapping (transformers {version}, torch {torch}) and hands it to
-`PagedModel`. Where the guard lets it pass, three texts are served in mixed prefill, chunk and decode steps on
-pages whose unowned slots are NaN, and every logit is compared with the ordinary model's: the error below is
-the largest difference as a share of the largest logit. Windows and chunks are cut to 6 and 8 tokens, so that
-the texts (up to {longest} tokens) outgrow them.
+`PagedModel` on the reference backend. Where the guard lets it pass, three texts are served in mixed prefill,
+chunk and decode steps on pages whose unowned slots are NaN, and every logit is compared with the ordinary
+model's: the error below is the largest difference as a share of the largest logit. Windows and chunks are cut
+to 6 and 8 tokens, so that the texts (up to {longest} tokens) outgrow them.
 
     python scripts/survey_models.py --write docs/models.md     # half a minute on one core
 

@@ -23,7 +23,8 @@ DEFAULT_GPU_POOL_SHARE = 0.8  # of what the weights leave free; the rest is for 
 class PagedModel:
     """Runs packed steps through a decoder-only model of transformers, attention on pages.
 
-    The model is not changed: outside `forward` it works as before, with the attention it had.
+    The model is not changed: outside `forward` it works as before, with the attention it had. During `forward`
+    its config names another attention, so neither may be called from a second thread meanwhile.
 
     Args:
         model: any decoder-only causal language model, in eval mode, on one device.
