@@ -10,7 +10,7 @@ import torch
 
 from quire.kernels.cpu import decode as decoding
 from quire.kernels.cpu import prefill as prefilling
-from quire.kernels.cpu.launch import DTYPE_CODES, Config, num_threads, specialise
+from quire.kernels.cpu.launch import DTYPE_CODES, Config, num_threads, run
 from quire.kernels.cpu.merge import merge
 from quire.kernels.cpu.rows import Call, Step
 from quire.kernels.cpu.scores import ROWS
@@ -51,10 +51,9 @@ class _Launch:
         partial_out = scratch + workers * self.step.scratch_bytes
         partial_lse = partial_out + self.work.num_partials * self.step.partial_rows * self.config.row_bytes
         step = self.step._replace(scratch=scratch, partial_out=partial_out, partial_lse=partial_lse)
-        specialise(self.kernel, self.config, 1, 1, step, call)(self.config, threads, workers, step, call)
+        run(self.kernel, self.config, threads, workers, step, call)
         if len(self.work.merges):
-            count = len(self.work.merges)
-            specialise(merge, self.config, 1, 1, step, call)(self.config, threads, count, step, call)
+            run(merge, self.config, threads, len(self.work.merges), step, call)
 
 
 def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> list[_Launch]:
@@ -187,8 +186,7 @@ def write_kv(
     config = Config(DTYPE_CODES[k.dtype], DTYPE_CODES[k_pages.dtype], head_dim)
     slots = slot_mapping.contiguous()
     k_write, v_write = _native_write(k, k_pages, k_scale), _native_write(v, v_pages, v_scale)
-    args = (heads, slots.data_ptr(), k_pages.shape[2], k_write, v_write)
-    specialise(write, config, 1, 1, *args)(config, num_threads(), tokens, *args)
+    run(write, config, num_threads(), tokens, heads, slots.data_ptr(), k_pages.shape[2], k_write, v_write)
 
 
 def _native_write(rows: torch.Tensor, pages: torch.Tensor, scale: torch.Tensor | None) -> Write:

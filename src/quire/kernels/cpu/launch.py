@@ -280,16 +280,19 @@ def part(function: Callable[..., Any]) -> Any:
     return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
 
 
-@functools.cache
-def specialise(function: Any, *prototypes: Any) -> Callable[..., None]:
-    """The machine code of a kernel for arguments of these types, callable without Numba's dispatch.
+_compiled: dict[tuple[Any, Config], Callable[..., None]] = {}
 
-    Args:
-        function: a ``kernel``.
-        prototypes: one argument of each type; tuples of ints and floats stand for all of their kind.
-    Cost: seconds to compile, milliseconds from disk, once per process.
+
+def run(function: Any, config: Config, *args: Any) -> None:
+    """Run a kernel's machine code for a Config, compiling it first if need be.
+
+    A kernel's other arguments have one type each (ints, and tuples of ints and floats), so the Config alone
+    says which code: Numba's own dispatch, which looks at every argument, is left out.
+    Cost: seconds to compile, milliseconds from disk, once per process; then about a microsecond.
     """
-    signature = tuple(numba.typeof(value) for value in prototypes)
-    function.compile(signature)
-    entry: Callable[..., None] = function.overloads[signature].entry_point
-    return entry
+    entry = _compiled.get((function, config))
+    if entry is None:
+        signature = tuple(numba.typeof(value) for value in (config, *args))
+        function.compile(signature)
+        entry = _compiled[function, config] = function.overloads[signature].entry_point
+    entry(config, *args)
