@@ -104,6 +104,11 @@ def check_scales(
                 f"{name} must be float32 {list(pages.shape[:3])}; got {describe(scale)}. Fix: {name}=pool.{name}[layer]"
             )
         check_same_device(name, scale, pages.device, "its pages")
+    if k_scale is not None and v_scale is not None and k_scale.stride() != v_scale.stride():
+        raise ShapeError(
+            f"v_scale must have k_scale's strides {list(k_scale.stride())}; got {list(v_scale.stride())}. "
+            "Fix: take both from one KVPool"
+        )
 
 
 def infer_spec(q: torch.Tensor, k_pages: torch.Tensor) -> AttentionSpec:
@@ -157,7 +162,7 @@ def check_step(
                 f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
                 "Fix: the cumulative sum of query lengths, with a leading 0"
             )
-    return table.cpu().numpy(), lens, starts
+    return (table if table.stride(1) == 1 else table.contiguous()).cpu().numpy(), lens, starts
 
 
 def _host_lengths(name: str, value: object, layout: str) -> Ints:
@@ -191,6 +196,7 @@ def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int, 
         raise ShapeError(
             f"{name} must be {layout}; got {describe(value)}. Fix: {name}.float(), one per query head"
         )
+    check_last_dim_contiguous(name, value)
     check_same_device(name, value, device)
 
 
@@ -207,6 +213,7 @@ def check_tree_mask(
             f"tree_mask must be {layout}; got {describe(tree_mask)}. "
             "Fix: row i, column j: may packed query i see the j-th new token of its own sequence"
         )
+    check_last_dim_contiguous("tree_mask", tree_mask)
     check_same_device("tree_mask", tree_mask, device)
 
 
