@@ -20,10 +20,10 @@ class EngineMachine(RuleBasedStateMachine):
     """Drives an engine over a model whose tokens depend on everything its pages hold."""
 
     @initialize(
-        page_size=st.sampled_from([1, 2, 4, 16]),
-        num_slots=st.integers(16, 96),
+        page_size=st.sampled_from([1, 2, 4]),
+        num_slots=st.integers(24, 64),
         max_batch_tokens=st.integers(1, 24),
-        max_num_seqs=st.integers(1, 6),
+        max_num_seqs=st.integers(2, 6),
     )
     def start(self, page_size, num_slots, max_batch_tokens, max_num_seqs):
         self.model = FakeModel(num_pages=-(-num_slots // page_size), page_size=page_size, vocab_size=VOCAB)
@@ -32,18 +32,23 @@ class EngineMachine(RuleBasedStateMachine):
         self.got: dict[int, list[int]] = {}
         self.first_served: list[int] = []
 
-    @rule(data=st.data())
-    def arrive(self, data):
-        prompt = data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20))
-        max_tokens = data.draw(st.integers(1, 20))
-        pages = -(-(len(prompt) + max_tokens - 1) // self.model.page_size)
-        if pages > self.model.num_pages:
-            with pytest.raises(ArgumentError, match="the pool has"):
-                self.engine.add_request(prompt, SamplingParams(max_tokens=max_tokens))
-            return
-        request_id = self.engine.add_request(prompt, SamplingParams(max_tokens=max_tokens))
-        self.expected[request_id] = self.model.continuation(prompt, max_tokens)
-        self.got[request_id] = []
+    @rule(
+        arrivals=st.lists(
+            st.tuples(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8), st.integers(4, 20)),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    def arrive(self, arrivals):
+        for prompt, max_tokens in arrivals:
+            pages = -(-(len(prompt) + max_tokens - 1) // self.model.page_size)
+            if pages > self.model.num_pages:
+                with pytest.raises(ArgumentError, match="the pool has"):
+                    self.engine.add_request(prompt, SamplingParams(max_tokens=max_tokens))
+                continue
+            request_id = self.engine.add_request(prompt, SamplingParams(max_tokens=max_tokens))
+            self.expected[request_id] = self.model.continuation(prompt, max_tokens)
+            self.got[request_id] = []
 
     @precondition(lambda self: self.engine.requests)
     @rule(data=st.data())
@@ -70,6 +75,12 @@ class EngineMachine(RuleBasedStateMachine):
         assert max(self.model.step_sizes, default=0) <= self.engine._scheduler.max_batch_tokens
         assert len(self.engine.table.seq_ids) <= self.engine._scheduler.max_num_seqs
 
+    @invariant()
+    def older_requests_stand_before_younger_ones(self):
+        scheduler = self.engine._scheduler
+        order = [request.request_id for request in [*scheduler.running, *scheduler.waiting]]
+        assert order == sorted(order)
+
     def teardown(self):
         if not hasattr(self, "engine"):
             return
@@ -93,5 +104,5 @@ class EngineMachine(RuleBasedStateMachine):
                 self.first_served.append(request_id)
 
 
-EngineMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+EngineMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
 TestEngine = EngineMachine.TestCase
