@@ -17,6 +17,7 @@ import torch
 
 from quire import checks
 from quire.custom_op import register
+from quire.debug import debug_enabled
 from quire.errors import ArgumentError
 from quire.explain import explain
 from quire.kernels import load_backend, resolve_backend
@@ -123,7 +124,7 @@ class AttentionPlan:
         """Check one layer's arguments and dispatch them to the backend."""
         checks.check_call(self.spec, self.num_tokens, self.device, call)
         checks.check_tree_mask(call.tree_mask, self.num_tokens, self.max_q_len, self.device)
-        if checks.debug_enabled():
+        if debug_enabled():
             num_pages = min(call.k_pages.shape[1], call.v_pages.shape[1])
             checks.check_page_ids(self.step.page_table, self.step.seq_lens, self.spec.page_size, num_pages)
         self._kernels.attend(self._prepared, call)

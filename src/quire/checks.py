@@ -5,8 +5,6 @@ Everything is read on the host from shapes, strides, dtypes and host tensors: no
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,11 +14,6 @@ from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype
 from quire.work import AttentionCall, Ints
 
 _KV_NAMES: dict[torch.dtype, KVDtype] = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}  # type: ignore[misc]
-
-
-def debug_enabled() -> bool:
-    """QUIRE_DEBUG=1: page ids are checked against the pool and freed pages are poisoned."""
-    return os.environ.get("QUIRE_DEBUG", "0") not in ("", "0")
 
 
 def describe(value: object) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from quire import checks
 from quire.custom_op import register
+from quire.debug import debug_enabled
 from quire.errors import ArgumentError, DtypeError, ShapeError
 from quire.kernels import load_backend, resolve_backend
 from quire.spec import COMPUTE_DTYPES
@@ -107,7 +108,7 @@ def _write_kv_op(
 ) -> None:
     checks.check_tensor("slot_mapping", slot_mapping, 1, "int64 [tokens]")
     _check(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-    if checks.debug_enabled():
+    if debug_enabled():
         _check_slots(slot_mapping, k_pages.shape[1] * k_pages.shape[2])
     name = resolve_backend(backend, k.device)
     kernels = load_backend(name, checks.infer_spec(k, k_pages), k.device)

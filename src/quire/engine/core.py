@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from quire.debug import debug_enabled
 from quire.engine.admission import check_prompt, max_length
 from quire.engine.request import Delta, Request, SamplingParams
 from quire.engine.runner import build_step
@@ -84,7 +85,12 @@ class Engine:
         self.table = PageTable(PageAllocator(model.num_pages), model.page_size)
         self.requests: dict[int, Request] = {}
         self.stats = EngineStats()
-        self._scheduler = Scheduler(self.table, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        self._scheduler = Scheduler(
+            self.table,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            poison=model.poison if debug_enabled() else None,
+        )
         self._request_ids = itertools.count()
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from quire.assets import DEMO_MODEL
 from quire.engine.core import DEFAULT_MAX_BATCH_TOKENS, DEFAULT_MAX_NUM_SEQS, Engine, Prompt
 from quire.engine.progress import progress_bar
 from quire.engine.request import Delta, Request, RequestOutput, SamplingParams
@@ -24,13 +25,13 @@ Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
 class LLM(Engine):
     """A language model on pages, with its tokenizer: text in, text out.
 
-        llm = quire.LLM("path/to/model")
+        llm = quire.LLM()  # or quire.LLM("path/to/model")
         [output] = llm.generate("def fibonacci(n):", quire.SamplingParams(max_tokens=64))
         print(output.text)
 
     Args:
         model: a Hugging Face model folder, a transformers model, or a PagedModel, whose pages this
-            LLM then owns.
+            LLM then owns; the embedded demo model by default.
         tokenizer: a fast transformers tokenizer; None: the folder's own, and none for a model that
             is no folder, so that prompts and results are token ids.
         page_size, num_pages, memory_bytes, kv_dtype, backend: the pool and the kernels, as for
@@ -45,7 +46,7 @@ class LLM(Engine):
 
     def __init__(
         self,
-        model: str | PathLike[str] | PreTrainedModel | PagedModel,
+        model: str | PathLike[str] | PreTrainedModel | PagedModel = DEMO_MODEL,
         *,
         tokenizer: Any = None,
         page_size: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,15 +47,24 @@ class Scheduler:
             under their request_id and never forks one, so no append calls for a copy.
         max_batch_tokens: most tokens in one step.
         max_num_seqs: most requests running at once.
+        poison: called with the pages that no one owns any more (debugging).
     Cost: a few microseconds of Python per running request and step.
     Source: continuous batching, Orca (OSDI 2022) §3; chunked prefill, Sarathi-Serve, arXiv:2403.02310
         §4; preemption by recomputation, arXiv:2309.06180 §4.5.
     """
 
-    def __init__(self, table: PageTable, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        table: PageTable,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        poison: Callable[[list[int]], None] | None = None,
+    ) -> None:
         self.table = table
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
+        self.poison = poison
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -91,7 +101,7 @@ class Scheduler:
         """Forget a request, running or waiting, and free its pages."""
         if request in self.running:
             self.running.remove(request)
-            self.table.free(request.request_id)
+            self._free(request)
         else:
             self.waiting.remove(request)
 
@@ -103,9 +113,14 @@ class Scheduler:
     def _preempt_youngest(self) -> None:
         request = self.running.pop()
         self.waiting.appendleft(request)
-        self.table.free(request.request_id)
+        self._free(request)
         request.num_computed = 0
         request.preemptions += 1
+
+    def _free(self, request: Request) -> None:
+        freed = self.table.free(request.request_id)
+        if self.poison:
+            self.poison(freed)
 
     def _make_room(self, request: Request, num_tokens: int) -> int:
         """How many of num_tokens there are pages for now, taken from younger requests if need be."""

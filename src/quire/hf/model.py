@@ -120,6 +120,10 @@ class PagedModel:
         """Copy whole pages in every layer (copy-on-write); (source, destination) pairs, in order."""
         self._cache.copy_pages(copies)
 
+    def poison(self, pages: Iterable[int]) -> None:
+        """Fill pages with NaN in every layer, so that a read of what nobody owns shows (debugging)."""
+        self._cache.poison(pages)
+
     @property
     def num_pages(self) -> int:
         """Pages of the pool; page ids run from 0 to num_pages − 1."""

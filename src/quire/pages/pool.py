@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
 
+from quire.debug import debug_enabled
 from quire.errors import ArgumentError
 from quire.spec import AttentionSpec
 
@@ -51,7 +51,7 @@ class KVPool:
         self.num_layers = num_layers
         self.num_pages = num_pages
         self.device = torch.device(device)
-        self.debug = os.environ.get("QUIRE_DEBUG") == "1"
+        self.debug = debug_enabled()
         self.k = self._empty_pages()
         self.v = self._empty_pages()
         if spec.quantized:
