@@ -1,0 +1,198 @@
+"""Commands and options, as typed. Importing this loads no model library: `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="quire",
+    help="PagedAttention for PyTorch: language models whose KV cache lives in pages.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Dtype(str, Enum):
+    """Dtypes of weights and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class KVDtypeName(str, Enum):
+    """Dtypes of quantised pages."""
+
+    int8 = "int8"
+    fp8_e4m3 = "fp8_e4m3"
+    fp8_e5m2 = "fp8_e5m2"
+
+
+# Typer reads annotations at run time, and Python 3.10's typer has no `X | None` in all versions we allow.
+ModelOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--model", metavar="FOLDER", help="A Hugging Face model folder; default: the embedded demo model."
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.")]
+KVDtypeOption = Annotated[
+    Optional[KVDtypeName],  # noqa: UP045
+    typer.Option("--kv-dtype", help="Quantise the pages; default: pages in the dtype of the weights."),
+]
+PageSizeOption = Annotated[int, typer.Option(min=1, help="Tokens per page.")]
+NumPagesOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--num-pages", min=1, help="Pages of the pool."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from quire import __version__
+
+        typer.echo(f"quire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def quire(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """PagedAttention for PyTorch: language models whose KV cache lives in pages.
+
+    [bold]quire demo[/bold] shows it at work, offline; [bold]quire doctor[/bold] says what this machine has.
+    """
+    from quire.cli.console import hush
+
+    hush()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(help="Text to continue; - reads it from standard input.", show_default=False)
+    ],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; above 0 draws, the higher the wilder.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")
+    ] = 1.0,
+    top_k: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Draw from the k likeliest tokens.", show_default="all"),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Repeat the same draws.", show_default="random"),
+    ] = None,
+    stop: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="End the text before this string; may be given several times."),
+    ] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    kv_dtype: KVDtypeOption = None,
+    page_size: PageSizeOption = 16,
+    num_pages: NumPagesOption = None,
+) -> None:
+    """Continue a text with a language model on pages.
+
+    The text streams as it comes. Into a pipe or a file goes the new text alone, without the prompt.
+
+    \b
+    Examples:
+      quire generate "def fibonacci(n):"
+      quire generate "class Stack:" --max-tokens 200 --temperature 0.8 --seed 1
+      quire generate "import os" --model ~/models/SmolLM2-135M --kv-dtype int8
+      cat start.py | quire generate - --stop "class " > rest.py
+    """
+    from quire.cli.generate import run
+    from quire.cli.model import load
+    from quire.engine import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens, stop=stop or None
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    kv = kv_dtype.value if kv_dtype else None
+    run(load(model, dtype=dtype.value, kv_dtype=kv, page_size=page_size, num_pages=num_pages), text, params)
+
+
+@app.command()
+def demo(
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 96,
+    num_pages: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Pages of the pool; fewer than the default make requests take turns."),
+    ] = None,
+    page_size: PageSizeOption = 16,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Shuffle the order in which the prompts arrive."),
+    ] = None,
+    model: ModelOption = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare/--no-compare", help="Measure a contiguous padded cache beside the pages."),
+    ] = True,
+    runs: Annotated[int, typer.Option(min=1, help="Measured runs, of which the table shows the median.")] = 3,
+    save: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE.svg", help="Save the page map at its fullest, and the table, as a picture."
+        ),
+    ] = None,
+) -> None:
+    """Serve eight prompts at once and watch who owns which pages.
+
+    Then a table: speed, waiting time and memory, beside the same prompts in a contiguous padded cache
+    ([italic]model.generate[/italic] of transformers) in the same run, and whether the texts agree.
+
+    \b
+    Examples:
+      quire demo
+      quire demo --num-pages 96           too few pages: requests give theirs back and resume
+      quire demo --model ~/models/SmolLM2-135M --max-tokens 64
+      quire demo --save demo.svg
+    """
+    from quire.cli.demo import run
+
+    run(
+        model,
+        max_tokens=max_tokens,
+        num_pages=num_pages,
+        page_size=page_size,
+        seed=seed,
+        compare=compare,
+        runs=runs,
+        save=save,
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: backends, SIMD width, threads, versions, what is missing and how to get it.
+
+    Ends with a small self-check of every backend against the float64 reference; exit code 1 if one fails.
+
+    \b
+    Examples:
+      quire doctor
+      quire doctor > machine.txt          to go with a bug report
+    """
+    from quire.cli.doctor import run
+
+    raise typer.Exit(run())

@@ -1,0 +1,34 @@
+"""Terminals: where text goes, spinners while one waits, and silence from libraries."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+from rich.console import Console
+
+# Control characters, shown as pictures: what a model writes must not steer the terminal.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def hush() -> None:
+    """Keep the model libraries offline and quiet; what matters is raised as an error."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def visible(text: str) -> str:
+    """Text that is safe to write to a terminal."""
+    return text.translate(_CONTROLS)
+
+
+def spinner(message: str) -> AbstractContextManager[object]:
+    """Show that something is going on, on stderr and only to a person."""
+    console = Console(stderr=True)
+    return console.status(message) if console.is_terminal else nullcontext()
