@@ -48,11 +48,10 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        if error.name not in _HF_EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in _HF_EXTRA:
             raise
-        return _say(
-            f"the command line needs {error.name}, which is not installed. Fix: pip install 'quire[hf]'"
-        )
+        return _say(f"the command line needs {package}, which is not installed. Fix: pip install 'quire[hf]'")
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -164,7 +164,7 @@ def demo(
     \b
     Examples:
       quire demo
-      quire demo --num-pages 96           too few pages: requests give theirs back and resume
+      quire demo --num-pages 112          too few pages: requests give theirs back and resume
       quire demo --model ~/models/SmolLM2-135M --max-tokens 64
       quire demo --save demo.svg
     """

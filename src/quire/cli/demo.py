@@ -14,9 +14,10 @@ import torch
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from quire.assets import DEMO_MODEL
 from quire.cli.console import spinner
 from quire.cli.measure import Run, Watch, divergences, serve_on_pages, serve_padded
-from quire.cli.model import demo_model, load
+from quire.cli.model import load
 from quire.cli.page_map import draw, plain
 from quire.cli.prompts import PROMPTS
 from quire.cli.report import agreement, report
@@ -81,7 +82,7 @@ def _load(
 ) -> tuple[LLM, list[list[int]]]:
     """The model, with a pool in which all prompts fit at once unless told otherwise."""
     with spinner("loading the model"):
-        tokenizer = load_tokenizer(folder or demo_model())
+        tokenizer = load_tokenizer(folder or DEMO_MODEL)
         token_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
     if num_pages is None:
         needed = sum(-(-(len(tokens) + max_tokens - 1) // page_size) for tokens in token_ids)

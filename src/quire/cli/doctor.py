@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 import quire
+from quire.assets import DEMO_MODEL
 from quire.cli.console import spinner
-from quire.cli.model import demo_model
 from quire.errors import QuireError
 from quire.kernels import BACKENDS, load_backend
 from quire.spec import AttentionSpec
@@ -145,7 +145,7 @@ def _backend(name: str, reason: str | None) -> Row:
 
 
 def _files() -> list[Row]:
-    weights = demo_model() / "model.safetensors"
+    weights = DEMO_MODEL / "model.safetensors"
     rows = [
         (GOOD, "demo model", f"{weights.parent}, {weights.stat().st_size / 1e6:.1f} MB")
         if weights.is_file()

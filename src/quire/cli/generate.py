@@ -38,8 +38,7 @@ def run(llm: LLM, prompt: str, params: SamplingParams) -> None:
 
 def _how_it_went(output: RequestOutput) -> str:
     first = output.time_to_first_token or output.seconds
-    parts = [f"{len(output.token_ids)} tokens", f"the first after {first * 1000:.0f} ms"]
+    parts = [f"{len(output.token_ids)} tokens", f"first after {first * 1000:.0f} ms"]
     if len(output.token_ids) > 1:
         parts.append(f"then {(len(output.token_ids) - 1) / (output.seconds - first):.0f} tokens/s")
-    ended = {"stop": "the model or a stop string ended it", "length": "cut at the length asked for"}
-    return " · ".join([*parts, ended.get(output.finish_reason, output.finish_reason)])
+    return " · ".join([*parts, f"ended by {output.finish_reason}"])

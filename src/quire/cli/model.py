@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quire.assets import DEMO_MODEL
 from quire.cli.console import spinner
 
 if TYPE_CHECKING:
     from quire.engine import LLM
-
-
-def demo_model() -> Path:
-    """The folder of the embedded model."""
-    return Path(str(files("quire"))) / "assets" / "demo_model"
 
 
 def load(model: Path | None, *, dtype: str = "float32", **options: Any) -> LLM:
@@ -33,4 +28,4 @@ def load(model: Path | None, *, dtype: str = "float32", **options: Any) -> LLM:
         from quire.engine import LLM
 
         logging.disable_progress_bar()
-        return LLM(model or demo_model(), dtype=getattr(torch, dtype), **options)
+        return LLM(model or DEMO_MODEL, dtype=getattr(torch, dtype), **options)
