@@ -109,6 +109,11 @@ class AttentionPlan:
         Cost: no host sync; no allocation when ``out`` is given.
         Source: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867.
         """
+        checks.check_queries(q)
+        checks.check_devices(
+            "q", q.device, k_pages=k_pages, v_pages=v_pages, alibi_slopes=alibi_slopes, sinks=sinks,
+            tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, out=out,
+        )  # fmt: skip
         out, lse = _outputs(q, out, return_state)
         torch.ops.quire.run_plan(
             self._number, q, k_pages, v_pages, out, lse,
@@ -123,7 +128,7 @@ class AttentionPlan:
     def attend(self, call: AttentionCall) -> None:
         """Check one layer's arguments and dispatch them to the backend."""
         checks.check_call(self.spec, self.num_tokens, self.device, call)
-        checks.check_tree_mask(call.tree_mask, self.num_tokens, self.max_q_len, self.device)
+        checks.check_tree_mask(call.tree_mask, self.num_tokens, self.max_q_len)
         if debug_enabled():
             num_pages = min(call.k_pages.shape[1], call.v_pages.shape[1])
             checks.check_page_ids(self.step.page_table, self.step.seq_lens, self.spec.page_size, num_pages)
@@ -166,8 +171,9 @@ def plan(
         raise ArgumentError(
             f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"
         )
+    checks.check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     table, lens, starts = checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
-    where = page_table.device if device is None else torch.device(device)
+    where = page_table.device if device is None else torch.empty(0, device=device).device
     name = resolve_backend(backend, where)
     kernels = load_backend(name, spec, where)
     step = plan_step(
@@ -220,6 +226,12 @@ def paged_attention(
     Cost: one plan per call. Where several layers share a step, plan it once instead.
     Source: PagedAttention, arXiv:2309.06180 §4.1.
     """
+    checks.check_queries(q)
+    checks.check_devices(
+        "q", q.device, k_pages=k_pages, v_pages=v_pages, alibi_slopes=alibi_slopes, sinks=sinks,
+        tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, out=out,
+    )  # fmt: skip
+    checks.check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     out, lse = _outputs(q, out, return_state)
     torch.ops.quire.paged_attention(
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse, causal, window_left, backend,
@@ -231,7 +243,6 @@ def paged_attention(
 def _outputs(
     q: torch.Tensor, out: torch.Tensor | None, return_state: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    checks.check_queries(q)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[:2], dtype=torch.float32) if return_state else None

@@ -45,12 +45,28 @@ def check_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
         )
 
 
-def check_same_device(name: str, value: torch.Tensor, device: torch.device, like: str = "q") -> None:
-    """All tensors of a call live where the queries live."""
-    if value.device != device:
-        raise DeviceError(
-            f"{name} must be on {device}, like {like}; got {value.device}. Fix: {name}.to({str(device)!r})"
-        )
+def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """All tensors of a call live in one place.
+
+    Checked before the operator is called: torch sends a call with any tensor on "meta" to the fake
+    implementation, which computes nothing.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(f"{name} must be a tensor; got {describe(tensor)}. Fix: torch.as_tensor({name})")
+        if tensor.device != device:
+            raise DeviceError(
+                f"{name} must be on {device}, like {like}; got {tensor.device}. Fix: {name}.to({str(device)!r})"
+            )
+
+
+def check_host(**tensors: torch.Tensor | None) -> None:
+    """The step's tables and lengths are read on the host: they may lie on any device that holds data."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            raise DeviceError(f'{name} must hold data; got a tensor on meta. Fix: make it with device="cpu"')
 
 
 def check_queries(q: object) -> torch.Tensor:
@@ -96,7 +112,6 @@ def check_scales(
             raise ShapeError(
                 f"{name} must be float32 {list(pages.shape[:3])}; got {describe(scale)}. Fix: {name}=pool.{name}[layer]"
             )
-        check_same_device(name, scale, pages.device, "its pages")
     if k_scale is not None and v_scale is not None and k_scale.stride() != v_scale.stride():
         raise ShapeError(
             f"v_scale must have k_scale's strides {list(k_scale.stride())}; got {list(v_scale.stride())}. "
@@ -179,7 +194,7 @@ def check_page_ids(page_table: NDArray[np.int32], seq_lens: Ints, page_size: int
         )
 
 
-def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int, device: torch.device) -> None:
+def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int) -> None:
     """alibi_slopes and sinks: one fp32 number per query head."""
     if value is None:
         return
@@ -190,12 +205,9 @@ def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int, 
             f"{name} must be {layout}; got {describe(value)}. Fix: {name}.float(), one per query head"
         )
     check_last_dim_contiguous(name, value)
-    check_same_device(name, value, device)
 
 
-def check_tree_mask(
-    tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: int, device: torch.device
-) -> None:
+def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: int) -> None:
     """tree_mask: bool [tokens, max_q_len], a row per packed query, a column per new key of its sequence."""
     if tree_mask is None:
         return
@@ -207,7 +219,6 @@ def check_tree_mask(
             "Fix: row i, column j: may packed query i see the j-th new token of its own sequence"
         )
     check_last_dim_contiguous("tree_mask", tree_mask)
-    check_same_device("tree_mask", tree_mask, device)
 
 
 def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:
@@ -226,11 +237,10 @@ def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call:
                 f"{name} must be {spec.storage_dtype} as planned; got {describe(pages)}. "
                 "Fix: give the plan the pool's spec"
             )
-        check_same_device(name, pages, device, "the plan")
     check_scales(call.k_pages, call.v_pages, call.k_scale, call.v_scale)
     check_out(call.out, call.q)
-    check_head_vector("alibi_slopes", call.alibi_slopes, spec.num_qo_heads, device)
-    check_head_vector("sinks", call.sinks, spec.num_qo_heads, device)
+    check_head_vector("alibi_slopes", call.alibi_slopes, spec.num_qo_heads)
+    check_head_vector("sinks", call.sinks, spec.num_qo_heads)
     if not 0.0 <= call.softcap < float("inf"):
         raise ArgumentError(
             f"softcap must be 0 (off) or a positive number; got {call.softcap}. Fix: softcap=0.0"
@@ -251,7 +261,7 @@ def _check_planned_queries(
         raise ShapeError(f"q must be {list(planned)} as planned; got {describe(q)}. Fix: plan this step anew")
     if q.dtype != spec.dtype:
         raise DtypeError(f"q must be {spec.dtype} as planned; got {describe(q)}. Fix: q.to({spec.dtype})")
-    check_same_device("q", q, device, "the plan")
+    check_devices("the plan", device, q=q)
 
 
 def check_out(out: torch.Tensor, q: torch.Tensor) -> None:
@@ -260,4 +270,3 @@ def check_out(out: torch.Tensor, q: torch.Tensor) -> None:
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ShapeError(f"out must be like q, {describe(q)}; got {describe(out)}. Fix: torch.empty_like(q)")
     check_last_dim_contiguous("out", out)
-    check_same_device("out", out, q.device)

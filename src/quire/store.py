@@ -37,6 +37,11 @@ def write_kv(
     Cost: reads and writes each element once; no host sync.
     Source: the reshape-and-cache step of PagedAttention, arXiv:2309.06180 §4.
     """
+    checks.check_pages("k_pages", k_pages)
+    checks.check_devices(
+        "k_pages", k_pages.device, k=k, v=v, v_pages=v_pages, slot_mapping=slot_mapping,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     torch.ops.quire.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend)
 
 
@@ -71,8 +76,6 @@ def _check(
                 f"{name} must be {pages.dtype} like {pages_name}; got {checks.describe(rows)}. "
                 f"Fix: {name}.to({pages.dtype})"
             )
-        checks.check_same_device(name, rows, k_pages.device, "k_pages")
-        checks.check_same_device(pages_name, pages, k_pages.device, "k_pages")
     if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
         raise ShapeError(
             f"v_pages must be like k_pages, {checks.describe(k_pages)}; got {checks.describe(v_pages)}. "
@@ -83,7 +86,6 @@ def _check(
         raise DtypeError(
             f"slot_mapping must be int64 [tokens]; got {checks.describe(slot_mapping)}. Fix: slot_mapping.long()"
         )
-    checks.check_same_device("slot_mapping", slot_mapping, k_pages.device, "k_pages")
 
 
 def _check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:

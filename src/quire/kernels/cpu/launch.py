@@ -29,6 +29,7 @@ from numba.core.imputils import impl_ret_untracked, lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
+from quire.compiled import OPTIONS, compiled
 from quire.kernels.cpu.memory import BF16, E4M3, E5M2, F16, F32, INT8
 from quire.kernels.cpu.simd import LANES
 
@@ -264,20 +265,12 @@ def _emit_thread_main(
 
 # --- compiling -------------------------------------------------------------------------------------------
 
-_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """Mark a kernel that Python calls: compiled on first use, kept on disk, run without the GIL."""
-    try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # nowhere to write a cache: an installation without a writable home
-        return numba.njit(**_OPTIONS)(function)
+kernel = compiled  # a kernel that Python calls: compiled on first use, kept on disk, run without the GIL
 
 
 def part(function: Callable[..., Any]) -> Any:
     """Mark a piece that only kernels call: compiled into them, without a door to Python or disk of its own."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
 _compiled: dict[tuple[Any, Config], Callable[..., None]] = {}

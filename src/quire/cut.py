@@ -1,0 +1,102 @@
+"""The plan's arithmetic: tiles laid on a line of work, and the line cut into equal shares. Compiled by Numba.
+
+A tile of q query tokens against n KV tokens weighs ``q × (n + ITEM_OVERHEAD)``. Ideal cut w of W lies at w/W of the
+whole weight. A cut inside a tile splits its KV range between grains; one that would leave a sliver below two
+grains moves to the nearer end of the tile instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quire.compiled import compiled
+
+# What loading the queries and writing the result of an item costs, in KV tokens; it keeps a share of many
+# short sequences from being taken for a cheap one.
+ITEM_OVERHEAD = 16
+
+
+@compiled
+def visible_range(
+    seq_len: int, q_position: int, q_len: int, causal: bool, window_left: int
+) -> tuple[int, int]:
+    """The union of what a tile's queries see: [first − window_left, last] when causal, else up to the end."""
+    end = max(q_position + q_len, 0) if causal else seq_len
+    begin = max(q_position - window_left, 0) if window_left >= 0 else 0
+    return min(begin, end), end
+
+
+@compiled
+def count_tiles(
+    seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, causal: bool, window_left: int
+) -> tuple[int, int]:
+    """Tiles of one KV head, and their weight."""
+    tiles = weight = 0
+    for i in range(len(seq_lens)):
+        q_len = starts[i + 1] - starts[i]
+        if least_q <= q_len <= most_q:
+            for first in range(0, q_len, q_tokens):
+                rows = min(q_tokens, q_len - first)
+                begin, end = visible_range(
+                    seq_lens[i], seq_lens[i] - q_len + first, rows, causal, window_left
+                )
+                tiles += 1
+                weight += rows * (end - begin + ITEM_OVERHEAD)
+    return tiles, weight
+
+
+@compiled
+def share_work(
+    seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, kv_tokens: int,
+    num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
+) -> tuple[Any, Any, Any, int]:  # fmt: skip
+    """Items, worker_indptr, merges and the number of partials of ``work.WorkList``.
+
+    Takes the sequences with least_q to most_q queries; ``starts`` is cu_seqlens_q.
+    """
+    tiles, weight = count_tiles(seq_lens, starts, least_q, most_q, q_tokens, causal, window_left)
+    total = weight * num_kv_heads
+    items = np.empty((tiles * num_kv_heads + num_workers, 8), np.int64)
+    merges = np.empty((num_workers, 5), np.int64)
+    worker_indptr = np.zeros(num_workers + 1, np.int64)
+    num_items = num_merges = num_partials = worker = line = 0
+    for i in range(len(seq_lens)):
+        q_len = starts[i + 1] - starts[i]
+        if not least_q <= q_len <= most_q:
+            continue
+        for head in range(num_kv_heads):
+            for first in range(0, q_len, q_tokens):
+                rows = min(q_tokens, q_len - first)
+                position = seq_lens[i] - q_len + first
+                begin, end = visible_range(seq_lens[i], position, rows, causal, window_left)
+                tile_end = line + rows * (end - begin + ITEM_OVERHEAD)
+                first_item, at_end = num_items, 0
+                while worker + 1 < num_workers and total * (worker + 1) // num_workers < tile_end:
+                    ahead = total * (worker + 1) // num_workers - line
+                    cut = begin + ahead // (rows * kv_tokens) * kv_tokens
+                    worker += 1
+                    if min(cut - begin, end - cut) >= 2 * kv_tokens:
+                        items[num_items] = (i, head, starts[i] + first, rows, position, begin, cut, -1)
+                        num_items += 1
+                        line += rows * (cut - begin)
+                        begin = cut
+                        worker_indptr[worker] = num_items
+                    elif cut - begin < end - cut:
+                        worker_indptr[worker] = num_items
+                    else:
+                        at_end += 1
+                items[num_items] = (i, head, starts[i] + first, rows, position, begin, end, -1)
+                num_items += 1
+                line = tile_end
+                worker_indptr[worker - at_end + 1 : worker + 1] = num_items
+                if num_items - first_item > 1:
+                    items[first_item:num_items, 7] = np.arange(num_items - first_item) + num_partials
+                    merges[num_merges] = (
+                        head, starts[i] + first, rows, num_partials, num_items - first_item,
+                    )  # fmt: skip
+                    num_partials += num_items - first_item
+                    num_merges += 1
+    worker_indptr[num_workers] = num_items
+    return items[:num_items], worker_indptr, merges[:num_merges], num_partials
