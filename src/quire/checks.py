@@ -5,6 +5,8 @@ Everything is read on the host from shapes, strides, dtypes and host tensors: no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -51,11 +53,7 @@ def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | Non
     Checked before the operator is called: torch sends a call with any tensor on "meta" to the fake
     implementation, which computes nothing.
     """
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise ArgumentError(f"{name} must be a tensor; got {describe(tensor)}. Fix: torch.as_tensor({name})")
+    for name, tensor in _given(tensors):
         if tensor.device != device:
             raise DeviceError(
                 f"{name} must be on {device}, like {like}; got {tensor.device}. Fix: {name}.to({str(device)!r})"
@@ -64,9 +62,19 @@ def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | Non
 
 def check_host(**tensors: torch.Tensor | None) -> None:
     """The step's tables and lengths are read on the host: they may lie on any device that holds data."""
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+    for name, tensor in _given(tensors):
+        if tensor.is_meta:
             raise DeviceError(f'{name} must hold data; got a tensor on meta. Fix: make it with device="cpu"')
+
+
+def _given(tensors: dict[str, torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            if not isinstance(tensor, torch.Tensor):
+                raise ArgumentError(
+                    f"{name} must be a tensor; got {describe(tensor)}. Fix: torch.as_tensor({name})"
+                )
+            yield name, tensor
 
 
 def check_queries(q: object) -> torch.Tensor:

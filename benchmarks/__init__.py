@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, then time, ceilings and peers in the same run."""
