@@ -14,6 +14,7 @@ Backends never import one another; they are imported on first use.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from types import ModuleType
 
 import torch
@@ -45,6 +46,10 @@ def load_backend(name: str, spec: AttentionSpec, device: torch.device) -> Module
     try:
         module = importlib.import_module(f"quire.kernels.{name}")
     except ModuleNotFoundError as missing:
+        if missing.name == f"quire.kernels.{name}":
+            raise UnsupportedError(
+                f'backend "{name}" is not part of Quire {importlib.metadata.version("quire")}. Fix: backend="auto"'
+            ) from missing
         raise UnsupportedError(
             f'backend "{name}" needs the module {missing.name}, which is not installed. '
             'Fix: install it, or ask for backend="reference"'
