@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LLM",
+__all__ = [  # noqa: RUF022  # sorted as sorted() does
     "ArgumentError",
     "AttentionPlan",
     "AttentionSpec",
     "DeviceError",
     "DtypeError",
     "KVPool",
+    "LLM",
     "ModelError",
     "OutOfPages",
     "PageAllocator",

@@ -1,0 +1,112 @@
+"""The house rules that a machine can hold: floors, file sizes, the public list, a test for every room."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quire
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "quire"
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+# A module may import from floors below its own, and from its own room. Rooms on one floor are blind to each
+# other, but for floors 0 and 2, which are one room each.
+ROOMS = {
+    0: ["spec|errors|work|debug|compiled|custom_op|assets"],
+    1: ["pages", "plan|cut", "kernels"],
+    2: ["attention|store|state|checks|flash_attn|explain"],
+    3: ["hf"],
+    4: ["engine"],
+    5: ["cli"],
+}
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def place(module: str) -> tuple[int, str]:
+    """Floor and room of a module named below quire, such as `kernels.cpu.decode`."""
+    top = module.split(".")[0]
+    for floor, rooms in ROOMS.items():
+        for room in rooms:
+            if top in room.split("|"):
+                return floor, room
+    raise AssertionError(f"quire.{module} stands on no floor: give it one in ROOMS")
+
+
+def imports(path: Path) -> list[str]:
+    """Modules below quire that a file imports, wherever in the file, as dotted names without `quire.`."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += names if node.module == "quire" else [node.module, *names]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    inside = [name.removeprefix("quire.") for name in found if name.startswith("quire.")]
+    return [name for name in inside if is_module(name)]
+
+
+def is_module(name: str) -> bool:
+    path = SOURCE / Path(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+INSIDE = [path for path in MODULES if module_name(path) not in ("", "__main__")]
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=module_name)
+def test_imports_run_downwards(path):
+    floor, room = place(module_name(path))
+    for imported in imports(path):
+        other_floor, other_room = place(imported)
+        assert other_floor < floor or other_room == room, f"{module_name(path)} imports quire.{imported}"
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=module_name)
+def test_no_module_reaches_down_through_the_front_door(path):
+    """`import quire` from inside would make the floors a circle; only the command line stands outside."""
+    tree = ast.parse(path.read_text())
+    bare = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for a in node.names
+        if a.name == "quire"
+    ]
+    assert not bare or place(module_name(path))[0] == 5
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "kernels").rglob("*.py")), ids=module_name)
+def test_backends_never_import_one_another(path):
+    name = module_name(path)
+    for backend in BACKENDS:
+        for other in BACKENDS:
+            if backend != other and f"kernels.{backend}" in name:
+                assert not [i for i in imports(path) if i.startswith(f"kernels.{other}")]
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "benchmarks").rglob("*.py"))], ids=str)
+def test_no_file_is_two_rooms(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_the_public_list_is_sorted_and_true():
+    assert quire.__all__ == sorted(quire.__all__)
+    for name in quire.__all__:
+        assert getattr(quire, name) is not None
+
+
+def test_importing_quire_loads_no_kernels_and_no_models():
+    code = "import sys, quire; print(*(m for m in ('numba', 'triton', 'transformers', 'rich') if m in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

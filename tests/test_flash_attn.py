@@ -1,0 +1,128 @@
+"""flash-attn's signature computes what flash-attn documents, shown against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import quire
+from quire import flash_attn_with_kvcache
+
+PAGE, PAGES, KV_HEADS, HEADS, DIM = 16, 12, 2, 4, 16
+
+
+@pytest.fixture
+def cache():
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, PAGES, PAGE, KV_HEADS, DIM, generator=generator)
+    block_table = torch.randperm(PAGES, generator=generator)[:6].view(2, 3).int()
+    return k, v, block_table
+
+
+def sequence(cache_tensor, pages, length):
+    """[num_kv_heads, length, head_dim] of one sequence."""
+    return cache_tensor[pages.long()].flatten(0, 1)[:length].transpose(0, 1)
+
+
+def expected(q, k, v, causal):
+    """q [seqlen_q, heads, dim] against k, v [kv_heads, seq_len, dim], queries aligned with the end."""
+    visible = torch.ones(q.shape[0], k.shape[1], dtype=torch.bool)
+    if causal:
+        visible = visible.tril(k.shape[1] - q.shape[0])
+    out = scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=visible, enable_gqa=True)
+    return out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_new_keys_are_appended_and_attended(cache, causal):
+    k_cache, v_cache, block_table = cache
+    q, k, v = (
+        torch.randn(2, 3, HEADS, DIM),
+        torch.randn(2, 3, KV_HEADS, DIM),
+        torch.randn(2, 3, KV_HEADS, DIM),
+    )
+    lengths = torch.tensor([20, 31], dtype=torch.int32)
+
+    out, lse = flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        cache_seqlens=lengths,
+        block_table=block_table,
+        causal=causal,
+        return_softmax_lse=True,
+    )
+
+    for i, length in enumerate((23, 34)):
+        keys, values = (sequence(x, block_table[i], length) for x in (k_cache, v_cache))
+        torch.testing.assert_close(keys[:, -3:], k[i].transpose(0, 1))
+        torch.testing.assert_close(out[i], expected(q[i], keys, values, causal))
+        scores = torch.einsum("qhd,hkd->hqk", q[i], keys.repeat_interleave(2, 0)) * DIM**-0.5
+        if causal:
+            scores = scores.masked_fill(
+                ~torch.ones(3, length, dtype=torch.bool).tril(length - 3), float("-inf")
+            )
+        torch.testing.assert_close(lse[i], scores.logsumexp(-1))
+
+
+def test_a_contiguous_cache_is_one_page_per_sequence(cache):
+    k_cache, v_cache, _ = cache
+    q = torch.randn(PAGES, 1, HEADS, DIM)
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=9, causal=True)
+    for i in range(PAGES):
+        keys, values = k_cache[i, :9].transpose(0, 1), v_cache[i, :9].transpose(0, 1)
+        torch.testing.assert_close(out[i], expected(q[i], keys, values, True))
+
+
+def test_a_left_window_counts_keys_before_the_query(cache):
+    k_cache, v_cache, block_table = cache
+    q = torch.randn(2, 1, HEADS, DIM)
+    lengths = torch.tensor([30, 40], dtype=torch.int32)
+    out = flash_attn_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=lengths, block_table=block_table, causal=True, window_size=(4, 0)
+    )
+    for i, length in enumerate((30, 40)):
+        keys, values = (sequence(x, block_table[i], length)[:, -5:] for x in (k_cache, v_cache))
+        torch.testing.assert_close(out[i], expected(q[i], keys, values, False))
+
+
+@pytest.mark.parametrize("name", ["rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad"])
+def test_what_belongs_to_the_caller_is_refused(cache, name):
+    k_cache, v_cache, block_table = cache
+    with pytest.raises(quire.UnsupportedError, match=name):
+        flash_attn_with_kvcache(
+            torch.randn(2, 1, HEADS, DIM), k_cache, v_cache, cache_seqlens=8, block_table=block_table,
+            **{name: torch.zeros(1)},
+        )  # fmt: skip
+
+
+def test_a_right_window_is_refused(cache):
+    k_cache, v_cache, block_table = cache
+    with pytest.raises(quire.UnsupportedError, match="window_size"):
+        flash_attn_with_kvcache(
+            torch.randn(2, 1, HEADS, DIM),
+            k_cache,
+            v_cache,
+            cache_seqlens=8,
+            block_table=block_table,
+            window_size=(4, 4),
+        )
+
+
+def test_misfits_are_refused_and_nothing_is_written(cache):
+    k_cache, v_cache, block_table = cache
+    before = k_cache.clone()
+    q, new = torch.randn(2, 1, HEADS, DIM), torch.randn(2, 1, KV_HEADS, DIM)
+    full = torch.tensor([10, 3 * PAGE], dtype=torch.int32)
+    with pytest.raises(quire.ShapeError, match="room"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=full, block_table=block_table)
+    with pytest.raises(quire.ArgumentError, match="together"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, new, cache_seqlens=8, block_table=block_table)
+    with pytest.raises(quire.ShapeError, match="cache_seqlens"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=full[:1], block_table=block_table)
+    with pytest.raises(quire.ShapeError, match="block_table"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=8)
+    torch.testing.assert_close(k_cache, before, rtol=0, atol=0)
