@@ -31,7 +31,8 @@ def run(llm: LLM, prompt: str, params: SamplingParams) -> None:
         if delta.output is not None:
             break
         delta = next(deltas)
-    sys.stdout.write("\n")
+    if not delta.output.text.endswith("\n"):
+        sys.stdout.write("\n")
     if on_terminal and sys.stderr.isatty():
         Console(stderr=True, highlight=False).print(_how_it_went(delta.output), style="dim")
 
