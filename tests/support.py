@@ -6,7 +6,10 @@ the scales beside them. Page table entries past a sequence's last page hold ids 
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -346,3 +349,21 @@ def features(
         size = (len(batch.q), int(q_lens.max()) + 1)
         given["tree_mask"] = torch.rand(size, generator=generator) < 0.6
     return given
+
+
+# --- memory with an end ----------------------------------------------------------------------------------
+
+
+def guarded_copy(values: torch.Tensor) -> torch.Tensor:
+    """A copy whose last byte is the last that may be touched: behind it lies a page no one may read or write."""
+    size = values.numel() * values.element_size()
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    no_access = 0
+    protected = ctypes.CDLL(None, use_errno=True).mprotect(
+        ctypes.c_void_p(start + room), mmap.PAGESIZE, no_access
+    )
+    assert protected == 0, os.strerror(ctypes.get_errno())
+    tensor = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=room - size)
+    return tensor.view(values.dtype).view(values.shape).copy_(values)

@@ -1,0 +1,139 @@
+"""The store kernel: every element in its slot, rounded as the reference rounds, and nothing beside it touched."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import LAYOUTS, _empty_pages, guarded_copy
+
+from quire.kernels import cpu, reference
+from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+E4M3, E5M2 = QUANTIZED_DTYPES["fp8_e4m3"], QUANTIZED_DTYPES["fp8_e5m2"]
+PLAIN = [(F32, 16), (F16, 40), (BF16, 72), (BF16, 1)]
+QUANTIZED = [(F32, torch.int8, 40), (BF16, torch.int8, 64), (F16, E4M3, 72), (F32, E5M2, 7), (F32, E4M3, 16)]
+
+
+def bits(tensor):
+    return tensor.contiguous().view(BITS[tensor.element_size()])
+
+
+def case(dtype, pages_dtype, head_dim, tokens=9, heads=2, num_pages=5, page_size=3, layout="pool", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.logspace(-6, 4, tokens)[:, None, None]
+    k, v = ((torch.randn(tokens, heads, head_dim, generator=generator) * size).to(dtype) for _ in range(2))
+    sizes = (heads, num_pages, page_size, head_dim)
+    pages = [_empty_pages(sizes, pages_dtype, layout).fill_(3) for _ in range(2)]
+    scales = [None, None]
+    if pages_dtype not in COMPUTE_DTYPES:
+        scales = [torch.full(sizes[:3], math.nan), torch.full((*sizes[1:3], heads), math.nan).permute(2, 0, 1)]
+    slots = torch.randperm(num_pages * page_size, generator=generator)[:tokens]
+    return k, v, *pages, slots, *scales
+
+
+def clone(pages):
+    return None if pages is None else pages.clone(memory_format=torch.preserve_format)
+
+
+def assert_like_the_reference(k, v, k_pages, v_pages, slots, k_scale, v_scale):
+    wanted = [clone(t) for t in (k_pages, v_pages, k_scale, v_scale)]
+    reference.write_kv(k, v, *wanted[:2], slots, *wanted[2:])
+    cpu.write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
+    for got, want in zip((k_pages, v_pages, k_scale, v_scale), wanted, strict=True):
+        assert (got is None and want is None) or torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), PLAIN, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_slot_holds_its_tokens_bits_and_every_other_slot_what_it_held(dtype, head_dim, layout):
+    k, v, k_pages, v_pages, slots, *_ = case(dtype, dtype, head_dim, layout=layout)
+    slots[2] = -1
+    cpu.write_kv(k, v, k_pages, v_pages, slots, None, None)
+    for rows, pages in ((k, k_pages), (v, v_pages)):
+        flat = pages.flatten(1, 2)
+        for token, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                assert torch.equal(bits(flat[:, slot]), bits(rows[token]))
+        untouched = torch.ones(flat.shape[1], dtype=torch.bool)
+        untouched[slots[slots >= 0]] = False
+        assert (flat[:, untouched] == 3).all()
+
+
+@pytest.mark.parametrize(("dtype", "pages_dtype", "head_dim"), QUANTIZED, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantised_values_and_scales_are_the_references_to_the_bit(dtype, pages_dtype, head_dim, layout):
+    assert_like_the_reference(*case(dtype, pages_dtype, head_dim, layout=layout))
+
+
+@pytest.mark.parametrize(("dtype", "pages_dtype", "head_dim"), QUANTIZED, ids=str)
+def test_rows_of_zeros_have_scale_zero_and_hold_zeros(dtype, pages_dtype, head_dim):
+    k, v, k_pages, v_pages, slots, k_scale, v_scale = case(dtype, pages_dtype, head_dim, tokens=1)
+    cpu.write_kv(k * 0, v * 0, k_pages, v_pages, slots, k_scale, v_scale)
+    page, slot = divmod(int(slots[0]), 3)
+    for pages, scale in ((k_pages, k_scale), (v_pages, v_scale)):
+        assert (pages[:, page, slot].float() == 0).all()
+        assert (scale[:, page, slot] == 0).all()
+        assert scale.isnan().sum() == scale.numel() - 2
+
+
+@pytest.mark.parametrize("dtype", COMPUTE_DTYPES, ids=str)
+def test_infinities_negative_zeros_and_tiny_numbers_are_kept(dtype):
+    head_dim = {F32: 16, F16: 40, BF16: 72}[dtype]
+    special = [math.inf, -math.inf, -0.0, 0.0, torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max]
+    row = torch.tensor((special * 12)[:head_dim]).to(dtype).expand(1, 1, head_dim)
+    k_pages, v_pages = (torch.zeros(1, 1, 2, head_dim, dtype=dtype) for _ in range(2))
+    cpu.write_kv(row, -row, k_pages, v_pages, torch.tensor([1]), None, None)
+    assert torch.equal(bits(k_pages[0, 0, 1]), bits(row[0, 0]))
+    assert torch.equal(bits(v_pages[0, 0, 1]), bits(-row[0, 0]))
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), PLAIN, ids=str)
+def test_rows_may_be_strided_as_cut_from_a_fused_projection(dtype, head_dim):
+    k, v, k_pages, v_pages, slots, *_ = case(dtype, dtype, head_dim)
+    fused = torch.cat([k, v], dim=1)
+    assert_like_the_reference(fused[:, :2], fused[:, 2:], k_pages, v_pages, slots, None, None)
+    every_other = torch.stack([slots, slots], dim=1).flatten()[::2]
+    assert every_other.stride() == (2,)
+    k_again, v_again = torch.full_like(k_pages, 3), torch.full_like(v_pages, 3)
+    cpu.write_kv(k, v, k_again, v_again, every_other, None, None)
+    assert torch.equal(k_again, k_pages)
+    assert torch.equal(v_again, v_pages)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(F16, 40), (BF16, 72)], ids=str)
+def test_no_byte_beyond_the_tensors_is_touched(dtype, head_dim):
+    k, v, k_pages, v_pages, _, *_ = case(dtype, dtype, head_dim, tokens=15)
+    last_slot_last = torch.arange(15)
+    guarded = [guarded_copy(t) for t in (k, v, k_pages, v_pages)]
+    cpu.write_kv(*guarded, last_slot_last, None, None)
+    assert torch.equal(guarded[2].flatten(1, 2).transpose(0, 1), k)
+
+
+def test_no_tokens_write_nothing():
+    k, v, k_pages, v_pages, slots, *_ = case(F32, F32, 16)
+    cpu.write_kv(k[:0], v[:0], k_pages, v_pages, slots[:0], None, None)
+    assert (k_pages == 3).all()
+
+
+@given(data=st.data())
+def test_any_write_is_the_references_to_the_bit(data):
+    draw = data.draw
+    dtype, pages_dtype, head_dim = draw(st.sampled_from([(d, d, n) for d, n in PLAIN] + QUANTIZED))
+    page_size, num_pages = draw(st.integers(1, 20)), draw(st.integers(1, 6))
+    k, v, k_pages, v_pages, slots, *scales = case(
+        dtype,
+        pages_dtype,
+        head_dim,
+        tokens=draw(st.integers(0, page_size * num_pages)),
+        heads=draw(st.integers(1, 3)),
+        num_pages=num_pages,
+        page_size=page_size,
+        layout=draw(st.sampled_from(LAYOUTS[:3])),
+        seed=draw(st.integers(0, 100)),
+    )
+    hidden = torch.rand(len(slots)) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    assert_like_the_reference(k, v, k_pages, v_pages, slots.masked_fill(hidden, -1), *scales)
