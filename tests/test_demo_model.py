@@ -117,7 +117,7 @@ def test_a_prompt_may_end_at_a_newline_an_indent_or_a_word(tokenizer, end):
 def test_the_loss_on_a_fixed_excerpt_is_the_one_in_the_card(model, tokenizer):
     ids = tokenizer(EXCERPT, return_tensors="pt").input_ids[0]
     assert mean_loss(model, ids) == pytest.approx(
-        figure_in_card(r"test excerpt: ([\d.]+) nats/token"), abs=0.01
+        figure_in_card(r"test excerpt: ([\d.]+) nats/token"), abs=0.001
     )
 
 
