@@ -74,8 +74,9 @@ def raising(error):
     return command
 
 
-def test_ctrl_c_ends_quietly_with_130(capsys, monkeypatch):
-    monkeypatch.setattr("quire.cli.doctor.run", raising(KeyboardInterrupt))
+@pytest.mark.parametrize("where", ["quire.cli.doctor.run", "quire.cli._run"])  # in a command, and before it
+def test_ctrl_c_ends_quietly_with_130(capsys, monkeypatch, where):
+    monkeypatch.setattr(where, raising(KeyboardInterrupt))
     code, out, err = run(capsys, "doctor")
     assert code == 130
     assert (out + err).strip() == ""

@@ -90,13 +90,12 @@ def test_too_few_pages_make_requests_take_turns_with_the_same_end(capsys):
 
 def test_a_seed_shuffles_the_prompts(capsys):
     def first_snapshot(*seed):
-        assert cli.run(["demo", "--max-tokens", "1", "--runs", "1", "--no-compare", *seed]) == 0
+        assert cli.run(["demo", "--max-tokens", "2", "--runs", "1", "--no-compare", *seed]) == 0
         return capsys.readouterr().out
 
     one, same, other = (first_snapshot("--seed", seed) for seed in ("1", "1", "2"))
     maps = [re.findall(r"^[A-H*.]+$", text, re.MULTILINE) for text in (one, same, other)]
-    assert maps[0] == maps[1]
-    assert len(maps[0]) > 0
+    assert maps[0] == maps[1] != maps[2]
 
 
 REFUSED = {

@@ -104,6 +104,10 @@ REFUSED = {
         ["generate", "x = 1\n" * 400],
         "shorter than the model's 1024 tokens",
     ),
+    "more pages than memory": (
+        ["generate", "x", "--num-pages", "999999999"],
+        "must fit this machine's memory",
+    ),
     "a prompt past the pool": (["generate", "x = 1\n" * 20, "--num-pages", "2"], "the pool has 2"),
 }
 

@@ -27,9 +27,9 @@ def request(request_id, *, prompt=2, generated=0, computed=None, finish_reason=N
 
 @pytest.fixture
 def engine():
-    """Pages 0-1: A full; 2: B partly; 3: shared by C and D; 4-5: free."""
-    table = PageTable(PageAllocator(6), PAGE_SIZE)
-    for request_id, length in ((10, 8), (11, 3), (12, 4)):
+    """Two full pages of A, a full and a partly filled one of B, one that C and D share, two free ones."""
+    table = PageTable(PageAllocator(7), PAGE_SIZE)
+    for request_id, length in ((10, 8), (11, 7), (12, 4)):
         table.add(request_id)
         table.append(request_id, length)
     table.fork(12, 13)
@@ -50,16 +50,16 @@ def drawn(engine, requests, width=80):
 def test_letters_name_the_owner_of_each_page(engine):
     head, row = plain(engine, REQUESTS, step=7).splitlines()
     pages = engine.table.pages
-    expected = ["."] * 6
+    expected = ["."] * 7
     for page, letter in (*((p, "A") for p in pages(10)), *((p, "B") for p in pages(11)), (pages(12)[0], "*")):
         expected[page] = letter
     assert row == "".join(expected)
-    assert head.startswith("after step 7: 4 of 6 pages in use")
+    assert head.startswith("after step 7: 5 of 7 pages in use")
 
 
 def test_rows_of_letters_break_at_the_given_width_and_lose_no_page(engine):
     rows = plain(engine, REQUESTS, step=1, columns=4).splitlines()[1:]
-    assert [len(row) for row in rows] == [4, 2]
+    assert [len(row) for row in rows] == [4, 3]
 
 
 def test_totals_count_slots_of_pages_in_use_only():
@@ -76,10 +76,10 @@ def test_totals_count_slots_of_pages_in_use_only():
 def test_cells_show_full_partly_filled_shared_and_free_pages(engine):
     row = drawn(engine, REQUESTS).export_text().splitlines()[1]
     cells = row.strip("│ ").split(" ")
-    expected = [FREE] * 6
-    for page in engine.table.pages(10):
+    expected = [FREE] * 7
+    for page in (*engine.table.pages(10), engine.table.pages(11)[0]):
         expected[page] = FULL
-    expected[engine.table.pages(11)[0]] = PARTIAL
+    expected[engine.table.pages(11)[1]] = PARTIAL
     expected[engine.table.pages(12)[0]] = SHARED
     assert cells == expected
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.assets import DEMO_MODEL
 from quire.cli.console import spinner
+from quire.errors import ArgumentError
 
 if TYPE_CHECKING:
     from quire.engine import LLM
@@ -19,7 +20,7 @@ def load(model: Path | None, *, dtype: str = "float32", **options: Any) -> LLM:
         dtype: of the weights, by name.
         options: as for LLM.
     Raises:
-        ModelError, UnsupportedError, ArgumentError: as LLM.
+        ModelError, UnsupportedError, ArgumentError: as LLM; ArgumentError also where memory does not suffice.
     """
     with spinner("loading the model"):
         import torch
@@ -28,4 +29,16 @@ def load(model: Path | None, *, dtype: str = "float32", **options: Any) -> LLM:
         from quire.engine import LLM
 
         logging.disable_progress_bar()
-        return LLM(model or DEMO_MODEL, dtype=getattr(torch, dtype), **options)
+        try:
+            return LLM(model or DEMO_MODEL, dtype=getattr(torch, dtype), **options)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            raise ArgumentError(
+                f"the model and its pages must fit this machine's memory; got {_what(options)}, which does not. "
+                "Fix: a smaller --num-pages or --page-size"
+            ) from error
+
+
+def _what(options: dict[str, Any]) -> str:
+    return f"{options.get('num_pages') or 'the default number of'} pages of {options.get('page_size', 16)} tokens"
