@@ -285,7 +285,8 @@ def work(rank: int, args: argparse.Namespace, corpus: Corpus, board: GradientBoa
                 seen, check = step * TOKENS_PER_STEP, held_out_loss(model, held_out[:8])
                 bar.console.print(
                     f"step {step}: {seen:,} tokens, {minutes:.1f} min, nats/token: "
-                    f"training {np.mean(losses[-50:]):.4f}, 8 held-out files {check:.4f}"
+                    f"training {np.mean(losses[-50:]):.4f}, 8 held-out files {check:.4f}",
+                    soft_wrap=True,
                 )
             if progress >= 1:
                 break
