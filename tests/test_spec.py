@@ -1,0 +1,74 @@
+"""What one attention layer's shape says, and what it refuses to be."""
+
+import pytest
+import torch
+
+from quire import AttentionSpec
+from quire.errors import ArgumentError, DtypeError
+
+
+def spec(**changes):
+    return AttentionSpec(**{"num_qo_heads": 32, "num_kv_heads": 8, "head_dim": 128, **changes})
+
+
+def test_a_spec_tells_group_and_storage():
+    assert spec().group_size == 4
+    assert spec().storage_dtype == torch.bfloat16
+    assert not spec().quantized
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("int8", torch.int8), ("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)],
+)
+def test_quantised_pages_are_stored_in_their_own_dtype(name, dtype):
+    assert spec(kv_dtype=name).storage_dtype == dtype
+    assert spec(kv_dtype=name).quantized
+
+
+def test_bytes_of_a_page_count_k_and_v_of_all_heads():
+    assert spec(page_size=16).bytes_per_page == 2 * 8 * 16 * 128 * 2
+    assert spec(page_size=16, dtype=torch.float32).bytes_per_page == 2 * 8 * 16 * 128 * 4
+    assert spec(page_size=16, kv_dtype="int8").bytes_per_page == 2 * 8 * (16 * 128 + 16 * 4)
+
+
+@pytest.mark.parametrize(("head_dim", "page_size"), [(1, 1), (7, 3), (40, 1), (64, 16), (80, 5)])
+@pytest.mark.parametrize("dtypes", [{"dtype": torch.float32}, {"dtype": torch.float16}, {"kv_dtype": "int8"}], ids=str)
+def test_pages_are_whole_cache_lines_and_no_longer_than_they_must_be(head_dim, page_size, dtypes):
+    it = spec(head_dim=head_dim, page_size=page_size, **dtypes)
+    stride_bytes = it.page_stride * it.storage_dtype.itemsize
+    used = page_size * head_dim * it.storage_dtype.itemsize
+    assert stride_bytes % 64 == 0
+    assert 0 <= stride_bytes - used < 64
+
+
+def test_a_spec_is_a_value():
+    assert spec() == spec()
+    assert hash(spec()) == hash(spec())
+    assert spec() != spec(page_size=32)
+    with pytest.raises(AttributeError):
+        spec().head_dim = 64
+
+
+@pytest.mark.parametrize("name", ["num_qo_heads", "num_kv_heads", "head_dim", "page_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, "8", True, None])
+def test_sizes_are_ints_of_at_least_one(name, value):
+    with pytest.raises(ArgumentError, match=rf"^{name} must be an int of at least 1; got {value!r}\. Fix: "):
+        spec(**{name: value})
+
+
+def test_query_heads_divide_among_kv_heads():
+    with pytest.raises(ArgumentError, match=r"^num_qo_heads must be a multiple of num_kv_heads; got 12 and 8\. Fix: "):
+        spec(num_qo_heads=12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "bfloat16", None], ids=str)
+def test_dtypes_that_no_kernel_computes_in_are_refused(dtype):
+    with pytest.raises(DtypeError, match=r"^dtype must be torch.float32, float16 or bfloat16; got .*\. Fix: "):
+        spec(dtype=dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int4", torch.int8, 8])
+def test_page_formats_that_do_not_exist_are_refused(kv_dtype):
+    with pytest.raises(DtypeError, match=r"^kv_dtype must be None or one of int8, fp8_e4m3, fp8_e5m2; got .*\. Fix: "):
+        spec(kv_dtype=kv_dtype)
