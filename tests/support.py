@@ -146,7 +146,7 @@ def _page_table(
 def _pages(
     shape: Shape, sizes: tuple[int, int, int, int], owned: np.ndarray, layout: str, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    heads, num_pages, page_size, head_dim = sizes
+    page_size = sizes[2]
     storage = shape.dtype if shape.kv_dtype is None else QUANTIZED_DTYPES[shape.kv_dtype]
     pages = _empty_pages(sizes, storage, layout)
     values, scale = torch.randn(sizes, generator=generator), None
@@ -235,7 +235,9 @@ def plain(batch: Batch, *, causal: bool = True, window_left: int = -1, **scoring
             for cache, scale in ((batch.k_pages, "k_scale"), (batch.v_pages, "v_scale"))
         )
         scale = scoring.get("softmax_scale")
-        scores = batch.q[rows].transpose(0, 1) @ k.mT * (batch.shape.head_dim**-0.5 if scale is None else scale)
+        scores = (
+            batch.q[rows].transpose(0, 1) @ k.mT * (batch.shape.head_dim**-0.5 if scale is None else scale)
+        )
         if scoring.get("softcap"):
             scores = scoring["softcap"] * torch.tanh(scores / scoring["softcap"])
         position = torch.arange(seq_len - q_len, seq_len)[:, None]
@@ -259,9 +261,7 @@ def _gather(
     values = cache.float()[:, pages]
     if scale is not None:
         values = values * scale[:, pages, :, None]
-    return (
-        values.flatten(1, 2)[:, :seq_len].to(batch.shape.dtype).repeat_interleave(batch.shape.group, 0)
-    )
+    return values.flatten(1, 2)[:, :seq_len].to(batch.shape.dtype).repeat_interleave(batch.shape.group, 0)
 
 
 def _visible(

@@ -132,7 +132,9 @@ def test_merges_name_the_split_tiles_and_their_parts_and_no_others(step):
             assert (tile[1:, 5] == tile[:-1, 6]).all(), "parts follow one another along the keys"
             named += range(first, first + count)
         assert named == list(range(work.num_partials))
-        assert work.num_partials - len(work.merges) <= step["num_workers"] - 1, "one cut per boundary of shares"
+        assert work.num_partials - len(work.merges) <= step["num_workers"] - 1, (
+            "one cut per boundary of shares"
+        )
 
 
 @given(step=steps)
@@ -206,7 +208,7 @@ def test_short_sequences_are_packed_whole():
 
 def test_pages_out_of_a_windows_sight_are_no_ones_work():
     work = plan([1000, 40], window_left=100, num_workers=3).decode
-    begin = {s: b for s, b in zip(work.column("sequence").tolist(), work.column("kv_begin").tolist(), strict=True)}
+    begin = dict(zip(work.column("sequence").tolist(), work.column("kv_begin").tolist(), strict=True))
     assert begin[1] == 0
     assert sum(work.kv_tokens_per_worker()) == 101 + 40
     work = plan([1000], [10], window_left=0, num_workers=1, q_tokens=4).prefill

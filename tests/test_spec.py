@@ -33,7 +33,9 @@ def test_bytes_of_a_page_count_k_and_v_of_all_heads():
 
 
 @pytest.mark.parametrize(("head_dim", "page_size"), [(1, 1), (7, 3), (40, 1), (64, 16), (80, 5)])
-@pytest.mark.parametrize("dtypes", [{"dtype": torch.float32}, {"dtype": torch.float16}, {"kv_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [{"dtype": torch.float32}, {"dtype": torch.float16}, {"kv_dtype": "int8"}], ids=str
+)
 def test_pages_are_whole_cache_lines_and_no_longer_than_they_must_be(head_dim, page_size, dtypes):
     it = spec(head_dim=head_dim, page_size=page_size, **dtypes)
     stride_bytes = it.page_stride * it.storage_dtype.itemsize
@@ -58,17 +60,23 @@ def test_sizes_are_ints_of_at_least_one(name, value):
 
 
 def test_query_heads_divide_among_kv_heads():
-    with pytest.raises(ArgumentError, match=r"^num_qo_heads must be a multiple of num_kv_heads; got 12 and 8\. Fix: "):
+    with pytest.raises(
+        ArgumentError, match=r"^num_qo_heads must be a multiple of num_kv_heads; got 12 and 8\. Fix: "
+    ):
         spec(num_qo_heads=12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "bfloat16", None], ids=str)
 def test_dtypes_that_no_kernel_computes_in_are_refused(dtype):
-    with pytest.raises(DtypeError, match=r"^dtype must be torch.float32, float16 or bfloat16; got .*\. Fix: "):
+    with pytest.raises(
+        DtypeError, match=r"^dtype must be torch.float32, float16 or bfloat16; got .*\. Fix: "
+    ):
         spec(dtype=dtype)
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8", "int4", torch.int8, 8])
 def test_page_formats_that_do_not_exist_are_refused(kv_dtype):
-    with pytest.raises(DtypeError, match=r"^kv_dtype must be None or one of int8, fp8_e4m3, fp8_e5m2; got .*\. Fix: "):
+    with pytest.raises(
+        DtypeError, match=r"^kv_dtype must be None or one of int8, fp8_e4m3, fp8_e5m2; got .*\. Fix: "
+    ):
         spec(kv_dtype=kv_dtype)

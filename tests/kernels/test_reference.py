@@ -107,9 +107,7 @@ def test_alibi_takes_slope_times_distance_off_a_score():
 
 
 def test_alibi_is_symmetric_where_later_keys_are_seen():
-    out, _ = by_hand(
-        [0.0] * 3, [1.0, 2.0, 4.0], q_len=3, causal=False, alibi_slopes=torch.tensor([LN(2.0)])
-    )
+    out, _ = by_hand([0.0] * 3, [1.0, 2.0, 4.0], q_len=3, causal=False, alibi_slopes=torch.tensor([LN(2.0)]))
     assert out == pytest.approx([(1 + 1 + 1) / 1.75, (0.5 + 2 + 2) / 2, (0.25 + 1 + 4) / 1.75])
 
 
@@ -160,7 +158,9 @@ def test_quantised_pages_are_read_as_value_times_scale(kv_dtype):
     torch.testing.assert_close(exact(batch).out, exact(wide).out, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kv_dtype", "step"), [("int8", 0.5 / 127), ("fp8_e4m3", 2**-4), ("fp8_e5m2", 2**-3)])
+@pytest.mark.parametrize(
+    ("kv_dtype", "step"), [("int8", 0.5 / 127), ("fp8_e4m3", 2**-4), ("fp8_e5m2", 2**-3)]
+)
 def test_quantising_keeps_each_element_within_half_a_step_and_the_largest_exactly(kv_dtype, step):
     dtype = quire.spec.QUANTIZED_DTYPES[kv_dtype]
     x = torch.randn(50, 3, 24) * torch.logspace(-3, 3, 50)[:, None, None]

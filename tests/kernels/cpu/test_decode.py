@@ -1,10 +1,14 @@
 """Decode against the float64 reference: one query per sequence, poison wherever no key lies."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, Shape, attend, check, features, make_batch
+from support import LAYOUTS, Shape, attend, check, features, guarded_copy, make_batch
+
+from quire.kernels import cpu, reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -164,3 +168,58 @@ def test_any_batch_equals_the_reference(shape, data):
     names = draw(st.sets(st.sampled_from(["window", "softcap", "alibi", "sinks", "tree"])))
     rules = features(batch, seed=draw(st.integers(0, 1000)), **dict.fromkeys(names, True))
     check(batch, workers=draw(st.integers(1, 9)), causal=draw(st.booleans()), **rules)
+
+
+# The kernels read what the page table names and nothing else: behind each tensor lies memory that may not be
+# touched, so a read past a row's end, a last page or a last scale ends the process.
+@pytest.mark.parametrize("shape", grouped([SHAPES[2], SHAPES[4], SHAPES[11], SHAPES[14]]))
+@pytest.mark.parametrize("q_lens", [[1, 1], [3, 20]])
+def test_no_byte_beyond_the_tensors_is_touched(shape, q_lens):
+    batch = make_batch(shape, [48, 33], q_lens, page_size=16)
+    wanted = attend(batch).out
+    page, last_page = int(batch.page_table[0, 2]), batch.k_pages.shape[1] - 1
+    for pages in (batch.k_pages, batch.v_pages, *batch.scales.values()):  # bits keep NaN as it is
+        bits = pages.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[pages.element_size()])
+        bits[:, [page, last_page]] = bits[:, [last_page, page]]
+    table = batch.page_table.clone()
+    batch.page_table[table == last_page] = page
+    batch.page_table[table == page] = last_page
+    batch.q, batch.k_pages, batch.v_pages = (guarded_copy(t) for t in batch.pages)
+    batch.scales = {name: guarded_copy(scale) for name, scale in batch.scales.items()}
+    batch.page_table = guarded_copy(batch.page_table[:, :3])
+    out = guarded_copy(torch.zeros_like(batch.q))
+    assert torch.equal(attend(batch, out=out).out, wanted)
+
+
+@pytest.mark.parametrize("shape", grouped([SHAPES[13]]))
+def test_pools_above_two_to_the_31_elements_are_addressed_to_their_end(shape):
+    shape = replace(shape, num_kv_heads=1)  # so that a page's offset alone passes 2³¹
+    page_size = 16
+    num_pages = 2**31 // (page_size * shape.head_dim) + 8
+    sizes = (shape.num_kv_heads, num_pages, page_size, shape.head_dim)
+    try:  # the system provides the pages that are touched, and no others
+        pages = [torch.empty(sizes, dtype=torch.int8) for _ in range(2)]
+        scales = [torch.empty(sizes[:3]) for _ in range(2)]
+    except RuntimeError:
+        pytest.skip("this machine does not promise 5 GiB of address space")
+    assert pages[0].numel() > 2**31
+    batch = make_batch(shape, [48], page_size=page_size)
+    last = torch.tensor([num_pages - 1, num_pages - 3, num_pages - 2])
+    small = batch.page_table[0, :3].long()
+    for big, little in zip(
+        (*pages, *scales), (batch.k_pages, batch.v_pages, *batch.scales.values()), strict=True
+    ):
+        big[:, last] = little[:, small]
+    wanted = attend(batch)
+    slots = (last[:, None] * page_size + torch.arange(page_size)).flatten()
+    batch.k_pages, batch.v_pages = pages
+    batch.scales = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+    batch.page_table = last[None].to(torch.int32)
+    assert torch.equal(attend(batch).out, wanted.out)
+
+    rows = torch.randn(48, shape.num_kv_heads, shape.head_dim).to(shape.dtype)
+    cpu.write_kv(rows, -rows, *pages, slots, *scales)
+    values, scale = reference.quantize(rows, torch.int8)
+    assert torch.equal(pages[0][:, last].flatten(1, 2), values.transpose(0, 1))
+    assert torch.equal(pages[1][:, last].flatten(1, 2), -values.transpose(0, 1))
+    assert torch.equal(scales[1][:, last].flatten(1, 2), scale.T)

@@ -10,8 +10,12 @@ from support import Shape, attend, check, make_batch, plan_for
 shapes = pytest.mark.parametrize(
     "shape",
     [
-        pytest.param(Shape(torch.float32, 16, 3), marks=pytest.mark.xdist_group("decode-float32-same-d16-g3")),
-        pytest.param(Shape(torch.float32, 40, 2), marks=pytest.mark.xdist_group("decode-float32-same-d40-g2")),
+        pytest.param(
+            Shape(torch.float32, 16, 3), marks=pytest.mark.xdist_group("decode-float32-same-d16-g3")
+        ),
+        pytest.param(
+            Shape(torch.float32, 40, 2), marks=pytest.mark.xdist_group("decode-float32-same-d40-g2")
+        ),
     ],
     ids=str,
 )
@@ -65,7 +69,9 @@ def test_a_sink_joins_once_however_many_parts_there_are(shape):
 @shapes
 def test_parts_of_very_different_weight_are_folded_without_overflow(shape):
     batch = make_batch(shape, [700], page_size=16)
-    batch.k_pages[:, batch.page_table[0, :10].long()] *= 40.0  # the first parts outweigh the others, by e^100 and more
+    batch.k_pages[:, batch.page_table[0, :10].long()] *= (
+        40.0  # the first parts outweigh the others, by e^100 and more
+    )
     state = check(batch, workers=5)
     assert state.lse.abs().max() > 50
     assert not math.isnan(state.out.sum().item())

@@ -29,7 +29,9 @@ SHAPES = [
 def grouped(shapes):
     """All tests of a kernel go to one xdist worker, which compiles it once."""
     return [
-        pytest.param(s, id=str(s), marks=pytest.mark.xdist_group(f"prefill-{s.dtype}-{s.head_dim}-{s.kv_dtype}"))
+        pytest.param(
+            s, id=str(s), marks=pytest.mark.xdist_group(f"prefill-{s.dtype}-{s.head_dim}-{s.kv_dtype}")
+        )
         for s in shapes
     ]
 
@@ -47,7 +49,10 @@ FEATURES = [
     {"tree": True},
     {"window": True, "softcap": True, "alibi": True, "sinks": True, "tree": True},
 ]
-MIXED = ([1, 40, 65, 130, 0, 20], [1, 40, 2, 33, 3, 25])  # decode, whole, chunked, empty, more queries than keys
+MIXED = (
+    [1, 40, 65, 130, 0, 20],
+    [1, 40, 2, 33, 3, 25],
+)  # decode, whole, chunked, empty, more queries than keys
 
 
 @every_shape

@@ -58,7 +58,9 @@ def test_exp2_ends_in_zero_and_passes_nan_on():
 
 
 def test_tanh_is_right_to_a_few_units_and_odd():
-    x = torch.cat([torch.linspace(0, 12, 1 << 14), torch.logspace(-38, 1, 1 << 12), torch.full((LANES,), 0.55)])
+    x = torch.cat(
+        [torch.linspace(0, 12, 1 << 14), torch.logspace(-38, 1, 1 << 12), torch.full((LANES,), 0.55)]
+    )
     got = applied(simd.tanh, x)
     assert ulps(got, torch.tanh(x.double())) <= 4
     assert torch.equal(applied(simd.tanh, -x), -got)

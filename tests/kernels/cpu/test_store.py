@@ -30,7 +30,10 @@ def case(dtype, pages_dtype, head_dim, tokens=9, heads=2, num_pages=5, page_size
     pages = [_empty_pages(sizes, pages_dtype, layout).fill_(3) for _ in range(2)]
     scales = [None, None]
     if pages_dtype not in COMPUTE_DTYPES:
-        scales = [torch.full(sizes[:3], math.nan), torch.full((*sizes[1:3], heads), math.nan).permute(2, 0, 1)]
+        scales = [
+            torch.full(sizes[:3], math.nan),
+            torch.full((*sizes[1:3], heads), math.nan).permute(2, 0, 1),
+        ]
     slots = torch.randperm(num_pages * page_size, generator=generator)[:tokens]
     return k, v, *pages, slots, *scales
 
