@@ -1,0 +1,433 @@
+"""The public operator: same values eagerly, planned and compiled; what is asked for is obeyed or refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import Batch, Shape, assert_accurate, exact, make_batch, plain, plan_for
+
+import quire
+
+SHAPE = Shape(torch.float32, head_dim=16, group=2)
+PAGE = 4
+
+# One worker compiles the kernels of this shape, not both.
+pytestmark = pytest.mark.xdist_group("attention-float32-d16-g2")
+
+
+def mixed(seed: int = 0, **how: Any) -> Batch:
+    """Decode, prefill, a chunk behind a cached prefix, and an empty sequence."""
+    return make_batch(SHAPE, [9, 6, 14, 0], [1, 6, 5, 1], page_size=PAGE, seed=seed, **how)
+
+
+def paged(batch: Batch, **rules: Any) -> Any:
+    return quire.paged_attention(*batch.pages, *batch.lengths, **rules)
+
+
+def close(result: torch.Tensor, batch: Batch, **rules: Any) -> None:
+    torch.testing.assert_close(result.double(), exact(batch, **rules).out, atol=2e-6, rtol=2e-6)
+
+
+def untouched(batch: Batch) -> torch.Tensor:
+    """An output that shows whether anything was written."""
+    return torch.full(batch.q.shape, 7.0, dtype=batch.q.dtype)
+
+
+# --- one call, and a plan ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "auto"])
+@pytest.mark.parametrize(
+    "rules", [{}, {"causal": False, "window_left": 3, "softcap": 2.0}, {"softmax_scale": 0.1}], ids=str
+)
+def test_every_backend_computes_the_reference_on_a_mixed_batch(backend, rules):
+    batch = mixed()
+    state = paged(batch, backend=backend, return_state=True, **rules)
+    assert_accurate(state, exact(batch, **rules), plain(batch, **rules), batch.largest_value)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_planning_once_gives_the_bits_of_planning_on_the_way(backend):
+    batch = mixed()
+    planned = plan_for(batch, backend=backend).run(*batch.pages, return_state=True)
+    at_once = paged(batch, backend=backend, return_state=True)
+    assert torch.equal(planned.out, at_once.out)
+    assert torch.equal(planned.lse, at_once.lse)
+
+
+def test_without_cu_seqlens_q_every_sequence_has_one_query():
+    batch = make_batch(SHAPE, [9, 3, 17], page_size=PAGE)
+    out = quire.paged_attention(*batch.pages, batch.page_table, batch.seq_lens)
+    close(out, batch)
+
+
+def test_one_plan_serves_layers_with_different_pages():
+    first, second = mixed(), mixed()
+    second.k_pages.mul_(-1.0)
+    second.v_pages.add_(1.0)
+    plan = plan_for(first)
+    close(plan.run(*first.pages), first)
+    close(plan.run(*second.pages), second)
+
+
+def test_a_batch_of_nothing_gives_nothing():
+    batch = make_batch(SHAPE, [], [], page_size=PAGE)
+    state = paged(batch, return_state=True)
+    assert state.out.shape == (0, 4, 16)
+    assert state.lse.shape == (0, 4)
+
+
+def test_int64_lengths_are_as_good_as_int32():
+    batch = mixed()
+    wide = (batch.page_table, batch.seq_lens.long(), batch.cu_seqlens_q.long())
+    assert torch.equal(quire.paged_attention(*batch.pages, *wide), paged(batch))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("view", ["transposed", "every other column", "columns of a wider table"])
+def test_a_page_table_may_be_any_view(backend, view):
+    batch = mixed()
+    wanted = paged(batch, backend=backend)
+    table = batch.page_table
+    if view == "transposed":
+        batch.page_table = table.t().contiguous().t()
+    elif view == "every other column":
+        spread = torch.full((table.shape[0], 2 * table.shape[1]), 10**6, dtype=torch.int32)
+        spread[:, ::2] = table
+        batch.page_table = spread[:, ::2]
+    else:
+        wide = torch.full((table.shape[0], table.shape[1] + 3), 10**6, dtype=torch.int32)
+        wide[:, 1 : 1 + table.shape[1]] = table
+        batch.page_table = wide[:, 1 : 1 + table.shape[1]]
+    assert not batch.page_table.is_contiguous()
+    assert torch.equal(paged(batch, backend=backend), wanted)
+
+
+# --- results -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_out_is_written_and_returned_itself(backend):
+    batch = mixed()
+    wanted = paged(batch, backend=backend)
+    given = torch.full_like(batch.q, math.nan)
+    assert paged(batch, backend=backend, out=given) is given
+    assert torch.equal(given, wanted)
+
+    given.fill_(math.nan)
+    assert plan_for(batch, backend=backend).run(*batch.pages, out=given) is given
+    assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_out_may_be_a_strided_view_and_nothing_beside_it_is_written(backend):
+    batch = mixed()
+    tokens, heads, head_dim = batch.q.shape
+    around = torch.full((heads + 2, tokens + 1, head_dim + 3), 7.0)
+    view = around[1:-1, :-1, 2 : head_dim + 2].transpose(0, 1)
+
+    state = paged(batch, backend=backend, out=view, return_state=True)
+
+    assert state.out is view
+    assert torch.equal(view, paged(batch, backend=backend))
+    view.fill_(7.0)
+    assert (around == 7.0).all()
+
+
+def test_queries_cut_out_of_a_fused_projection_give_the_same_bits_in_a_dense_out():
+    batch = mixed(strided_q=True)
+    assert not batch.q.is_contiguous()
+    out = paged(batch)
+    assert out.is_contiguous()
+    batch.q = batch.q.contiguous()
+    assert torch.equal(paged(batch), out)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_state_is_asked_for_and_changes_no_bit_of_out(backend):
+    batch = mixed()
+    state = paged(batch, backend=backend, return_state=True)
+    assert isinstance(state, quire.SoftmaxState)
+    assert state.lse.dtype == torch.float32
+    torch.testing.assert_close(state.lse, exact(batch).lse, atol=2e-5, rtol=2e-6)
+    assert torch.equal(state.out, paged(batch, backend=backend))
+    assert (state.out[-1] == 0).all()
+    assert state.lse[-1].isneginf().all()
+
+
+# --- the plan's own facts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 7])
+def test_index_lists_are_what_a_loop_over_pages_collects(page_size):
+    batch = make_batch(SHAPE, [9, 0, 7, 14, 1], [1, 0, 7, 3, 1], page_size=page_size)
+    plan = plan_for(batch, backend="reference")
+
+    indptr, indices, offsets, valid = [0], [], [], []
+    for row, seq_len in zip(batch.page_table.tolist(), batch.seq_lens.tolist(), strict=True):
+        for start in range(0, seq_len, page_size):
+            indices.append(row[start // page_size])
+            offsets.append(start)
+            valid.append(min(page_size, seq_len - start))
+        indptr.append(len(indices))
+
+    for name, wanted in (
+        ("page_indptr", indptr),
+        ("page_indices", indices),
+        ("page_offsets", offsets),
+        ("page_valid_lengths", valid),
+    ):
+        got = getattr(plan, name)
+        assert got.dtype == torch.int32
+        assert got.tolist() == wanted, name
+
+
+def test_a_plan_knows_its_step():
+    batch = mixed()
+    plan = plan_for(batch)
+    assert (plan.num_tokens, plan.max_q_len, plan.backend) == (13, 6, "cpu")
+    assert plan.device == torch.device("cpu")
+    assert plan.spec == SHAPE.spec(PAGE)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ({"num_qo_heads": 8}, quire.ShapeError),
+        ({"num_kv_heads": 4}, quire.ShapeError),
+        ({"head_dim": 32}, quire.ShapeError),
+        ({"page_size": 8}, quire.ShapeError),
+        ({"dtype": torch.bfloat16}, quire.DtypeError),
+        ({"kv_dtype": "int8"}, quire.DtypeError),
+    ],
+    ids=str,
+)
+def test_a_plan_for_another_spec_is_refused_and_nothing_is_written(spec, wanted):
+    batch = mixed()
+    sizes = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": PAGE, "dtype": torch.float32}
+    plan = quire.plan(*batch.lengths, quire.AttentionSpec(**{**sizes, **spec}), backend="reference")
+    out = untouched(batch)
+    with pytest.raises(wanted, match=r"planned.*Fix:"):
+        plan.run(*batch.pages, out=out)
+    assert (out == 7.0).all()
+
+
+def test_a_plan_for_another_number_of_tokens_is_refused():
+    batch = mixed()
+    with pytest.raises(
+        quire.ShapeError, match=r"q must be \[13, 4, 16\] as planned; got float32 \[12, 4, 16\]"
+    ):
+        plan_for(batch).run(batch.q[:-1], batch.k_pages, batch.v_pages)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_refused_where_they_would_be_recorded():
+    batch = mixed()
+    plan = plan_for(batch, backend="reference")
+    batch.q.requires_grad_()
+    with pytest.raises(quire.UnsupportedError, match="inference_mode"):
+        paged(batch, backend="reference")
+    with pytest.raises(quire.UnsupportedError, match="inference_mode"):
+        plan.run(*batch.pages)
+    with torch.no_grad():
+        close(paged(batch, backend="reference"), batch)
+    with torch.inference_mode():
+        close(plan.run(*batch.pages), batch)
+
+
+def test_an_unknown_backend_is_named_beside_those_there_are():
+    batch = mixed()
+    with pytest.raises(quire.ArgumentError, match=r"cpu, reference, triton; got 'cuda'\. Fix:"):
+        paged(batch, backend="cuda")
+    with pytest.raises(quire.ArgumentError, match=r"got 'cuda'\. Fix:"):
+        plan_for(batch, backend="cuda")
+
+
+def test_a_backend_that_cannot_serve_host_memory_is_refused_not_replaced():
+    batch = mixed()
+    out = untouched(batch)
+    with pytest.raises(quire.UnsupportedError, match=r'backend "triton".*Fix:'):
+        paged(batch, backend="triton", out=out)
+    assert (out == 7.0).all()
+    with pytest.raises(quire.UnsupportedError, match=r'backend "triton".*Fix:'):
+        plan_for(batch, backend="triton")
+    with pytest.raises(quire.UnsupportedError, match=r'backend "cpu".*meta'):
+        quire.plan(*batch.lengths, SHAPE.spec(PAGE), device="meta", backend="cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["k_pages", "v_pages", "page_table", "seq_lens", "cu_seqlens_q", "out", "sinks"]
+)
+def test_a_tensor_without_data_is_refused_before_torch_takes_the_call_for_a_trace(name):
+    batch = mixed()
+    given = {
+        "k_pages": batch.k_pages,
+        "v_pages": batch.v_pages,
+        "page_table": batch.page_table,
+        "seq_lens": batch.seq_lens,
+        "cu_seqlens_q": batch.cu_seqlens_q,
+        "out": untouched(batch),
+        "sinks": torch.zeros(4),
+    }
+    out = given["out"]
+    given[name] = given[name].to("meta")
+    with pytest.raises(quire.DeviceError, match=rf"{name} must .*meta.*Fix:"):
+        quire.paged_attention(batch.q, **given)
+    assert (out == 7.0).all()
+
+
+# --- debug runs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("page", [-1, 10**6, "num_pages"])
+def test_debug_runs_refuse_pages_that_are_not_there_and_write_nothing(monkeypatch, backend, page):
+    batch = mixed()
+    monkeypatch.setenv("QUIRE_DEBUG", "1")
+    close(paged(batch, backend=backend), batch)  # padding may hold anything, in debug runs too
+
+    page = batch.k_pages.shape[1] if page == "num_pages" else page
+    batch.page_table[2, 3] = page
+    out = untouched(batch)
+    with pytest.raises(quire.ArgumentError, match=rf"got {page} at \[2, 3\]\. Fix:"):
+        paged(batch, backend=backend, out=out)
+    with pytest.raises(quire.ArgumentError, match=rf"got {page} at \[2, 3\]\. Fix:"):
+        plan_for(batch, backend=backend).run(*batch.pages, out=out)
+    assert (out == 7.0).all()
+
+
+def test_debug_runs_look_at_the_smaller_of_the_two_pools(monkeypatch):
+    batch = mixed()
+    last_used = int(plan_for(batch, backend="reference").page_indices.max())
+    monkeypatch.setenv("QUIRE_DEBUG", "1")
+    with pytest.raises(quire.ArgumentError, match=f"got {last_used} at"):
+        quire.paged_attention(batch.q, batch.k_pages, batch.v_pages[:, :last_used], *batch.lengths)
+
+
+# --- torch's operators -------------------------------------------------------------------------------------
+
+
+def write_then_attend(
+    batch: Batch, plan: quire.AttentionPlan, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer: all three operators, ordinary arithmetic around them."""
+    quire.write_kv(k * 2, v + 1, batch.k_pages, batch.v_pages, slots)
+    planned = plan.run(batch.q * 3, batch.k_pages, batch.v_pages, return_state=True)
+    at_once = quire.paged_attention(
+        batch.q, batch.k_pages, batch.v_pages, *batch.lengths, sinks=k[0, :, 0].repeat(2)
+    )
+    return planned.out + 1, planned.lse * 2, at_once
+
+
+def layer_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New keys and values for the batch's last tokens of sequence 0, and their slots."""
+    generator = torch.Generator().manual_seed(5)
+    k, v = torch.randn(2, 3, 2, 16, generator=generator)
+    slots = batch.page_table[0, 0].long() * PAGE + torch.tensor([0, 1, 3])
+    return k, v, slots
+
+
+def twins(seed: int) -> tuple[Batch, Batch]:
+    """The same batch twice: each has pages of its own to write."""
+    return mixed(seed=seed), mixed(seed=seed)
+
+
+def compiled_layer(backend: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+
+    def layer(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, plan, k, v, slots):
+        batch = Batch(SHAPE, PAGE, q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q)
+        return write_then_attend(batch, plan, k, v, slots)
+
+    return torch.compile(layer, fullgraph=True, backend=backend)
+
+
+def assert_same_as_eager(layer: Callable[..., Any], seed: int) -> None:
+    eager, traced = twins(seed)
+    wanted = write_then_attend(eager, plan_for(eager), *layer_inputs(eager))
+    got = layer(*traced.pages, *traced.lengths, plan_for(traced), *layer_inputs(traced))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(traced.k_pages, eager.k_pages, atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(traced.v_pages, eager.v_pages, atol=0, rtol=0, equal_nan=True)
+    assert got[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_layer_is_one_graph_with_the_eager_values(backend):
+    assert_same_as_eager(compiled_layer(backend), seed=0)
+
+
+def test_the_three_operators_are_kept_whole_in_the_graph():
+    seen: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes if "quire" in str(node.target))
+        return graph
+
+    assert_same_as_eager(compiled_layer(keep), seed=0)
+    assert seen == ["quire.write_kv", "quire.run_plan", "quire.paged_attention"]
+
+
+def test_another_plan_or_other_lengths_do_not_compile_anew():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = compiled_layer(counter)
+    assert_same_as_eager(layer, seed=0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same_as_eager(layer, seed=1)
+        assert_same_as_eager(layer, seed=2)
+    assert counter.frame_count == 1
+
+
+def test_a_plan_that_the_compiled_layer_has_never_seen_is_the_one_that_runs():
+    """Same shapes, another step: a graph that kept the first plan would attend to the wrong keys."""
+    torch._dynamo.reset()
+    batch = make_batch(SHAPE, [9, 9], page_size=PAGE)
+    run = torch.compile(lambda plan, q, k, v: plan.run(q, k, v), fullgraph=True, backend="aot_eager")
+    close(run(plan_for(batch), *batch.pages), batch)
+    batch.seq_lens = torch.tensor([5, 8], dtype=torch.int32)
+    close(run(plan_for(batch), *batch.pages), batch)
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_opcheck_finds_nothing_wrong_with_paged_attention(with_lse):
+    batch = make_batch(SHAPE, [9, 6, 14], [1, 6, 5], page_size=PAGE)
+    out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2]) if with_lse else None
+    torch.library.opcheck(
+        torch.ops.quire.paged_attention,
+        (
+            batch.q, batch.k_pages.nan_to_num(), batch.v_pages.nan_to_num(), *batch.lengths, out, lse,
+            True, 4, "cpu", 0.3, 2.0, torch.rand(4), torch.randn(4), torch.ones(12, 6, dtype=torch.bool), None, None,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_opcheck_finds_nothing_wrong_with_run_plan(with_lse):
+    batch = make_batch(SHAPE, [9, 6, 14], [1, 6, 5], page_size=PAGE)
+    out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2]) if with_lse else None
+    plan = plan_for(batch)
+    torch.library.opcheck(
+        torch.ops.quire.run_plan,
+        (
+            plan._number, batch.q, batch.k_pages.nan_to_num(), batch.v_pages.nan_to_num(), out, lse,
+            None, 0.0, None, None, None, None, None,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_opcheck_finds_nothing_wrong_with_write_kv(dtype):
+    k, v = torch.randn(2, 3, 2, 16)
+    k_pages, v_pages = torch.zeros(2, 2, 5, PAGE, 16).to(dtype)
+    k_scale, v_scale = torch.zeros(2, 2, 5, PAGE) if dtype == torch.int8 else (None, None)
+    slots = torch.tensor([3, -1, 17])
+    torch.library.opcheck(
+        torch.ops.quire.write_kv, (k, v, k_pages, v_pages, slots, k_scale, v_scale, "reference")
+    )
