@@ -24,7 +24,7 @@ from quire.spec import QUANTIZED_DTYPES
 from quire.work import AttentionCall, StepPlan, TileShape, Tiling
 
 NO_PAGES = (2**31 - 1, -7, -(2**31), 10**6)  # ids that a padding entry may hold
-LAYOUTS = ("pool", "nhd", "hnd", "gaps")
+LAYOUTS = ("pool", "nhd", "hnd", "gaps", "apart")  # apart: K's and V's pages lie differently
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,9 @@ def make_batch(
     table, owned_slots = _page_table(rng, seq_lens, pages_of, num_pages, page_size, share)
 
     sizes = (shape.num_kv_heads, num_pages, page_size, shape.head_dim)
-    k_pages, k_scale = _pages(shape, sizes, owned_slots, layout, generator)
-    v_pages, v_scale = _pages(shape, sizes, owned_slots, layout, generator)
+    k_layout, v_layout = ("hnd", "gaps") if layout == "apart" else (layout, layout)
+    k_pages, k_scale = _pages(shape, sizes, owned_slots, k_layout, generator)
+    v_pages, v_scale = _pages(shape, sizes, owned_slots, v_layout, generator)
     tokens, heads = sum(q_lens), shape.num_kv_heads * shape.group
     if strided_q:  # as cut out of a fused projection: rows further apart, NaN between them
         fused = torch.full((tokens, heads + 2, shape.head_dim + 3), math.nan, dtype=shape.dtype)
@@ -148,7 +149,7 @@ def _pages(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     page_size = sizes[2]
     storage = shape.dtype if shape.kv_dtype is None else QUANTIZED_DTYPES[shape.kv_dtype]
-    pages = _empty_pages(sizes, storage, layout)
+    pages = empty_pages(sizes, storage, layout)
     values, scale = torch.randn(sizes, generator=generator), None
     if shape.kv_dtype is not None:
         values, scale = reference.quantize(values, storage)
@@ -163,7 +164,8 @@ def _pages(
     return pages, scale
 
 
-def _empty_pages(sizes: tuple[int, int, int, int], dtype: torch.dtype, layout: str) -> torch.Tensor:
+def empty_pages(sizes: tuple[int, int, int, int], dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """One layer's pages [num_kv_heads, num_pages, page_size, head_dim] as a view of some memory order."""
     heads, num_pages, page_size, head_dim = sizes
     if layout == "nhd":
         return torch.empty(num_pages, page_size, heads, head_dim, dtype=dtype).permute(2, 0, 1, 3)
