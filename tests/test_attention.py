@@ -137,8 +137,11 @@ def test_out_may_be_a_strided_view_and_nothing_beside_it_is_written(backend):
     assert (around == 7.0).all()
 
 
-def test_queries_cut_out_of_a_fused_projection_give_the_same_bits_in_a_dense_out():
-    batch = mixed(strided_q=True)
+@pytest.mark.parametrize("view", ["cut out of a fused projection", "heads first"])
+def test_queries_may_be_any_view_and_out_is_contiguous_all_the_same(view):
+    batch = mixed(strided_q=view != "heads first")
+    if view == "heads first":
+        batch.q = batch.q.transpose(0, 1).contiguous().transpose(0, 1)
     assert not batch.q.is_contiguous()
     out = paged(batch)
     assert out.is_contiguous()
