@@ -304,9 +304,37 @@ def test_debug_runs_refuse_pages_that_are_not_there_and_write_nothing(monkeypatc
     assert (out == 7.0).all()
 
 
-def test_debug_runs_look_at_the_smaller_of_the_two_pools(monkeypatch):
-    batch = mixed()
-    last_used = int(plan_for(batch, backend="reference").page_indices.max())
-    monkeypatch.setenv("QUIRE_DEBUG", "1")
-    with pytest.raises(quire.ArgumentError, match=f"got {last_used} at"):
-        quire.paged_attention(batch.q, batch.k_pages, batch.v_pages[:, :last_used], *batch.lengths)
+def test_a_plan_made_where_tensors_default_to_meta_still_runs():
+    spec = quire.AttentionSpec(4, 2, 16, page_size=4, dtype=torch.float32)
+    k, v, q = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16), torch.randn(1, 4, 16)
+    table, lens = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    expected = quire.plan(table, lens, None, spec).run(q, k, v)
+    with torch.device("meta"):
+        plan = quire.plan(table, lens, None, spec)
+    torch.testing.assert_close(plan.run(q, k, v), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("softmax_scale", math.nan),
+        ("softmax_scale", "1"),
+        ("softcap", None),
+        ("softcap", "1"),
+        ("window_left", True),
+    ],
+)
+def test_numbers_that_are_none_are_refused(name, value):
+    k, q = torch.randn(2, 3, 4, 16), torch.randn(1, 4, 16)
+    table, lens = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    with pytest.raises(quire.ArgumentError, match=f"{name} must be"):
+        quire.paged_attention(q, k, k, table, lens, **{name: value})
+
+
+def test_pages_of_different_pools_and_overlapping_results_are_refused():
+    k, q = torch.randn(2, 3, 4, 16), torch.randn(2, 4, 16)
+    table, lens = torch.tensor([[2, 0]] * 2, dtype=torch.int32), torch.tensor([6, 6], dtype=torch.int32)
+    with pytest.raises(quire.ShapeError, match="v_pages must be like k_pages"):
+        quire.paged_attention(q, k, k[:, :2], table, lens)
+    with pytest.raises(quire.ShapeError, match="out must have memory of its own"):
+        quire.paged_attention(q, k, k, table, lens, out=torch.empty(1, 4, 16).expand(2, 4, 16))

@@ -122,5 +122,11 @@ def test_a_merged_state_keeps_the_first_ones_dtypes():
 
 @pytest.mark.parametrize("other", [state(tokens=3), state(heads=2), state(head_dim=4)])
 def test_states_of_other_queries_are_refused(other):
-    with pytest.raises(quire.ShapeError, match=r"state_b must have state_a's shapes .*; got .*\. Fix: "):
+    with pytest.raises(quire.ShapeError, match=r"state_a and state_b must both be .*; got .*\. Fix: "):
         merge(state(), other)
+
+
+def test_states_whose_own_parts_do_not_fit_are_refused():
+    crooked = quire.SoftmaxState(torch.zeros(2, 3, 4), torch.zeros(5))
+    with pytest.raises(quire.ShapeError, match="state_a and state_b"):
+        quire.merge(crooked, crooked)

@@ -47,7 +47,7 @@ class AttentionPlan:
 
     def __post_init__(self) -> None:
         number = next(_plan_numbers)
-        object.__setattr__(self, "_number", torch.tensor(number))
+        object.__setattr__(self, "_number", torch.tensor(number, device="cpu"))
         _plans[number] = self
 
     @property
@@ -114,6 +114,7 @@ class AttentionPlan:
             "q", q.device, k_pages=k_pages, v_pages=v_pages, alibi_slopes=alibi_slopes, sinks=sinks,
             tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, out=out,
         )  # fmt: skip
+        checks.check_numbers(softcap, softmax_scale)
         out, lse = _outputs(q, out, return_state)
         torch.ops.quire.run_plan(
             self._number, q, k_pages, v_pages, out, lse,
@@ -130,7 +131,7 @@ class AttentionPlan:
         checks.check_call(self.spec, self.num_tokens, self.device, call)
         checks.check_tree_mask(call.tree_mask, self.num_tokens, self.max_q_len)
         if debug_enabled():
-            num_pages = min(call.k_pages.shape[1], call.v_pages.shape[1])
+            num_pages = call.k_pages.shape[1]
             checks.check_page_ids(self.step.page_table, self.step.seq_lens, self.spec.page_size, num_pages)
         self._kernels.attend(self._prepared, call)
 
@@ -167,9 +168,10 @@ def plan(
     Cost: host only, tens of microseconds; tensors on a device are copied to the host once.
     Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
     """
-    if not isinstance(window_left, int) or window_left < -1:
+    checks.check_window(window_left)
+    if not isinstance(spec, AttentionSpec):
         raise ArgumentError(
-            f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"
+            f"spec must be an AttentionSpec; got {checks.describe(spec)}. Fix: quire.AttentionSpec(...)"
         )
     checks.check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     table, lens, starts = checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
@@ -232,6 +234,8 @@ def paged_attention(
         tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, out=out,
     )  # fmt: skip
     checks.check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
+    checks.check_numbers(softcap, softmax_scale)
+    checks.check_window(window_left)
     out, lse = _outputs(q, out, return_state)
     torch.ops.quire.paged_attention(
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse, causal, window_left, backend,

@@ -5,6 +5,7 @@ Everything is read on the host from shapes, strides, dtypes and host tensors: no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -190,6 +191,22 @@ def _host_lengths(name: str, value: object, layout: str) -> Ints:
     return tensor.cpu().numpy().astype(np.int64)
 
 
+def check_window(window_left: object) -> None:
+    """window_left: an int of at least −1."""
+    if not isinstance(window_left, int) or isinstance(window_left, bool) or window_left < -1:
+        raise ArgumentError(
+            f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"
+        )
+
+
+def check_numbers(softcap: object, softmax_scale: object | None) -> None:
+    """Python numbers, before torch compares them with the operator's schema; check_call says which."""
+    for name, value, fix in (("softcap", softcap, "0.0"), ("softmax_scale", softmax_scale, "None")):
+        optional = name == "softmax_scale" and value is None
+        if not optional and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            raise ArgumentError(f"{name} must be a number; got {value!r}. Fix: {name}={fix}")
+
+
 def check_page_ids(page_table: NDArray[np.int32], seq_lens: Ints, page_size: int, num_pages: int) -> None:
     """Debug mode: every page a sequence uses exists in the pool."""
     used = np.arange(page_table.shape[1]) < -(-seq_lens // page_size)[:, None]
@@ -245,10 +262,19 @@ def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call:
                 f"{name} must be {spec.storage_dtype} as planned; got {describe(pages)}. "
                 "Fix: give the plan the pool's spec"
             )
+    if call.k_pages.shape != call.v_pages.shape:
+        raise ShapeError(
+            f"v_pages must be like k_pages, {describe(call.k_pages)}; got {describe(call.v_pages)}. "
+            "Fix: take both from one KVPool"
+        )
     check_scales(call.k_pages, call.v_pages, call.k_scale, call.v_scale)
     check_out(call.out, call.q)
     check_head_vector("alibi_slopes", call.alibi_slopes, spec.num_qo_heads)
     check_head_vector("sinks", call.sinks, spec.num_qo_heads)
+    if not math.isfinite(call.scale):
+        raise ArgumentError(
+            f"softmax_scale must be a finite number; got {call.scale}. Fix: softmax_scale=None"
+        )
     if not 0.0 <= call.softcap < float("inf"):
         raise ArgumentError(
             f"softcap must be 0 (off) or a positive number; got {call.softcap}. Fix: softcap=0.0"
@@ -277,4 +303,8 @@ def check_out(out: torch.Tensor, q: torch.Tensor) -> None:
     check_tensor("out", out, 3, "[tokens, num_qo_heads, head_dim]")
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ShapeError(f"out must be like q, {describe(q)}; got {describe(out)}. Fix: torch.empty_like(q)")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ShapeError(
+            f"out must have memory of its own for every row; got strides {out.stride()}. Fix: out.clone()"
+        )
     check_last_dim_contiguous("out", out)

@@ -25,7 +25,7 @@ def visible_range(
     """The union of what a tile's queries see: [first − window_left, last] when causal, else up to the end."""
     end = max(q_position + q_len, 0) if causal else seq_len
     begin = max(q_position - window_left, 0) if window_left >= 0 else 0
-    return min(begin, end), end
+    return begin, end
 
 
 @compiled

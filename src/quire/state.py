@@ -34,16 +34,20 @@ def merge(state_a: SoftmaxState, state_b: SoftmaxState) -> SoftmaxState:
         ShapeError: states of different shapes.
     Source: FlashDecoding; arXiv:2501.01005 §2.2.
     """
-    if state_a.out.shape != state_b.out.shape or state_a.lse.shape != state_b.lse.shape:
+    shapes = [list(tensor.shape) for tensor in (*state_a, *state_b)]
+    if not shapes[0] == shapes[2] or not shapes[0][:-1] == shapes[1] == shapes[3]:
         raise ShapeError(
-            f"state_b must have state_a's shapes {list(state_a.out.shape)} and {list(state_a.lse.shape)}; got "
-            f"{list(state_b.out.shape)} and {list(state_b.lse.shape)}. Fix: merge states of the same queries"
+            "state_a and state_b must both be [tokens, num_qo_heads, head_dim] and [tokens, num_qo_heads]; got "
+            f"{shapes[0]} and {shapes[1]}, {shapes[2]} and {shapes[3]}. Fix: merge states of the same queries"
         )
+    dtype = state_a.out.dtype
     empty_a, empty_b = torch.isneginf(state_a.lse), torch.isneginf(state_b.lse)
     lse = torch.logaddexp(state_a.lse, state_b.lse)
     weight_a = torch.exp(state_a.lse - lse)[..., None]
     weight_b = torch.exp(state_b.lse - lse)[..., None]
-    blended = (state_a.out.float() * weight_a + state_b.out.float() * weight_b).to(state_a.out.dtype)
-    out = torch.where(empty_b[..., None], state_a.out, torch.where(empty_a[..., None], state_b.out, blended))
+    blended = (state_a.out.float() * weight_a + state_b.out.float() * weight_b).to(dtype)
+    out = torch.where(
+        empty_b[..., None], state_a.out, torch.where(empty_a[..., None], state_b.out.to(dtype), blended)
+    )
     lse = torch.where(empty_b, state_a.lse, torch.where(empty_a, state_b.lse, lse))
     return SoftmaxState(out, lse)

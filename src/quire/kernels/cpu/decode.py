@@ -111,7 +111,11 @@ def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> No
         load_i64(item + 48),
         load_i64(item + 56),
     )
-    if call.tree_mask and begin < end == position + 1 and load_u8(call.tree_mask + token * call.tree_mask_row) == 0:
+    if (
+        call.tree_mask
+        and begin < end == position + 1
+        and load_u8(call.tree_mask + token * call.tree_mask_row) == 0
+    ):
         end -= 1  # the mask may hide a query's own key, the only new one here
 
     here, upcoming = scratch, scratch + BLOCK_SCRATCH

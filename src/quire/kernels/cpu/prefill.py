@@ -49,10 +49,11 @@ from quire.kernels.cpu.scores import (
     hide_keys,
     update_softmax,
 )
-from quire.kernels.cpu.simd import LANES, fma, mul, splat, tile
+from quire.kernels.cpu.simd import LANES, add, fma, mul, splat, tile
 
 BLOCK = 64  # tokens per block: K and V as float32 are 64 KiB at head_dim 128
 SCORE_TOKENS, SCORE_VECTORS = 8, 3  # register tile of S: tokens × vectors of rows
+SEGMENT = 64  # of head_dim, at a time
 VALUE_ROWS, VALUE_VECTORS = 6, 4  # register tile of acc: rows × vectors of head_dim
 SCORE_TILE, VALUE_TILE = SCORE_TOKENS * SCORE_VECTORS, VALUE_ROWS * VALUE_VECTORS
 
@@ -210,40 +211,65 @@ def load_block(
 
 @part
 def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores: int) -> None:
-    """S[t, row] = k_t · q_row. Scores behind the block's last token come out too, and are never read."""
+    """S[t, row] = k_t · q_row. Scores behind the block's last token come out too, and are never read.
+
+    head_dim is walked in segments whose sums are added at the end: their share of Qᵀ stays in the first cache
+    while all tokens pass, and short chains of additions round less.
+    """
     vectors = (rows + LANES - 1) // LANES
-    for first in range(0, count, SCORE_TOKENS):
-        column = 0
-        while column + SCORE_VECTORS <= vectors:
-            sums = tile(SCORE_TILE)
-            for i in range(SCORE_TILE):
-                sums[i] = splat(ZERO)
-            for d in range(cfg.head_dim):
-                at = queries + d * ROW_BYTES + column * LANES * 4
-                q = tile(SCORE_VECTORS)
-                for c in range(SCORE_VECTORS):
-                    q[c] = load(F32, at + c * LANES * 4)
-                for t in range(SCORE_TOKENS):
-                    k = splat(load_f32(keys + (first + t) * cfg.row_bytes + d * 4))
-                    for c in range(SCORE_VECTORS):
-                        sums[t * SCORE_VECTORS + c] = fma(k, q[c], sums[t * SCORE_VECTORS + c])
-            for t in range(SCORE_TOKENS):
-                for c in range(SCORE_VECTORS):
-                    at = scores + (first + t) * ROW_BYTES + (column + c) * LANES * 4
-                    store(F32, at, sums[t * SCORE_VECTORS + c])
-            column += SCORE_VECTORS
-        while column < vectors:  # a short tile's last vectors, one by one
-            sums = tile(SCORE_TOKENS)
-            for t in range(SCORE_TOKENS):
-                sums[t] = splat(ZERO)
-            for d in range(cfg.head_dim):
-                one = load(F32, queries + d * ROW_BYTES + column * LANES * 4)
-                for t in range(SCORE_TOKENS):
-                    k = splat(load_f32(keys + (first + t) * cfg.row_bytes + d * 4))
-                    sums[t] = fma(k, one, sums[t])
-            for t in range(SCORE_TOKENS):
-                store(F32, scores + (first + t) * ROW_BYTES + column * LANES * 4, sums[t])
-            column += 1
+    for segment in range(0, cfg.head_dim, SEGMENT):
+        for first in range(0, count, SCORE_TOKENS):
+            k_rows, target = keys + first * cfg.row_bytes, scores + first * ROW_BYTES
+            column = 0
+            while column + SCORE_VECTORS <= vectors:
+                at = column * LANES * 4
+                score_tile(cfg, segment, queries + at, k_rows, target + at)
+                column += SCORE_VECTORS
+            while column < vectors:  # a short tile's last vectors, one by one
+                at = column * LANES * 4
+                score_column(cfg, segment, queries + at, k_rows, target + at)
+                column += 1
+
+
+@part
+def score_tile(cfg: Any, segment: int, queries: int, keys: int, scores: int) -> None:
+    """One register tile of S over one segment of head_dim: SCORE_TOKENS × SCORE_VECTORS."""
+    sums = tile(SCORE_TILE)
+    for i in range(SCORE_TILE):
+        sums[i] = splat(ZERO)
+    for d in range(segment, min(segment + SEGMENT, cfg.head_dim)):
+        q = tile(SCORE_VECTORS)
+        for c in range(SCORE_VECTORS):
+            q[c] = load(F32, queries + d * ROW_BYTES + c * LANES * 4)
+        for t in range(SCORE_TOKENS):
+            k = splat(load_f32(keys + t * cfg.row_bytes + d * 4))
+            for c in range(SCORE_VECTORS):
+                sums[t * SCORE_VECTORS + c] = fma(k, q[c], sums[t * SCORE_VECTORS + c])
+    for t in range(SCORE_TOKENS):
+        for c in range(SCORE_VECTORS):
+            add_segment(segment, sums[t * SCORE_VECTORS + c], scores + t * ROW_BYTES + c * LANES * 4)
+
+
+@part
+def score_column(cfg: Any, segment: int, queries: int, keys: int, scores: int) -> None:
+    """The same, one vector of rows wide."""
+    sums = tile(SCORE_TOKENS)
+    for t in range(SCORE_TOKENS):
+        sums[t] = splat(ZERO)
+    for d in range(segment, min(segment + SEGMENT, cfg.head_dim)):
+        q = load(F32, queries + d * ROW_BYTES)
+        for t in range(SCORE_TOKENS):
+            sums[t] = fma(splat(load_f32(keys + t * cfg.row_bytes + d * 4)), q, sums[t])
+    for t in range(SCORE_TOKENS):
+        add_segment(segment, sums[t], scores + t * ROW_BYTES)
+
+
+@part
+def add_segment(segment: int, total: Any, at: int) -> None:
+    """Add a segment's sums to those before it."""
+    if segment:
+        total = add(total, load(F32, at))
+    store(F32, at, total)
 
 
 @part
