@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from support import Batch, Shape, exact, make_batch, plan_for
 
 import quire
