@@ -21,7 +21,7 @@ def markdown_table(path: Path) -> str:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     peers = [name for name in dict.fromkeys(row["peer"] for row in rows) if name not in CEILINGS]
-    lines = ["| case | " + " | ".join(peers) + " | Quire's rate | of the ceiling |"]
+    lines = ["| case | " + " | ".join(peers) + " | Quire's rate | beside |"]
     lines.append("| --- |" + " ---: |" * (len(peers) + 2))
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = {row["peer"]: row for row in rows if row["case"] == case}

@@ -1,8 +1,8 @@
 """Train Quire's demo model: a small Llama that writes Python, learned from CPython's standard library.
 
 Examples:
-    python scripts/train_demo_model.py --steps 20 --out /tmp/demo     # a minute: does everything work?
-    nice -n 19 python scripts/train_demo_model.py --out /tmp/demo     # the shipped recipe: an hour on 2 cores
+    python scripts/train_demo_model.py --steps 20 --out demo_model    # a minute: does everything work?
+    nice -n 19 python scripts/train_demo_model.py --out demo_model    # the shipped recipe: an hour on 2 cores
     python scripts/train_demo_model.py --evaluate src/quire/assets/demo_model
 
 The folder it writes is an ordinary Hugging Face one: config, generation config, tokenizer, bf16 safetensors.

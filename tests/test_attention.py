@@ -322,6 +322,8 @@ def test_a_plan_made_where_tensors_default_to_meta_still_runs():
         ("softcap", None),
         ("softcap", "1"),
         ("window_left", True),
+        ("causal", None),
+        ("backend", None),
     ],
 )
 def test_numbers_that_are_none_are_refused(name, value):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -274,3 +276,28 @@ def test_a_backend_that_is_not_there_is_refused_and_nothing_is_written():
         quire.write_kv(k, v, k_pages, v_pages, torch.tensor([0]), backend="cuda")
     assert (k_pages == UNTOUCHED).all()
     assert (v_pages == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("strange", [math.nan, math.inf])
+def test_a_strange_element_is_not_lost_by_quantisation(kv_dtype, strange):
+    """Its row comes back strange on both backends, its neighbours as they were."""
+    spec = quire.AttentionSpec(4, 2, 40, page_size=4, dtype=torch.float32, kv_dtype=kv_dtype)
+    rows = torch.randn(2, 2, 40)
+    rows[1, 0, 33] = strange
+    restored = {}
+    for backend in ("cpu", "reference"):
+        pool = quire.KVPool(spec, num_layers=1, num_pages=1)
+        scales = {"k_scale": pool.k_scale[0], "v_scale": pool.v_scale[0]}
+        quire.write_kv(rows, rows, *pool.layer(0), torch.tensor([0, 1]), **scales, backend=backend)
+        restored[backend] = pool.k[0, :, 0, :2].float() * pool.k_scale[0, :, 0, :2, None]
+        assert not restored[backend][0, 1].isfinite().all()
+    torch.testing.assert_close(restored["cpu"][1], restored["reference"][1], rtol=0, atol=0)
+    torch.testing.assert_close(restored["cpu"][0, 0], restored["reference"][0, 0], rtol=0, atol=0)
+
+
+def test_pages_that_overlap_themselves_are_refused():
+    rows = torch.randn(1, 2, 16)
+    pages = torch.zeros(2, 1, 4, 16).expand(2, 3, 4, 16)
+    with pytest.raises(quire.ShapeError, match="k_pages must have memory of its own"):
+        quire.write_kv(rows, rows, pages, pages, torch.tensor([0]))

@@ -114,7 +114,7 @@ class AttentionPlan:
             "q", q.device, k_pages=k_pages, v_pages=v_pages, alibi_slopes=alibi_slopes, sinks=sinks,
             tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, out=out,
         )  # fmt: skip
-        checks.check_numbers(softcap, softmax_scale)
+        checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
         out, lse = _outputs(q, out, return_state)
         torch.ops.quire.run_plan(
             self._number, q, k_pages, v_pages, out, lse,
@@ -168,7 +168,7 @@ def plan(
     Cost: host only, tens of microseconds; tensors on a device are copied to the host once.
     Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
     """
-    checks.check_window(window_left)
+    checks.check_rules(causal, window_left, backend)
     if not isinstance(spec, AttentionSpec):
         raise ArgumentError(
             f"spec must be an AttentionSpec; got {checks.describe(spec)}. Fix: quire.AttentionSpec(...)"
@@ -234,8 +234,8 @@ def paged_attention(
         tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, out=out,
     )  # fmt: skip
     checks.check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
-    checks.check_numbers(softcap, softmax_scale)
-    checks.check_window(window_left)
+    checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
+    checks.check_rules(causal, window_left, backend)
     out, lse = _outputs(q, out, return_state)
     torch.ops.quire.paged_attention(
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse, causal, window_left, backend,

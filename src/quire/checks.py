@@ -191,20 +191,34 @@ def _host_lengths(name: str, value: object, layout: str) -> Ints:
     return tensor.cpu().numpy().astype(np.int64)
 
 
-def check_window(window_left: object) -> None:
-    """window_left: an int of at least −1."""
+def check_rules(causal: object, window_left: object, backend: object) -> None:
+    """causal is a bool, window_left an int of at least −1, backend a name."""
+    if not isinstance(causal, bool):
+        raise ArgumentError(f"causal must be True or False; got {causal!r}. Fix: causal=True")
     if not isinstance(window_left, int) or isinstance(window_left, bool) or window_left < -1:
         raise ArgumentError(
             f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"
         )
+    if not isinstance(backend, str):
+        raise ArgumentError(f'backend must be a name; got {backend!r}. Fix: backend="auto"')
 
 
-def check_numbers(softcap: object, softmax_scale: object | None) -> None:
+def check_numbers(**numbers: object) -> None:
     """Python numbers, before torch compares them with the operator's schema; check_call says which."""
-    for name, value, fix in (("softcap", softcap, "0.0"), ("softmax_scale", softmax_scale, "None")):
+    for name, value in numbers.items():
         optional = name == "softmax_scale" and value is None
         if not optional and (not isinstance(value, (int, float)) or isinstance(value, bool)):
-            raise ArgumentError(f"{name} must be a number; got {value!r}. Fix: {name}={fix}")
+            default = None if name == "softmax_scale" else 0.0
+            raise ArgumentError(f"{name} must be a number; got {value!r}. Fix: {name}={default}")
+
+
+def check_own_memory(name: str, tensor: torch.Tensor) -> None:
+    """What is written must not overlap itself: an expanded tensor keeps only the last row."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ShapeError(
+            f"{name} must have memory of its own for every row; got strides {list(tensor.stride())}. "
+            f"Fix: {name}.clone()"
+        )
 
 
 def check_page_ids(page_table: NDArray[np.int32], seq_lens: Ints, page_size: int, num_pages: int) -> None:
@@ -303,8 +317,5 @@ def check_out(out: torch.Tensor, q: torch.Tensor) -> None:
     check_tensor("out", out, 3, "[tokens, num_qo_heads, head_dim]")
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ShapeError(f"out must be like q, {describe(q)}; got {describe(out)}. Fix: torch.empty_like(q)")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise ShapeError(
-            f"out must have memory of its own for every row; got strides {out.stride()}. Fix: out.clone()"
-        )
+    check_own_memory("out", out)
     check_last_dim_contiguous("out", out)

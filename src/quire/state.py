@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from quire.errors import ShapeError
+from quire.errors import ArgumentError, ShapeError
 
 
 class SoftmaxState(NamedTuple):
@@ -34,6 +34,11 @@ def merge(state_a: SoftmaxState, state_b: SoftmaxState) -> SoftmaxState:
         ShapeError: states of different shapes.
     Source: FlashDecoding; arXiv:2501.01005 §2.2.
     """
+    for name, state in (("state_a", state_a), ("state_b", state_b)):
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise ArgumentError(
+                f"{name} must be a SoftmaxState; got {type(state).__name__}. Fix: return_state=True"
+            )
     shapes = [list(tensor.shape) for tensor in (*state_a, *state_b)]
     if not shapes[0] == shapes[2] or not shapes[0][:-1] == shapes[1] == shapes[3]:
         raise ShapeError(

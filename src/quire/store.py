@@ -59,6 +59,7 @@ def _check(
         checks.check_tensor(name, rows, 3, layout)
         checks.check_last_dim_contiguous(name, rows)
         checks.check_pages(pages_name, pages)
+        checks.check_own_memory(pages_name, pages)
         heads, _, _, head_dim = pages.shape
         expected = (len(slot_mapping), heads, head_dim)
         if rows.shape != expected:

@@ -106,7 +106,7 @@ REFUSED = {
     ),
     "more pages than memory": (
         ["generate", "x", "--num-pages", "999999999"],
-        "must fit this machine's memory",
+        "num_pages must fit the memory",
     ),
     "a prompt past the pool": (["generate", "x = 1\n" * 20, "--num-pages", "2"], "the pool has 2"),
 }

@@ -255,3 +255,9 @@ def test_a_transformers_model_is_put_on_pages(model, prompts, expected):
 def test_no_folder_is_one_clear_sentence(tmp_path):
     with pytest.raises(ModelError, match="model must be a folder"):
         LLM(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("prompts", ["\ud800", ["fine", "a\ud800"]])
+def test_text_that_no_encoding_made_is_refused_in_one_sentence(prompts):
+    with pytest.raises(ArgumentError, match="lone surrogate in prompt"):
+        LLM().generate(prompts)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quire.errors import ArgumentError
+from quire.errors import ArgumentError, OutOfPages
 from quire.pages import KVPool
 from quire.spec import AttentionSpec
 
@@ -228,3 +228,9 @@ def test_pages_beyond_2_to_the_31_elements_can_be_copied_and_poisoned():
     pool.poison([last])
     assert torch.isnan(pool.k_scale[0, 0, last]).all()
     assert (pool.k_scale[0, 0, :2] == 0.5).all()
+
+
+def test_a_pool_beyond_memory_is_refused_in_one_sentence():
+    spec = AttentionSpec(1, 1, 64, page_size=16, dtype=torch.float32)
+    with pytest.raises(OutOfPages, match=r"num_pages must fit .*; got .*\. Fix: "):
+        KVPool(spec, num_layers=1, num_pages=1 << 45)

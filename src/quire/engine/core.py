@@ -52,7 +52,7 @@ class Engine:
     """Serves requests with one model, a step at a time.
 
     Not thread-safe: one thread adds, steps and aborts. An exception inside a step, Ctrl-C included,
-    loses nothing: running requests give their pages back and would be computed again by the next step.
+    leaks nothing: running requests give their pages back and would be computed again by the next step.
 
     Args:
         model: a model on pages; the engine owns all of its pages.
@@ -209,6 +209,12 @@ class Engine:
                 f"prompt must be token ids, as this engine has no tokenizer; got {texts[0]!r:.60}. "
                 "Fix: pass a tokenizer"
             )
+        for index, text in enumerate(texts):
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                raise ArgumentError(
+                    f"prompt must be text that UTF-8 can hold; got a lone surrogate in prompt {index}, "
+                    f"{text!r:.40}. Fix: decode its bytes with the right encoding"
+                )
         token_ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
         return token_ids
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from quire.errors import ModelError
 
@@ -36,6 +37,8 @@ def load_model(
             f"a model folder must hold its weights as *.safetensors; got {str(folder)!r} without any. "
             "Fix: convert them with save_pretrained, which writes safetensors"
         )
+    showed_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar per file of weights is no one's request, least of all in a pipe
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -52,6 +55,9 @@ def load_model(
             f"the folder {str(folder)!r} must hold a causal language model that transformers can load; got "
             f"{type(error).__name__}: {reason}. Fix: check the folder's config.json and weights"
         ) from error
+    finally:
+        if showed_progress:
+            logging.enable_progress_bar()
     # transformers fills missing weights with random numbers and only warns.
     missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if missing:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from quire.debug import debug_enabled
-from quire.errors import ArgumentError
+from quire.errors import ArgumentError, OutOfPages
 from quire.spec import AttentionSpec
 
 _BIT_PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per element
@@ -34,6 +34,7 @@ class KVPool:
         debug: whether QUIRE_DEBUG=1 was set; who frees pages then calls `poison` on them.
     Raises:
         ArgumentError: a size below one.
+        OutOfPages: more than the device's memory holds.
     Cost: num_layers × num_pages × spec.bytes_per_page bytes; on a CPU the system provides them as
         they are first touched.
     Source: the KV cache of PagedAttention, arXiv:2309.06180 §4.1.
@@ -138,7 +139,14 @@ class KVPool:
     def _empty_pages(self) -> torch.Tensor:
         spec = self.spec
         leading = (self.num_layers, spec.num_kv_heads, self.num_pages)
-        padded = torch.empty((*leading, spec.page_stride), dtype=spec.storage_dtype, device=self.device)
+        try:
+            padded = torch.empty((*leading, spec.page_stride), dtype=spec.storage_dtype, device=self.device)
+        except RuntimeError as error:  # torch's allocators raise plain RuntimeErrors
+            raise OutOfPages(
+                f"num_pages must fit the memory of {self.device}; got {self.num_pages} pages of "
+                f"{spec.bytes_per_page * self.num_layers} bytes over {self.num_layers} layers. "
+                "Fix: fewer pages, or KVPool.fit(spec, num_layers=..., memory_bytes=...)"
+            ) from error
         return padded[..., : spec.page_size * spec.head_dim].view(*leading, spec.page_size, spec.head_dim)
 
     def _tensors(self) -> list[torch.Tensor]:

@@ -100,6 +100,7 @@ def _sources_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
+    digest.update(repr((sorted(OPTIONS.items()), HAS_OPENMP)).encode())
     return digest.hexdigest()
 
 

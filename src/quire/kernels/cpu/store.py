@@ -12,7 +12,18 @@ import numpy as np
 
 from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import BYTES, load, load_head, load_i64, store, store_f32, store_head
-from quire.kernels.cpu.simd import LANES, div, first_lane, fold_max, magnitude, maximum, splat
+from quire.kernels.cpu.simd import (
+    LANES,
+    at_least,
+    div,
+    first_lane,
+    fold_max,
+    fold_sum,
+    magnitude,
+    maximum,
+    select,
+    splat,
+)
 
 
 class Write(NamedTuple):
@@ -60,8 +71,10 @@ def write_row(cfg: Any, token: int, head: int, page: int, offset: int, to: Write
     if to.scale:
         scale = largest_element(cfg, source) / np.float32(cfg.kv_largest)
         store_f32(to.scale + head * to.scale_head + page * to.scale_page + offset * to.scale_slot, scale)
-        if scale == np.float32(0.0):
-            scale = np.float32(1.0)  # an all-zero row: anything that keeps 0 / scale at 0
+        if not scale > np.float32(0.0):
+            scale = np.float32(
+                np.inf
+            )  # an all-zero row, or one with NaN, which the stored scale carries: values 0
     step, kv_step = LANES * BYTES[cfg.q_dtype], LANES * BYTES[cfg.kv_dtype]
     for i in range(cfg.vectors):
         values = load(cfg.q_dtype, source + i * step)
@@ -73,11 +86,13 @@ def write_row(cfg: Any, token: int, head: int, page: int, offset: int, to: Write
 
 @part
 def largest_element(cfg: Any, source: int) -> Any:
-    """max|x| of one row."""
-    step = LANES * BYTES[cfg.q_dtype]
-    largest = splat(np.float32(0.0))
+    """max|x| of one row; NaN if any element is, so that the row's scale says so."""
+    step, zero = LANES * BYTES[cfg.q_dtype], splat(np.float32(0.0))
+    largest, strange = zero, zero
     for i in range(cfg.vectors):
-        largest = maximum(largest, magnitude(load(cfg.q_dtype, source + i * step)))
+        size = magnitude(load(cfg.q_dtype, source + i * step))
+        largest, strange = maximum(largest, size), select(at_least(size, zero), strange, size)
     if cfg.tail:
-        largest = maximum(largest, magnitude(load_head(cfg.q_dtype, source + cfg.vectors * step, cfg.tail)))
-    return first_lane(fold_max(largest, 1))
+        size = magnitude(load_head(cfg.q_dtype, source + cfg.vectors * step, cfg.tail))
+        largest, strange = maximum(largest, size), select(at_least(size, zero), strange, size)
+    return first_lane(fold_max(largest, 1)) + first_lane(fold_sum(strange, 1))
