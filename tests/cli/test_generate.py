@@ -105,7 +105,7 @@ REFUSED = {
         "shorter than the model's 1024 tokens",
     ),
     "more pages than memory": (
-        ["generate", "x", "--num-pages", "999999999"],
+        ["generate", "x", "--num-pages", "999999999999999"],
         "num_pages must fit the memory",
     ),
     "a prompt past the pool": (["generate", "x = 1\n" * 20, "--num-pages", "2"], "the pool has 2"),

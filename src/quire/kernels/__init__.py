@@ -14,7 +14,6 @@ Backends never import one another; they are imported on first use.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from types import ModuleType
 
 import torch
@@ -48,7 +47,7 @@ def load_backend(name: str, spec: AttentionSpec, device: torch.device) -> Module
     except ModuleNotFoundError as missing:
         if missing.name == f"quire.kernels.{name}":
             raise UnsupportedError(
-                f'backend "{name}" is not part of Quire {importlib.metadata.version("quire")}. Fix: backend="auto"'
+                f'backend "{name}" is not part of this version of Quire. Fix: backend="reference", or the CPU'
             ) from missing
         raise UnsupportedError(
             f'backend "{name}" needs the module {missing.name}, which is not installed. '
