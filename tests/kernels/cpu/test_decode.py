@@ -1,5 +1,6 @@
 """Decode against the float64 reference: one query per sequence, poison wherever no key lies."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -125,7 +126,9 @@ def test_scores_far_apart_neither_overflow_nor_vanish(shape):
 def test_a_sink_far_above_the_scores_leaves_nothing_and_one_far_below_changes_nothing(shape):
     batch = make_batch(shape, [3, 0, 200], page_size=16)
     heads = batch.q.shape[1]
-    assert (attend(batch, sinks=torch.full((heads,), 300.0)).out == 0).all()
+    high = attend(batch, sinks=torch.full((heads,), 300.0))
+    assert (high.out == 0).all()
+    assert high.lse[:, 0].tolist() == pytest.approx([300.0, -math.inf, 300.0])
     without, low = attend(batch), attend(batch, sinks=torch.full((heads,), -300.0))
     assert torch.equal(without.out, low.out)
     assert torch.equal(without.lse, low.lse)

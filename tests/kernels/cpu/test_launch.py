@@ -116,6 +116,18 @@ def test_the_same_input_gives_the_same_bits_run_after_run_on_any_threads(seq_len
 
 
 @own_worker
+@pytest.mark.parametrize("q_lens", [[1, 1], [40, 40]])
+def test_workers_side_by_side_keep_out_of_one_anothers_scratch(q_lens, set_threads):
+    batch = make_batch(SHAPE, [3000, 3000], q_lens)  # long enough for both to be at it at once
+    plan = plan_for(batch, 2)
+    set_threads(1)
+    alone = plan.run(*batch.pages)
+    set_threads(2)
+    for _ in range(10):
+        assert torch.equal(plan.run(*batch.pages), alone)
+
+
+@own_worker
 def test_calls_from_several_python_threads_at_once_do_not_disturb_one_another(set_threads):
     set_threads(2)
     batches = [make_batch(SHAPE, [40 * i + 1, 500, 3], [1, 20, 1], seed=i) for i in range(6)]
