@@ -301,3 +301,11 @@ def test_pages_that_overlap_themselves_are_refused():
     pages = torch.zeros(2, 1, 4, 16).expand(2, 3, 4, 16)
     with pytest.raises(quire.ShapeError, match="k_pages must have memory of its own"):
         quire.write_kv(rows, rows, pages, pages, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_pages_of_a_foreign_dtype_are_refused(dtype):
+    rows, pages = torch.randn(1, 2, 16), torch.zeros(2, 3, 4, 16, dtype=dtype)
+    with pytest.raises(quire.DtypeError, match=r"k_pages must be .*; got .*\. Fix: "):
+        quire.write_kv(rows, rows, pages, pages, torch.tensor([0]))
+    assert not pages.any()

@@ -9,7 +9,7 @@ from quire.custom_op import register
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError, DtypeError, ShapeError
 from quire.kernels import load_backend, resolve_backend
-from quire.spec import COMPUTE_DTYPES
+from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES
 
 
 def write_kv(
@@ -71,6 +71,11 @@ def _check(
             raise DtypeError(
                 f"{name} must be float32, float16 or bfloat16, k and v alike; got {checks.describe(rows)}. "
                 f"Fix: {name}.to(torch.bfloat16)"
+            )
+        if pages.dtype not in (*COMPUTE_DTYPES, *QUANTIZED_DTYPES.values()):
+            raise DtypeError(
+                f"{pages_name} must be of a dtype that pages can have; got {checks.describe(pages)}. "
+                "Fix: take them from a KVPool"
             )
         if pages.dtype in COMPUTE_DTYPES and pages.dtype != rows.dtype:
             raise DtypeError(
