@@ -186,7 +186,7 @@ def plan(
         page_size=spec.page_size,
         causal=causal,
         window_left=window_left,
-        tiling=kernels.tiling(spec),
+        tiling=kernels.tiling(spec, where),
     )
     return AttentionPlan(
         spec=spec,

@@ -29,7 +29,7 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     return None
 
 
-def tiling(spec: AttentionSpec) -> Tiling:
+def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
     """One worker: the reference walks the sequences itself."""
     whole = TileShape(q_tokens=1 << 30, kv_tokens=1 << 30)
     return Tiling(num_workers=1, decode=whole, prefill=whole)

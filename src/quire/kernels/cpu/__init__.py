@@ -26,7 +26,7 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     return None
 
 
-def tiling(spec: AttentionSpec) -> Tiling:
+def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
     """One share per thread; a prefill tile holds as many tokens as fit its rows with their whole group."""
     return Tiling(
         num_workers=num_threads(),
@@ -62,7 +62,7 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> list[_
     tiles = -(-spec.group_size // decoding.MAX_HEADS)
     decode_config = Config(q_dtype, kv_dtype, spec.head_dim, heads=-(-spec.group_size // tiles))
     prefill_config = Config(q_dtype, kv_dtype, spec.head_dim)
-    prefill_rows = tiling(spec).prefill.q_tokens * spec.group_size
+    prefill_rows = tiling(spec, device).prefill.q_tokens * spec.group_size
     decode_scratch = decoding.scratch_bytes(spec.head_dim, spec.group_size)
     candidates = (
         (decoding.decode, decode_config, step.decode, spec.group_size, decode_scratch),
