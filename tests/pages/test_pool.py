@@ -1,5 +1,8 @@
 """The tensors of the pool: layout, size, copies, poison."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -56,6 +59,29 @@ def test_every_page_starts_on_a_64_byte_line(dtypes, head_dim, page_size):
         ]
         assert [start % 64 for start in starts] == [0] * 12
         assert len(set(starts)) == 12
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="this system has no huge pages to ask for",
+)
+def test_linux_is_asked_to_back_a_pool_with_huge_pages():
+    pool = KVPool(make_spec(head_dim=64, kv_dtype="int8"), num_layers=1, num_pages=2**18)
+    asked = memory_areas_advised_to_be_huge()
+    for tensor in tensors(pool):
+        middle = tensor.data_ptr() + tensor.untyped_storage().nbytes() // 2
+        assert any(begin <= middle < end for begin, end in asked)
+
+
+def memory_areas_advised_to_be_huge():
+    """(begin, end) of this process's memory areas that carry madvise's mark, from /proc/self/smaps."""
+    areas = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            area = tuple(int(bound, 16) for bound in bounds.groups())
+        elif line.startswith("VmFlags:") and "hg" in line.split():
+            areas.append(area)
+    return areas
 
 
 @pytest.mark.parametrize("dtypes", STORAGE, ids=str)
