@@ -1,0 +1,172 @@
+"""The GPU backend: paged attention in Triton, for NVIDIA chips from sm_80 and AMD's gfx942.
+
+With TRITON_INTERPRET=1 in the environment it takes CPU tensors and runs in Triton's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from quire.kernels.triton import tune
+from quire.kernels.triton.attend import attend as attend_kernel
+from quire.kernels.triton.device_plan import DevicePlan, DeviceWork, move_to_device
+from quire.kernels.triton.launch import INTERPRETED, Options, launch
+from quire.kernels.triton.store import write
+from quire.spec import QUANTIZED_DTYPES, AttentionSpec
+from quire.work import AttentionCall, StepPlan, TileShape, Tiling
+
+_FORMATS = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
+_STORE_ELEMENTS = 4096  # of one token that a program of write_kv holds at a time
+
+
+def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
+    """It needs a GPU with matrix units for bfloat16, and tiles that fit its registers."""
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f'it needs a GPU; got tensors on {device}. Fix: device="cuda", or backend="auto"'
+    if spec.head_dim > tune.MAX_HEAD_DIM:
+        return f'head_dim must be at most {tune.MAX_HEAD_DIM}; got {spec.head_dim}. Fix: backend="reference"'
+    if spec.group_size > tune.MAX_GROUP:
+        return (
+            f"at most {tune.MAX_GROUP} query heads may share a KV head; got {spec.group_size}. "
+            'Fix: backend="reference"'
+        )
+    chip = tune.chip_of(device)
+    if chip.name == "cuda" and chip.capability < 80:
+        return f'it needs compute capability 8.0; got {chip.capability / 10}. Fix: backend="reference"'
+    return None
+
+
+def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
+    """A share per worker that the chip holds at once; queries that fit the smallest tile count as decode."""
+    chip = tune.chip_of(device)
+    decode, prefill = tune.decode_tile(spec, chip), tune.prefill_tile(spec, chip)
+    return Tiling(
+        num_workers=chip.multiprocessors * decode.workers_per_sm,
+        decode=TileShape(decode.rows // spec.group_size, decode.kv_tokens),
+        prefill=TileShape(prefill.rows // spec.group_size, prefill.kv_tokens),
+        decode_max_q_len=decode.rows // spec.group_size,
+    )
+
+
+class Constants(NamedTuple):
+    """What the attention kernel is compiled for, in the order of its arguments."""
+
+    group: int
+    head_dim: int
+    page_size: int
+    block_m: int
+    block_n: int
+    block_d: int
+    causal: bool
+    window: bool
+    softcap: bool
+    format: str
+    phases: int
+    precision: str
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One kernel's part of a plan, ready to be called for each layer."""
+
+    work: DeviceWork
+    constants: Constants
+    options: Options
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    device: torch.device
+    plan: DevicePlan
+    window_left: int
+    launches: tuple[_Launch, ...]
+
+
+def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepared:
+    """The plan on the device, and the launches it needs: decode, prefill or both."""
+    chip, block_dim = tune.chip_of(device), tune.block_dim(spec.head_dim)
+    tiles = (tune.decode_tile(spec, chip), tune.prefill_tile(spec, chip))
+    used = [
+        (work, tile, phases)
+        for work, tile, phases in zip((step.decode, step.prefill), tiles, (1, 2), strict=True)
+        if len(work.items)
+    ]
+    plan = move_to_device(step, [(work, tile.rows, block_dim) for work, tile, _ in used], device)
+    launches = tuple(
+        _Launch(moved, constants(spec, step, tile, phases), Options.of(tile))
+        for moved, (_, tile, phases) in zip(plan.work, used, strict=True)
+    )
+    return _Prepared(device, plan, step.window_left, launches)
+
+
+def constants(spec: AttentionSpec, step: StepPlan, tile: tune.Tile, phases: int) -> Constants:
+    """What a step of this spec compiles the kernel for; softcap is the call's to say."""
+    return Constants(
+        group=spec.group_size,
+        head_dim=spec.head_dim,
+        page_size=spec.page_size,
+        block_m=tile.rows,
+        block_n=tile.kv_tokens,
+        block_d=tune.block_dim(spec.head_dim),
+        causal=step.causal,
+        window=step.window_left >= 0,
+        softcap=False,
+        format=spec.kv_dtype or "same",
+        phases=1 if step.window_left >= 0 else phases,
+        # Three products of tf32 halves carry float32's precision on the matrix units.
+        precision="tf32x3" if spec.dtype == torch.float32 else "tf32",
+        num_stages=tile.num_stages,
+    )
+
+
+def attend(prepared: _Prepared, call: AttentionCall) -> None:
+    """Run a plan's launches on one layer's tensors."""
+    plan, mask = prepared.plan, call.tree_mask
+    k, v, scale = call.k_pages, call.v_pages, call.k_scale
+    numbers = (
+        call.scale, float(call.softcap), plan.page_table.stride(0), prepared.window_left,
+        0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
+        *call.q.stride()[:2], *call.out.stride()[:2], 0 if call.lse is None else call.lse.stride(0),
+        *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if scale is None else scale.stride()),
+    )  # fmt: skip
+    for part in prepared.launches:
+        work = part.work
+        tensors = (
+            call.q, k, v, call.out, call.lse, scale, call.v_scale, call.alibi_slopes, call.sinks, mask,
+            work.items, work.worker_indptr, work.parts, work.arrivals, plan.cu_seqlens_q, plan.page_table,
+            work.partial_out, work.partial_lse,
+        )  # fmt: skip
+        given = part.constants._replace(softcap=True) if call.softcap else part.constants
+        launch(
+            attend_kernel, work.num_workers, prepared.device, tensors, numbers, 6, given, part.options
+        )
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """Write each token's K and V into its slot: one program per token."""
+    tokens, heads, head_dim = k.shape
+    if not tokens:
+        return
+    block_d = tune.block_dim(head_dim)
+    block_h = min(tune.power_of_two(heads), max(1, _STORE_ELEMENTS // block_d))
+    numbers: tuple[Any, ...] = (
+        *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+        *((0, 0, 0) if k_scale is None else k_scale.stride()), slot_mapping.stride(0),
+    )  # fmt: skip
+    constants = (heads, head_dim, k_pages.shape[2], block_h, block_d, _FORMATS.get(k_pages.dtype, "same"))
+    tensors = (k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping)
+    launch(write, tokens, k.device, tensors, numbers, 0, constants, Options(num_warps=4, num_stages=1))
+
+

@@ -1,0 +1,104 @@
+"""Finish a tile: write its rows, or leave a partial state and let the last worker to arrive fold them all.
+
+Over the parts i of a row, each normalised over its own keys, in base 2:
+
+    M = max_i lse_i,   w_i = 2^(lse_i − M),   l = Σ w_i,   out = Σ w_i · out_i / l
+
+folded online and always in the order of the parts, so that it does not matter who folds.
+
+Sources: FlashDecoding; arXiv:2501.01005 §2.2; the fix-up of Stream-K, arXiv:2301.03598.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quire.kernels.triton.tile import LOG2_E, NO_SCORE
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def normalise(m, l, acc):
+    """(m, l, acc) as an output and its base-2 lse; a row that saw nothing gives 0 and −inf."""
+    empty = l == 0.0
+    total = tl.where(empty, 1.0, l)
+    return tl.where(empty[:, None], 0.0, acc / total[:, None]), tl.where(empty, NO_SCORE, m + tl.log2(total))
+
+
+@triton.jit
+def add_sink(m, l, acc, sink):
+    """A logit that takes part in the softmax and has no value; rows that saw nothing stay empty."""
+    sink = tl.where(l == 0.0, NO_SCORE, sink * LOG2_E)
+    highest = tl.maximum(m, sink)
+    shift = tl.where(highest == NO_SCORE, 0.0, highest)
+    correction = tl.exp2(m - shift)
+    return highest, l * correction + tl.exp2(sink - shift), acc * correction[:, None]
+
+
+@triton.jit
+def write_rows(
+    m, l, acc, out, lse, sinks, token, head, valid,
+    out_token, out_head, lse_token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The finished rows, each to its token and head."""
+    if sinks is not None:
+        m, l, acc = add_sink(m, l, acc, tl.load(sinks + head, mask=valid, other=0.0))
+    result, base_2 = normalise(m, l, acc)
+    dim = tl.arange(0, BLOCK_D)
+    at = out + (token.to(tl.int64) * out_token + head * out_head)[:, None] + dim[None, :]
+    tl.store(at, result.to(out.dtype.element_ty), mask=valid[:, None] & (dim < HEAD_DIM)[None, :])
+    if lse is not None:
+        tl.store(lse + token.to(tl.int64) * lse_token + head, base_2 * LN_2, mask=valid)
+
+
+@triton.jit
+def leave_partial(
+    m, l, acc, partial, partial_out, partial_lse, valid,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """This worker's part of a split tile, in float32."""
+    row = partial * BLOCK_M + tl.arange(0, BLOCK_M)
+    result, base_2 = normalise(m, l, acc)
+    at = partial_out + row.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(at, result, mask=valid[:, None])
+    tl.store(partial_lse + row, base_2, mask=valid)
+
+
+@triton.jit
+def arrived_last(partial, parts, arrivals):
+    """Count this part in; True for the last of its tile, which also makes the count ready for the next layer."""
+    first = tl.load(parts + partial * 2)
+    count = tl.load(parts + partial * 2 + 1)
+    tl.debug_barrier()  # all threads' stores lie before the one thread's release
+    before = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
+    last = before == count - 1
+    if last:
+        tl.store(arrivals + first, 0)
+    return last, first, count
+
+
+@triton.jit
+def fold_parts(
+    first, count, partial_out, partial_lse, valid,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """All parts of a tile as one (m, l, acc). Read past the first cache, which other workers' writes do not reach."""
+    dim = tl.arange(0, BLOCK_D)
+    m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for part in tl.range(first, first + count, num_stages=NUM_STAGES):
+        row = part * BLOCK_M + tl.arange(0, BLOCK_M)
+        base_2 = tl.load(partial_lse + row, mask=valid, other=NO_SCORE, cache_modifier=".cg")
+        at = partial_out + row.to(tl.int64)[:, None] * BLOCK_D + dim[None, :]
+        result = tl.load(at, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+        highest = tl.maximum(m, base_2)
+        shift = tl.where(highest == NO_SCORE, 0.0, highest)
+        correction = tl.exp2(m - shift)
+        weight = tl.exp2(base_2 - shift)
+        l = l * correction + weight
+        acc = acc * correction[:, None] + result * weight[:, None]
+        m = highest
+    return m, l, acc

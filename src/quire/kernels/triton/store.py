@@ -1,0 +1,77 @@
+"""Write each token's keys and values into its slot, quantising where the pages are quantised.
+
+    scale = max|x| / largest(format),   stored = round(x / scale)
+
+per token and head, symmetric; the same bits as ``reference.quantize``. An all-zero row has scale 0 and stays zero,
+a row with a NaN has scale NaN.
+
+Source: the reshape-and-cache step of PagedAttention, arXiv:2309.06180 §4.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quire.kernels.triton.formats import E4M3_MAX, E5M2_MAX, INT8_MAX, round_to_fp8, round_to_int8
+
+
+@triton.jit
+def quantise(x, FORMAT: tl.constexpr):
+    """Rows of x [heads, dims] as stored elements, and their scales [heads]."""
+    largest: tl.constexpr = INT8_MAX if FORMAT == "int8" else (E4M3_MAX if FORMAT == "fp8_e4m3" else E5M2_MAX)
+    scale = tl.div_rn(tl.max(tl.abs(x), 1), tl.full([1], largest, tl.float32))
+    scaled = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
+    scaled = tl.where((scale > 0)[:, None], tl.minimum(tl.maximum(scaled, -largest), largest), 0.0)
+    has_nan = tl.sum((x != x).to(tl.int32), 1) > 0
+    scale = tl.where(has_nan, float("nan"), scale)
+    scaled = tl.where(has_nan[:, None], 0.0, scaled)
+    if FORMAT == "int8":
+        return round_to_int8(scaled), scale
+    else:
+        return round_to_fp8(scaled, FORMAT), scale
+
+
+@triton.jit
+def write_token(
+    rows, pages, scales, token, page, offset, rows_token, rows_head, pages_head, pages_page, pages_slot,
+    scale_head, scale_page, scale_slot,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """One token's rows of all heads, BLOCK_H heads at a time."""
+    dim = tl.arange(0, BLOCK_D)
+    for first in range(0, HEADS, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H).to(tl.int64)
+        inside = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
+        x = tl.load(rows + token * rows_token + head[:, None] * rows_head + dim[None, :], mask=inside, other=0.0)
+        at = pages + page * pages_page + offset * pages_slot + head[:, None] * pages_head + dim[None, :]
+        if FORMAT == "same":
+            tl.store(at, x, mask=inside)
+        else:
+            stored, scale = quantise(x.to(tl.float32), FORMAT)
+            tl.store(at, stored, mask=inside)
+            scale_at = scales + page * scale_page + offset * scale_slot + head * scale_head
+            tl.store(scale_at, scale, mask=head < HEADS)
+
+
+@triton.jit
+def write(
+    k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping,
+    k_token, k_head, v_token, v_head, k_pages_head, k_page, k_slot, v_pages_head, v_page, v_slot,
+    scale_head, scale_page, scale_slot, slot_stride,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """One program per token; slot −1 writes nowhere."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token * slot_stride)
+    if slot >= 0:
+        page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+        write_token(
+            k, k_pages, k_scale, token, page, offset, k_token, k_head, k_pages_head, k_page, k_slot,
+            scale_head, scale_page, scale_slot, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D, FORMAT,
+        )  # fmt: skip
+        write_token(
+            v, v_pages, v_scale, token, page, offset, v_token, v_head, v_pages_head, v_page, v_slot,
+            scale_head, scale_page, scale_slot, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D, FORMAT,
+        )  # fmt: skip

@@ -1,0 +1,95 @@
+"""Tile shapes per chip and kernel: measured ahead and shipped, so that no request ever waits for a search.
+
+A stage of the pipeline holds one block of K and V. What bounds the choice: a chip needs about 30 KB per
+multiprocessor in flight to reach its bandwidth (Little's law: 4.8 TB/s × 0.8 µs / 132), shared memory holds the
+stages of all workers of a multiprocessor, and registers the accumulator, BLOCK_M × BLOCK_D floats over all threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from quire.spec import AttentionSpec
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 128
+MIN_ROWS = 16  # the matrix units' smallest tile
+KIB = 1024
+
+
+class Tile(NamedTuple):
+    """What one worker works on at a time, and how its kernel is compiled."""
+
+    rows: int  # query tokens × query heads of a KV head
+    kv_tokens: int
+    num_warps: int
+    num_stages: int
+    workers_per_sm: int
+
+
+class Chip(NamedTuple):
+    """What the choice of tiles asks about a chip."""
+
+    name: str  # "cuda", "hip" or "cpu" (the interpreter)
+    capability: int  # 80, 89, 90, 100 … ; 0 for others
+    shared_bytes: int  # shared memory a multiprocessor can give to its workers
+    multiprocessors: int
+
+
+_SHARED_BYTES = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+
+
+def known_chip(name: str, capability: int, multiprocessors: int) -> Chip:
+    """A chip by its architecture, present or not."""
+    shared = 64 * KIB if name == "hip" else _SHARED_BYTES.get(capability, 99 * KIB)
+    return Chip(name, capability, shared, multiprocessors)
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind a device; a CPU stands for the interpreter, with few workers so that work is still split."""
+    if device.type != "cuda":
+        return Chip("cpu", 0, 227 * KIB, 3)
+    found = torch.cuda.get_device_properties(device)
+    name = "hip" if torch.version.hip else "cuda"
+    return known_chip(name, 10 * found.major + found.minor, found.multi_processor_count)
+
+
+def block_dim(head_dim: int) -> int:
+    """head_dim in the power of two that tiles are made of."""
+    return max(16, power_of_two(head_dim))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
+    """Few rows, bound by memory: two workers share a multiprocessor, so that one loads while the other computes."""
+    rows = max(MIN_ROWS, power_of_two(spec.group_size))
+    token_bytes = 2 * block_dim(spec.head_dim) * spec.storage_dtype.itemsize
+    kv_tokens = min(128, max(32, 32 * KIB // token_bytes))
+    if chip.name == "hip":
+        return Tile(rows, min(64, kv_tokens), num_warps=4, num_stages=2, workers_per_sm=2)
+    stage_bytes = kv_tokens * token_bytes
+    num_stages = 3
+    while num_stages > 1 and num_stages * stage_bytes > chip.shared_bytes * 0.9:
+        num_stages -= 1
+    workers = max(1, min(2, chip.shared_bytes // (num_stages * stage_bytes + 8 * KIB)))
+    return Tile(rows, kv_tokens, num_warps=4, num_stages=num_stages, workers_per_sm=workers)
+
+
+def prefill_tile(spec: AttentionSpec, chip: Chip) -> Tile:
+    """Many rows, bound by the matrix units: as large a tile as registers and shared memory hold."""
+    wide, slow = block_dim(spec.head_dim) > 128, spec.dtype == torch.float32
+    rows = max(64 if wide or slow or chip.name == "hip" else 128, power_of_two(spec.group_size))
+    if slow:
+        return Tile(rows, 32, num_warps=4, num_stages=2 if chip.name == "cuda" else 1, workers_per_sm=1)
+    if chip.name == "hip":
+        return Tile(rows, 32 if wide else 64, num_warps=4, num_stages=1, workers_per_sm=1)
+    small = chip.shared_bytes < 128 * KIB
+    kv_tokens = 32 if wide or small else 64
+    num_stages = 2 if small or chip.capability < 90 else 3
+    return Tile(rows, kv_tokens, num_warps=8 if rows >= 128 else 4, num_stages=num_stages, workers_per_sm=1)
