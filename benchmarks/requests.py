@@ -1,0 +1,111 @@
+"""What is generated end to end: requests in a short grammar, and a random model of known shape.
+
+8x16-256:64         8 prompts of 16 to 256 tokens, evenly spread, 64 new tokens each
+4x128:32+1x1k:32    4 prompts of 128 tokens beside one of 1024
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_GROUP = re.compile(r"(\d+)x(\d+k?)(?:-(\d+k?))?:(\d+k?)")
+_FORM = "requests must look like 8x16-256:64 or 4x128:32+1x1k:32, all with the same number of new tokens"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Prompt lengths, and how many tokens each prompt is continued by."""
+
+    name: str
+    prompt_lens: tuple[int, ...]
+    new_tokens: int
+
+    def prompts(self, vocab_size: int, seed: int = 0) -> list[list[int]]:
+        """Random token ids, the same for the same seed; long and short prompts in no order."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.prompt_lens), generator=generator).tolist()
+        return [
+            torch.randint(3, vocab_size, (self.prompt_lens[i],), generator=generator).tolist() for i in order
+        ]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama with random weights; by default one of 110 million, as the CPU targets name it."""
+
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    kv_heads: int = 4
+    intermediate: int = 2048
+    vocab: int = 32000
+    positions: int = 2048
+
+    def __str__(self) -> str:
+        """Such as `llama-12x768-12/4-2048-32000`."""
+        return (
+            f"llama-{self.layers}x{self.hidden}-{self.heads}/{self.kv_heads}-{self.intermediate}-{self.vocab}"
+        )
+
+
+def parse_requests(text: str) -> Requests:
+    """Requests from their name; ValueError with the grammar if it does not parse."""
+    lens: list[int] = []
+    budgets = set()
+    for group in text.split("+"):
+        match = _GROUP.fullmatch(group)
+        if match is None:
+            raise ValueError(f"{_FORM}; got {text!r}")
+        count, shortest, longest, new = (number(part) for part in match.groups(default="0"))
+        longest = longest or shortest
+        if not (count and 0 < shortest <= longest and new):
+            raise ValueError(f"{_FORM}; got {group!r}")
+        lens += [shortest + (longest - shortest) * i // max(count - 1, 1) for i in range(count)]
+        budgets.add(new)
+    if len(budgets) > 1:
+        raise ValueError(f"{_FORM}; got {text!r}")
+    return Requests(text, tuple(lens), budgets.pop())
+
+
+def number(text: str) -> int:
+    """`512` or `2k`."""
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+
+
+def model_folder(shape: ModelShape, parent: Path, seed: int = 0) -> Path:
+    """The random model as a Hugging Face folder, written where it is not there yet.
+
+    Weights are float32; it has a tokenizer of one word per token, since some engines insist on one, and no
+    end-of-text token, so that every engine generates as many tokens as asked.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    folder = parent / str(shape).replace("/", "-") / f"seed{seed}"
+    if (folder / "model.safetensors").exists():
+        return folder
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.positions,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(shape.vocab)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0").save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

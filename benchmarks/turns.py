@@ -1,0 +1,85 @@
+"""Time by turns: whoever is compared takes part in every round, so that a noisy moment hits all of them.
+
+A peer comes to its first round ready: it has computed the case once, and that output passed the gate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Turn = Callable[[], float]  # computes the case once and returns the seconds it took
+
+
+class Absent(Exception):
+    """A peer that cannot take part; the text says why. It is listed, never estimated."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A peer that has computed a case and can do it again by the clock.
+
+    Attributes:
+        output: what it computed, for the gate.
+        turn: computes it again; returns seconds.
+        versions: of the software that computed it, where that is not this process's own.
+        close: gives back what it holds.
+    """
+
+    output: Any
+    turn: Turn
+    versions: str = ""
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of all rounds: the median, and between which bounds the middle 60 % of them lie."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Spread:
+        """Of at least one round."""
+        p20, median, p80 = np.percentile(seconds, (20, 50, 80))
+        return cls(float(median), float(p20), float(p80))
+
+
+def stopwatch(call: Callable[[], Any], *, warm: bool = True) -> Turn:
+    """A turn of a call in this process.
+
+    Args:
+        warm: call it once untimed just before, so that its data lie in the nearest cache they fit in and its
+            threads are awake, whoever's turn it was before.
+    """
+
+    def turn() -> float:
+        if warm:
+            call()
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    return turn
+
+
+def time_in_turns(
+    turns: Mapping[str, Turn], rounds: int, tick: Callable[[], Any] = lambda: None
+) -> dict[str, Spread]:
+    """Each name's seconds over so many rounds.
+
+    Args:
+        tick: called after each turn, to move a progress bar.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            seconds[name].append(turn())
+            tick()
+    return {name: Spread.of(times) for name, times in seconds.items()}

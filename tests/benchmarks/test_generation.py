@@ -1,0 +1,61 @@
+"""The end to end runner on a tiny model: rows of right engines have speeds, rows of wrong ones have none."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import engines, generation
+from benchmarks.engines import Job
+from benchmarks.generation_gate import TextGate
+from benchmarks.progress import Progress
+from benchmarks.requests import ModelShape, model_folder, parse_requests
+
+SHAPE = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, intermediate=32, vocab=64, positions=64)
+REQUESTS = parse_requests("2x3-7:4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(SHAPE, tmp_path_factory.mktemp("models"))
+
+
+def job_on(folder) -> Job:
+    return Job(str(SHAPE), folder, REQUESTS.prompts(SHAPE.vocab), REQUESTS.new_tokens, "float32")
+
+
+def measure(folder, names):
+    with Progress() as progress:
+        return generation.measure(REQUESTS, job_on(folder), names, 2, progress)
+
+
+def test_engines_that_are_right_get_a_speed(folder):
+    ours, theirs = measure(folder, ["quire", "model.generate"])
+    for row in (ours, theirs):
+        assert row["status"] == "ok"
+        assert float(row["p20_tokens_per_s"]) <= float(row["tokens_per_s"]) <= float(row["p80_tokens_per_s"])
+        assert float(row["regret"]) <= float(row["allowed"])
+    assert (ours["rounds"], ours["case"]) == ("2", "2x3-7:4")
+
+
+def test_an_engine_that_is_wrong_gets_none(folder, monkeypatch):
+    def wrong(name, job):
+        ready = engines.quire_engine(name, job)
+        job.texts[name][0][1][2] ^= 1  # one token of the second text
+        return ready
+
+    monkeypatch.setitem(engines.ENGINES, "quire", wrong)
+    [row] = measure(folder, ["quire"])
+    assert row["status"].startswith("wrong: regret")
+    assert row["tokens_per_s"] == row["seconds"] == ""
+
+
+def test_an_engine_that_is_not_installed_is_listed_without_a_speed(folder):
+    rows = measure(folder, ["quire", "vllm, compiled", "openvino-genai"])
+    assert [row["status"].partition(":")[0] for row in rows] == ["ok", "not installed", "not installed"]
+    assert rows[1]["tokens_per_s"] == ""
+
+
+def test_a_text_of_another_length_is_wrong(folder):
+    gate = TextGate(folder, "float32")
+    assert gate.judge([[5, 6]], [[[7, 8, 9]]], 4)[0] == float("inf")
+    assert gate.judge([[5, 6], [5]], [[[7, 8, 9, 9]]], 4)[0] == float("inf")
