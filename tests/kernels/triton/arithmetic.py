@@ -48,10 +48,19 @@ def narrow(values: np.ndarray, dtype: tl.dtype) -> np.ndarray:
     return bits.reshape(np.shape(values))
 
 
-def tf32(values: np.ndarray) -> np.ndarray:
-    """What a tensor core sees of an fp32 operand: ten bits of mantissa."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return (bits & np.uint32(0xFFFFE000)).view(np.float32).reshape(np.shape(values))
+_TF32_KEPT = np.uint32(0xFFFFE000)  # sign, exponent, ten bits of mantissa
+_TF32_HALF = np.uint32(0x1000)
+
+
+def tf32_cut(values: np.ndarray) -> np.ndarray:
+    """What a tensor core sees of an fp32 operand."""
+    return (values.view(np.uint32) & _TF32_KEPT).view(np.float32)
+
+
+def tf32_rounded(values: np.ndarray) -> np.ndarray:
+    """cvt.rna.tf32: to nearest, ties away from zero."""
+    rounded = (values.view(np.uint32) + _TF32_HALF) & _TF32_KEPT
+    return np.where(np.isfinite(values), rounded.view(np.float32), values)
 
 
 def _is_narrow(handle: Any) -> bool:
@@ -146,11 +155,21 @@ class FaithfulArithmetic(InterpreterBuilder):
         lhs, rhs = _widened(a).data, _widened(b).data
         if lhs.dtype.kind == "i":  # exact, and float64 goes through BLAS where integers do not
             product = np.matmul(lhs.astype(np.float64), rhs.astype(np.float64))
-        elif lhs.dtype == np.float32 and not _is_narrow(a) and input_precision.name == "TF32":
-            product = np.matmul(tf32(lhs), tf32(rhs))
+        elif a.dtype.scalar == tl.float32 and input_precision.name != "IEEE":
+            product = _tf32_matmul(lhs, rhs, three_times=input_precision.name == "TF32x3")
         else:
             product = np.matmul(lhs.astype(np.float32), rhs.astype(np.float32))
         return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+
+def _tf32_matmul(lhs: np.ndarray, rhs: np.ndarray, three_times: bool) -> np.ndarray:
+    """One product of what the tensor core sees; or three, two of them with what rounding left of either operand."""
+    lhs, rhs = (np.ascontiguousarray(operand, np.float32) for operand in (lhs, rhs))
+    if not three_times:
+        return np.matmul(tf32_cut(lhs), tf32_cut(rhs))
+    a, b = tf32_rounded(lhs), tf32_rounded(rhs)
+    rest = np.matmul(tf32_cut(lhs - a), b) + np.matmul(a, tf32_cut(rhs - b))
+    return np.nan_to_num(rest, nan=0.0, posinf=np.inf, neginf=-np.inf) + np.matmul(a, b)
 
 
 def _min_dot_size(lhs_type: Any, rhs_type: Any) -> tuple[int, int, int]:

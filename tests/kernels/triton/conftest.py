@@ -43,6 +43,7 @@ class InterpretingPytest:
         self.connection, theirs = Pipe()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process, read if it dies
         environment = os.environ | {"TRITON_INTERPRET": "1", _CONNECTION: str(theirs.fileno())}
+        environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # tiles are too small to share
         environment.pop("PYTEST_XDIST_WORKER", None)
         command = [
             sys.executable,

@@ -81,13 +81,14 @@ def test_a_dot_multiplies_values_and_sums_in_fp32(dtype):
     torch.testing.assert_close(out, x.float() @ y.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_an_fp32_dot_is_exact_only_when_it_is_asked_to_be():
-    x, y = torch.randn(32, 32), torch.randn(32, 32)
-    exact, rounded = torch.empty(32, 32), torch.empty(32, 32)
-    matmul[(1,)](x, y, exact, SIZE=32, PRECISION="ieee")
-    matmul[(1,)](x, y, rounded, SIZE=32, PRECISION="tf32")
-    torch.testing.assert_close(exact, x @ y, rtol=1e-5, atol=1e-5)
-    assert 1e-4 < (rounded - x @ y).abs().max() < 0.1
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("ieee", 0, 1e-5), ("tf32x3", 0, 3e-5), ("tf32", 1e-3, 0.1)]
+)
+def test_an_fp32_dot_is_as_exact_as_it_is_asked_to_be(precision, least, most):
+    x, y = (torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    out = torch.empty(32, 32)
+    matmul[(1,)](x, y, out, SIZE=32, PRECISION=precision)
+    assert least <= (out - x.double() @ y.double()).abs().max() <= most
 
 
 def test_an_int8_dot_is_exact():

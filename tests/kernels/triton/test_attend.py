@@ -1,0 +1,162 @@
+"""The attention kernel in the interpreter against the float64 reference, poison wherever no key lies."""
+
+import math
+import random
+
+import interpreter
+import pytest
+import torch
+from pairs import every_pair
+from support import LAYOUTS, Shape, assert_accurate, attend, exact, features, make_batch, plain
+
+import quire
+from quire.kernels.triton import tune
+
+pytestmark = pytest.mark.interpreted
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+ALL = {"window": True, "softcap": True, "alibi": True, "sinks": True, "tree": True}
+FEATURES = [{}, *({name: True} for name in ALL), ALL]
+SMALL, NARROW = Shape(F32, 32, group=2), Shape(BF16, 64, group=3, kv_dtype="fp8_e4m3", num_kv_heads=1)
+few_shapes = pytest.mark.parametrize("shape", [SMALL, NARROW], ids=str)
+
+# Lengths and query tokens: one query each, beside a long one that is split and an empty one; several queries each,
+# over prefixes and without, one beside more queries than keys; decode rows beside prefill rows.
+STEPS = {
+    "decode": ([0, 1, 63, 64, 65, 420], None),
+    "prefill": ([40, 65, 130, 20], [40, 17, 33, 25]),
+    "mixed": ([1, 40, 65, 0, 300, 140], [1, 20, 2, 3, 1, 1]),
+}
+
+
+def judge(batch, **rules):
+    """Run the kernels and judge them."""
+    state = attend(batch, backend="triton", **rules)
+    assert_accurate(state, exact(batch, **rules), plain(batch, **rules), batch.largest_value)
+    return state
+
+
+CASES = every_pair(
+    {
+        "head_dim": [16, 20, 64, 80, 96, 128, 256],
+        "asked": FEATURES,
+        "layout": LAYOUTS,
+        "group": [1, 3, 4, 8, 24],
+        "page_size": [1, 13, 16, 128],
+        "kv_dtype": [None, "int8", "fp8_e4m3", "fp8_e5m2"],
+        "dtype": [F32, F16, BF16],
+        "step": list(STEPS),
+        "causal": [True, False],
+        "strided_q": [False, True],
+        "share": [0.0, 0.4],
+    }
+)
+
+
+def name(case):
+    shape = Shape(case["dtype"], case["head_dim"], case["group"], case["kv_dtype"])
+    words = [shape, f"p{case['page_size']}", case["layout"], "+".join(case["asked"]) or "none", case["step"]]
+    return "-".join(map(str, words)) + ("" if case["causal"] else "-full")
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_it_equals_the_reference(case):
+    heads = 1 if case["group"] > 4 else 2
+    shape = Shape(case["dtype"], case["head_dim"], case["group"], case["kv_dtype"], num_kv_heads=heads)
+    how = {key: case[key] for key in ("page_size", "layout", "share", "strided_q")}
+    batch = make_batch(shape, *STEPS[case["step"]], **how)
+    judge(batch, causal=case["causal"], **features(batch, **case["asked"]))
+
+
+@few_shapes
+def test_a_windows_first_key_is_the_one_window_left_positions_back(shape):
+    batch = make_batch(shape, [17, 65, 140], [5, 1, 3], page_size=16)
+    for window_left in (0, 15, 16, 64, 127, 128):
+        judge(batch, window_left=window_left)
+
+
+@few_shapes
+def test_rows_before_the_first_key_are_zero_and_the_others_unharmed(shape):
+    batch = make_batch(shape, [5, 0, 1], [40, 4, 2], page_size=4)
+    state = judge(batch)
+    seeing = [*range(35, 40), 45]
+    blind = [row for row in range(46) if row not in seeing]
+    assert (state.out[blind] == 0).all()
+    assert state.lse[blind].isneginf().all()
+    assert state.lse[seeing].isfinite().all()
+
+
+@few_shapes
+def test_a_batch_of_empty_sequences_is_all_zero(shape):
+    batch = make_batch(shape, [0, 0], [1, 30], page_size=16)
+    state = judge(batch)
+    assert (state.out == 0).all()
+
+
+@few_shapes
+def test_scores_far_apart_neither_overflow_nor_vanish(shape):
+    batch = make_batch(shape, [3, 70, 200], [1, 2, 40], page_size=16)
+    for softmax_scale in (0.0, 1e-4, 5.0, -2.0):
+        state = judge(batch, softmax_scale=softmax_scale)
+        assert state.lse.isfinite().all()
+
+
+@few_shapes
+def test_a_sink_far_above_the_scores_leaves_nothing_and_one_far_below_changes_nothing(shape):
+    batch = make_batch(shape, [3, 0, 420], page_size=16)
+    heads = batch.q.shape[1]
+    high = attend(batch, backend="triton", sinks=torch.full((heads,), 300.0))
+    assert (high.out == 0).all()
+    assert high.lse[:, 0].tolist() == pytest.approx([300.0, -math.inf, 300.0])
+    without, low = (
+        attend(batch, backend="triton", **sinks) for sinks in ({}, {"sinks": torch.full((heads,), -300.0)})
+    )
+    assert torch.equal(without.out, low.out)
+    assert torch.equal(without.lse, low.lse)
+
+
+@few_shapes
+def test_a_mask_that_hides_the_queries_own_key_leaves_the_earlier_ones(shape):
+    batch = make_batch(shape, [1, 0, 64, 65, 130], page_size=16)
+    state = judge(batch, tree_mask=torch.zeros(5, 1, dtype=torch.bool))
+    assert (state.out[:2] == 0).all()
+    assert state.lse[:2].isneginf().all()
+
+
+@few_shapes
+@pytest.mark.parametrize("step", STEPS)
+def test_any_number_of_workers_gives_the_same_within_rounding(shape, step, monkeypatch):
+    batch = make_batch(shape, *STEPS[step], page_size=16)
+    chip = tune.chip_of(batch.q.device)
+    for multiprocessors in (1, 7):
+        monkeypatch.setattr(tune, "chip_of", lambda _, n=multiprocessors: chip._replace(multiprocessors=n))
+        judge(batch)
+
+
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_it_does_not_matter_which_worker_comes_last(step, monkeypatch):
+    lengths, q_lens = STEPS[step]
+    batch = make_batch(NARROW, [900, *lengths], q_lens and [20, *q_lens], page_size=16)
+    rules = features(batch, sinks=True)
+    wanted = judge(batch, **rules)
+    for seed in range(3):
+        shuffled = lambda programs, seed=seed: random.Random(seed).sample(programs, len(programs))  # noqa: E731
+        monkeypatch.setattr(interpreter.CheckedGrid, "order", staticmethod(shuffled))
+        state = attend(batch, backend="triton", **rules)
+        assert torch.equal(state.out, wanted.out)
+        assert torch.equal(state.lse, wanted.lse)
+
+
+def test_one_plan_serves_many_layers():
+    batch = make_batch(SMALL, *STEPS["mixed"], page_size=16)
+    plan = quire.plan(*batch.lengths, batch.shape.spec(16), backend="triton")
+    wanted = exact(batch)
+    for _ in range(3):  # counters of the split tiles are ready again after each
+        state = plan.run(*batch.pages, return_state=True)
+        assert_accurate(state, wanted, plain(batch), batch.largest_value)
+
+
+def test_without_lse_the_output_is_the_same():
+    batch = make_batch(SMALL, *STEPS["mixed"], page_size=16)
+    out = quire.paged_attention(*batch.pages, *batch.lengths, backend="triton")
+    assert torch.equal(out, attend(batch, backend="triton").out)
