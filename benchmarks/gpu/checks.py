@@ -1,0 +1,181 @@
+"""Is it right? Kernels against the float64 reference on fresh random steps, poisoned inside and out."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import quire
+from benchmarks.cases import Case
+from benchmarks.gpu.batches import Batch, exact, largest_value, make_batch, plain
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.jobs import Row, Setting
+from benchmarks.gpu.judge import Verdict, judge
+from benchmarks.gpu.speed import describe, parse_spec
+from quire.kernels import reference
+
+Lengths = list[tuple[int, int]]  # (seq_len, q_len) of each sequence
+
+
+def forms(seed: int, quick: bool) -> dict[str, Lengths]:
+    """Steps of every form, with lengths drawn anew: seq_len 0, more queries than keys and no queries among them."""
+    rng = np.random.default_rng(seed)
+
+    def between(low: int, high: int) -> int:
+        return int(rng.integers(low, high + 1)) if not quick else low
+
+    a, b, c = between(17, 90), between(130, 700), between(900, 2500)
+    prompt, long_prompt = between(20, 60), between(100, 300)
+    return {
+        "decode": [(1, 1), (0, 1), (a, 1), (b, 1), (c, 1)],
+        "long decode": [(between(120, 9000) if quick else between(5000, 9000), 1), (3, 1)],
+        "prefill": [(1, 1), (prompt, prompt), (long_prompt, long_prompt)],
+        "chunked prefill": [(b + 40, 40), (a + 3, 3), (prompt + 129, 129), (long_prompt, long_prompt // 2)],
+        "mixed": [(b, 1), (0, 1), (c, 1), (a, 2), (prompt + 40, 33), (5, 9), (12, 0), (0, 3), (64, 64)],
+    }
+
+
+def check_attention(
+    device: Device,
+    setting: Setting,
+    *,
+    dtype: str = "bfloat16",
+    kv_dtype: str | None = None,
+    heads: str = "8/2x128",
+    page_size: int = 16,
+    layout: str = "pool",
+    causal: bool = True,
+    features: Sequence[str] = (),
+    title: str = "",
+) -> list[Row]:
+    """One kernel specialisation on steps of every form; the row holds the verdict nearest to (or past) its limit."""
+    spec = parse_spec(heads, page_size, dtype, kv_dtype)
+    worst, wrong = Verdict(0.0, 1.0), []
+    seed = setting.seed + zlib.crc32(title.encode())
+    for number, (form, lengths) in enumerate(forms(seed, setting.quick).items()):
+        batch = make_batch(
+            spec, lengths, device.where, seed + number, layout=layout, causal=causal, features=features
+        )
+        try:
+            verdict = check_batch(batch, setting.backend)
+        except AssertionError as error:
+            wrong.append(f"{form}: {error}")
+            continue
+        if not verdict.good:
+            wrong.append(f"{form}: error {verdict.error:.3g}, allowed {verdict.allowed:.3g}")
+        if not verdict.good or verdict.error / verdict.allowed > worst.error / worst.allowed:
+            worst = verdict
+    row = describe(Case(title, (), (), spec)) | {"who": setting.backend, **worst.columns()}
+    return [row | {"status": "wrong" if wrong else "ok", "note": "; ".join(wrong)}]
+
+
+def check_batch(batch: Batch, backend: str) -> Verdict:
+    """Run twice, with and without lse, into poisoned outputs; AssertionError on anything but rounding."""
+    plan = quire.plan(*batch.lengths, batch.spec, backend=backend, device=batch.q.device, **batch.rules)
+    arguments: dict[str, Any] = batch.scales | batch.scoring
+    out = torch.full_like(batch.q, math.nan)
+    state = plan.run(batch.q, *batch.pages, out=out, return_state=True, **arguments)
+    again = plan.run(batch.q, *batch.pages, out=torch.full_like(batch.q, math.nan), **arguments)
+    _require(state.out.data_ptr() == out.data_ptr(), "out was not written in place")
+    _require(bool(out.isfinite().all()), "poison reached the output, or it was not written whole")
+    _require(torch.equal(out, again), "two runs gave different bits")
+    wanted = exact(batch)
+    empty = wanted.lse.isneginf()
+    _require(torch.equal(state.lse.isneginf(), empty), "lse is not −inf exactly where no key is seen")
+    _require(bool((out[empty] == 0).all()), "rows that see no key are not zero")
+    difference = (state.lse - wanted.lse)[~empty].abs()
+    allowed = 2e-5 + 2e-6 * wanted.lse[~empty].abs()
+    _require(
+        bool((difference <= allowed).all()), f"lse off by {difference.max().item() if len(difference) else 0}"
+    )
+    return judge(out, wanted.out, plain(batch), largest_value(batch))
+
+
+def check_write_kv(
+    device: Device,
+    setting: Setting,
+    *,
+    dtype: str = "bfloat16",
+    kv_dtype: str | None = None,
+    heads: str = "8/2x128",
+    page_size: int = 16,
+    title: str = "",
+) -> list[Row]:
+    """The store, bit for bit against the reference on the host; what it must not touch stays as it was."""
+    spec = parse_spec(heads, page_size, dtype, kv_dtype)
+    generator = torch.Generator().manual_seed(setting.seed)
+    tokens, num_pages = 203, 7 + 300 // page_size
+    fused = torch.randn(tokens, 3, spec.num_kv_heads, spec.head_dim, generator=generator)
+    fused = (fused * torch.logspace(-3, 2, tokens)[:, None, None, None]).to(spec.dtype)
+    fused[5] = 0
+    slots = torch.randperm(num_pages * page_size, generator=generator)[:tokens]
+    slots[::11] = -1
+    sizes = (spec.num_kv_heads, num_pages, page_size, spec.head_dim)
+    found, wanted = [], []
+    for where, results in ((device.where, found), (torch.device("cpu"), wanted)):
+        pages = [torch.full(sizes, 3.0).to(spec.storage_dtype).to(where) for _ in range(2)]
+        scales = [torch.full(sizes[:3], -1.0, device=where) if spec.quantized else None for _ in range(2)]
+        rows, there = fused.to(where), slots.to(where)
+        if results is found:
+            quire.write_kv(
+                rows[:, 1], rows[:, 2], *pages, there,
+                k_scale=scales[0], v_scale=scales[1], backend=setting.backend,
+            )  # fmt: skip
+        else:
+            reference.write_kv(rows[:, 1], rows[:, 2], *pages, there, *scales)
+        results += [*pages, *(scale for scale in scales if scale is not None)]
+    names = ("k_pages", "v_pages", "k_scale", "v_scale")
+    wrong = [
+        f"{name} differs in {different} of {a.numel()} elements"
+        for name, a, b in zip(names, found, wanted, strict=False)
+        if (different := int((_bits(a.cpu()) != _bits(b)).sum()))
+    ]
+    row = describe(Case(title, (), (), spec)) | {"who": setting.backend}
+    return [row | {"status": "wrong" if wrong else "ok", "note": "; ".join(wrong)}]
+
+
+def check_far_pages(device: Device, setting: Setting, *, title: str = "") -> list[Row]:
+    """Pages whose elements lie beyond 2³¹: written by write_kv, read by both kernels."""
+    spec = parse_spec("8/2x128", 16, "bfloat16", None)
+    per_page = spec.num_kv_heads * spec.page_size * spec.head_dim
+    num_pages = 200 if setting.quick else (1 << 31) // per_page * 2 + 100
+    pool = quire.KVPool(spec, 1, num_pages, device.where)
+    lengths = [(301, 1), (150, 37)]
+    small = make_batch(spec, lengths, device.where, setting.seed)
+    shift = num_pages - small.k_pages.shape[1]
+    counts = [math.ceil(seq_len / spec.page_size) for seq_len, _ in lengths]
+    table = small.page_table.clone()
+    for row, count in enumerate(counts):
+        table[row, :count] += shift
+    slots, rows = [], []
+    for row, (seq_len, _) in enumerate(lengths):
+        near = small.page_table[row, : counts[row]].long().to(device.where)
+        token = torch.arange(seq_len, device=device.where)
+        slots.append((near[token // spec.page_size] + shift) * spec.page_size + token % spec.page_size)
+        rows.append(
+            [gathered[:, near].flatten(1, 2)[:, :seq_len].transpose(0, 1) for gathered in small.pages]
+        )
+    k, v = (torch.cat([pair[i] for pair in rows]) for i in range(2))
+    k_pages, v_pages = pool.layer(0)
+    quire.write_kv(k, v, k_pages, v_pages, torch.cat(slots), backend=setting.backend)
+    plan = quire.plan(
+        table, small.seq_lens, small.cu_seqlens_q, spec, backend=setting.backend, device=device.where
+    )
+    out = plan.run(small.q, k_pages, v_pages, out=torch.full_like(small.q, math.nan))
+    verdict = judge(out, exact(small).out, plain(small), largest_value(small))
+    row_ = describe(Case(title, (), (), spec)) | {"who": setting.backend, **verdict.columns()}
+    return [row_ | {"status": "ok" if verdict.good else "wrong"}]
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])
+
+
+def _require(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise AssertionError(complaint)

@@ -1,0 +1,109 @@
+"""Rates, shares of ceilings, the table's limits, and a file that reads back."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu import report
+
+CEILINGS = [
+    {"section": "ceiling", "case": "copy", "who": "c", "status": "ok", "median_us": 1000.0, "kv_bytes": 4e9},
+    {"section": "ceiling", "case": "read", "who": "c", "status": "ok", "median_us": 1000.0, "kv_bytes": 2e9},
+    {"section": "ceiling", "case": "gemm", "who": "c", "status": "ok", "median_us": 1000.0, "flops": 8e11},
+]
+
+
+def a_row(**fields):
+    row = {
+        "section": "decode", "case": "8x1k:1", "heads": "32/8x128", "page_size": 16, "who": "quire", "status": "ok",
+        "median_us": 100.0, "launched_us": 120.0, "host_us": 9.0, "plan_us": 50.0, "kv_bytes": 1e8, "flops": 1e9,
+    }  # fmt: skip
+    return row | fields
+
+
+def test_rates_are_amounts_over_time_and_shares_are_of_this_runs_ceilings():
+    rows = [dict(row) for row in CEILINGS] + [a_row()]
+    report.derive(rows)
+    assert rows[0]["tb_per_s"] == 4.0
+    assert (rows[3]["tb_per_s"], rows[3]["of_copy"], rows[3]["of_read"]) == (1.0, 0.25, 0.5)
+    assert (rows[3]["tflop_per_s"], rows[3]["of_gemm"]) == (10.0, 0.0125)
+
+
+def test_a_row_without_a_time_has_no_rate():
+    rows = [dict(CEILINGS[0]), {"section": "decode", "case": "x", "status": "wrong", "kv_bytes": 1e9}]
+    report.derive(rows)
+    assert "tb_per_s" not in rows[1]
+
+
+def test_the_table_shows_what_failed_and_stays_short():
+    rows = [dict(row) for row in CEILINGS]
+    rows += [
+        a_row(case=f"{i}x1k:1", page_size=p, kv_dtype=kv)
+        for i in range(90)
+        for p in (16, 64, 128)
+        for kv in ("", "int8")
+    ]
+    rows += [
+        {"section": "check", "case": f"c{i}", "status": "wrong", "note": "error 1\n2"} for i in range(50)
+    ]
+    rows += [{"section": "peer", "case": "y", "status": "skipped", "note": "no time"}]
+    report.derive(rows)
+    text = report.table(rows)
+    assert len(text.splitlines()) <= 80
+    assert len(text) <= 11_000
+    assert "50 wrong" in text
+    assert "!! check c0 : wrong: error 1 2" in text
+    assert "skipped for time (1): peer y" in text
+
+
+@pytest.mark.parametrize("rows", [[], [{"section": "decode", "case": "x", "status": "failed", "note": "n"}]])
+def test_the_table_of_a_run_that_failed_is_a_table(rows):
+    assert isinstance(report.table(rows), str)
+    assert isinstance(report.tune_table(rows), str)
+
+
+def test_candidates_are_listed_fastest_first():
+    rows = [a_row(who=f"warps={i}", section="tune", median_us=float(i), tb_per_s=1.0) for i in (8, 2, 4)]
+    lines = report.tune_table(rows).splitlines()
+    assert [line.split()[-1] for line in lines[2:5]] == ["warps=2", "warps=4", "warps=8"]
+
+
+def test_a_file_reads_back(tmp_path):
+    rows = [a_row(note="two\nlines"), dict(CEILINGS[0])]
+    report.derive(rows)
+    path = report.write_csv(tmp_path / "gpu.csv", {"gpu": "NVIDIA H100 80GB HBM3", "seed": 7}, rows)
+    back = report.read_csv(path)
+    assert (back[0]["median_us"], back[0]["tb_per_s"], back[0]["note"]) == (100.0, 1.0, "two lines")
+    assert (back[0]["gpu"], back[0]["seed"]) == ("NVIDIA H100 80GB HBM3", 7)
+    assert "heads" not in back[1]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "stem"),
+    [
+        ("NVIDIA H100 80GB HBM3", "gpu-h100"),
+        ("NVIDIA H200", "gpu-h200"),
+        ("NVIDIA A100-SXM4-80GB", "gpu-a100"),
+        ("NVIDIA L40S", "gpu-l40s"),
+        ("none (dry run on the CPU)", "gpu-dry-run"),
+        ("unknown", "gpu-other"),
+    ],
+)
+def test_files_are_named_after_the_chip(gpu, stem):
+    assert report.stem(gpu) == stem
+
+
+def test_plots_are_drawn_from_the_file_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.gpu.plots import plot
+
+    rows = [dict(row) for row in CEILINGS] + [a_row(), a_row(section="prefill", case="1x8k:8k")]
+    rows += [a_row(section="peer", who="sdpa flash"), a_row(section="peer", who="sdpa flash", case="1x8k:8k")]
+    report.derive(rows)
+    path = report.write_csv(tmp_path / "gpu-h100.csv", {"gpu": "NVIDIA H100"}, rows)
+    names = {written.name for written in plot(path, tmp_path)}
+    assert names == {
+        f"gpu-h100-{what}.{suffix}" for what in ("decode", "prefill") for suffix in ("svg", "png")
+    }
+    svg = (tmp_path / "gpu-h100-decode.svg").read_text()
+    assert "NVIDIA H100" in svg or "<path" in svg
