@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.gpu import plots, report
 from benchmarks.gpu.jobs import Row, Setting, run_jobs
-from benchmarks.gpu.suite import SECTIONS, make_jobs
+from benchmarks.gpu.suite import SECTIONS, make_jobs, warm_up_jobs
 from benchmarks.gpu.tune import jobs as tune_jobs
 
 CHECK_SHARE = 0.4  # of the time, at most
@@ -75,20 +75,21 @@ def measure(
     rows: list[Row],
     say: Callable[[str], None],
 ) -> None:
-    """All sections asked for: checks in many processes at once, then all that is timed in one."""
-    if "checks" in args.only:
-        share = 1.0 if args.only == ["checks"] else CHECK_SHARE
-        until = deadline - (1 - share) * args.seconds
-        jobs = make_jobs("checks", args.quick, args.seed)
-        rows += run_jobs(jobs, setting, deadline=until, folder=folder, workers=args.workers, say=say)
-    jobs = [
+    """Checks and compilation in many processes at once, then all that is timed in one."""
+    timed = [
         job
         for section in SECTIONS
         if section in args.only and section != "checks"
         for job in make_jobs(section, args.quick, args.seed)
     ]
-    if jobs:
-        rows += run_jobs(jobs, setting, deadline=deadline, folder=folder, say=say)
+    together = warm_up_jobs(timed)
+    if "checks" in args.only:
+        together += make_jobs("checks", args.quick, args.seed)
+    if together:
+        until = deadline - (1 - CHECK_SHARE) * args.seconds if timed else deadline
+        rows += run_jobs(together, setting, deadline=until, folder=folder, workers=args.workers, say=say)
+    if timed:
+        rows += run_jobs(timed, setting, deadline=deadline, folder=folder, say=say)
 
 
 def tune(

@@ -60,6 +60,11 @@ def time_attention(
     return [describe(parsed, label) | time_quire(device, setting, layers, timed)]
 
 
+def compile_kernels(device: Device, setting: Setting, **arguments: Any) -> list[Row]:
+    """Run a case once, so that its kernels lie compiled on disk when it is timed; only failures make a row."""
+    return [row for row in time_attention(device, setting, **arguments, timed=False) if row["status"] != "ok"]
+
+
 def time_quire(device: Device, setting: Setting, layers: Layers, timed: bool = True) -> Row:
     """Columns of one row; a wrong result has no time."""
     case = layers.case

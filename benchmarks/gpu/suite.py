@@ -170,6 +170,24 @@ def graph_jobs(quick: bool, seed: int) -> list[Job]:
     return [*jobs, Job("sanitizer", "memcheck, small mixed step", arguments, 40, 1, timeout=100)]
 
 
+def warm_up_jobs(jobs: list[Job]) -> list[Job]:
+    """One small step for each set of kernels that the jobs will time: compiled by many processes at once."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        if "case" in job.arguments:
+            decode_only = all(part.endswith(":1") for part in job.arguments["case"].split("+"))
+            small = "2x300:1" if decode_only else "2x300:1+1x400:300"
+            arguments = {
+                "case": small,
+                "heads": job.arguments["heads"],
+                "page_size": job.arguments["page_size"],
+            }
+            arguments["kv_dtype"] = job.arguments.get("kv_dtype")
+            title = f"{small} {arguments['heads']} page {arguments['page_size']} {arguments['kv_dtype'] or 'bf16'}"
+            found[title] = Job("warm up", title, arguments, 8, 0)
+    return list(found.values())
+
+
 def _timed(
     kind: str, case: str, heads: str, page_size: int, kv_dtype: str | None, label: str, priority: int
 ) -> Job:

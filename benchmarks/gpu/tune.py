@@ -1,27 +1,35 @@
-"""A sweep over tile shapes, warps and stages of the Triton kernels, on a few cases.
+"""A sweep over tile shapes, warps, stages and workers of the Triton kernels, on a few cases.
 
-The seam to the kernels is one context manager, ``quire.kernels.triton.tune.override(kernel, **settings)``: inside it,
-plans made and run for that kernel ("decode" or "prefill") use these settings instead of the table's.
+The seam to the kernels is their table, ``quire.kernels.triton.tune``: its functions ``decode_tile`` and
+``prefill_tile`` give a named tuple, some fields of which are replaced while a candidate is tried.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.jobs import Job, Row, Setting
 from benchmarks.gpu.speed import time_attention
 
 CANDIDATES: dict[str, dict[str, list[int]]] = {
-    "decode": {"kv_tokens": [32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [2, 3, 5]},
+    "decode": {
+        "kv_tokens": [32, 64, 128],
+        "num_warps": [2, 4, 8],
+        "num_stages": [2, 3, 4],
+        "workers_per_sm": [1, 2, 3],
+    },
     "prefill": {
-        "q_rows": [64, 128],
+        "rows": [64, 128],
         "kv_tokens": [32, 64, 128],
         "num_warps": [4, 8],
-        "num_stages": [2, 3, 5],
+        "num_stages": [2, 3],
+        "workers_per_sm": [1, 2],
     },
 }
 CASES = {"decode": ["8x1k:1", "8x32k:1"], "prefill": ["1x8k:8k"]}
@@ -55,11 +63,17 @@ def jobs(
     return found
 
 
-def override(setting: Setting, kernel: str, settings: dict[str, int]) -> AbstractContextManager[Any]:
-    """The kernels' own context manager."""
-    module = importlib.import_module(f"quire.kernels.{setting.backend}.tune")
-    manager: AbstractContextManager[Any] = module.override(kernel, **settings)
-    return manager
+@contextmanager
+def override(setting: Setting, kernel: str, settings: dict[str, int]) -> Iterator[None]:
+    """Plans made inside use these fields of the kernel's tile instead of the table's."""
+    table = importlib.import_module(f"quire.kernels.{setting.backend}.tune")
+    shipped = getattr(table, f"{kernel}_tile")
+
+    def changed(*arguments: Any) -> Any:
+        return shipped(*arguments)._replace(**settings)
+
+    with patch.object(table, f"{kernel}_tile", changed):
+        yield
 
 
 def compile_candidate(device: Device, setting: Setting, **arguments: Any) -> list[Row]:

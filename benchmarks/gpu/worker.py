@@ -17,6 +17,7 @@ HANDLERS = {
     "check": checks.check_attention,
     "check write_kv": checks.check_write_kv,
     "check far pages": checks.check_far_pages,
+    "warm up": speed.compile_kernels,
     "ceiling": speed.time_ceiling,
     "decode": speed.time_attention,
     "prefill": speed.time_attention,

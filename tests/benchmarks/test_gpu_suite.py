@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
+import torch
 
 from benchmarks.cases import parse_case
 from benchmarks.gpu import graphs, peers, speed, tune
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.device import Host
 from benchmarks.gpu.jobs import Job, Setting
+from benchmarks.gpu.report import read_csv
 from benchmarks.gpu.speed import parse_spec
-from benchmarks.gpu.suite import SECTIONS, SKEWED, make_jobs
+from benchmarks.gpu.suite import SECTIONS, SKEWED, make_jobs, warm_up_jobs
 from benchmarks.gpu.worker import HANDLERS, run_guarded
+from quire.kernels import reference
 
 SETTING = Setting("cpu", "reference", seed=3, quick=True)
 
@@ -70,8 +74,6 @@ def test_a_case_is_judged_and_timed(kv_dtype):
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
-    from quire.kernels import reference
-
     right = reference.attend
     monkeypatch.setattr(reference, "attend", lambda step, call: [right(step, call), call.out.mul_(1.1)])
     [row] = speed.time_attention(Host(), SETTING, case="2x60:1", heads="4/2x16")
@@ -119,24 +121,68 @@ def test_what_the_memory_checker_watches_runs():
     graphs.small_step("cpu", "reference")
 
 
-def test_candidates_are_tried_inside_the_kernels_own_override(monkeypatch):
-    used = []
+class Tile(NamedTuple):
+    rows: int = 128
+    num_warps: int = 2
 
-    @contextmanager
-    def override(kernel, **settings):
-        used.append((kernel, settings))
-        yield
 
-    module = ModuleType("quire.kernels.reference.tune")
-    module.override = override
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+def test_candidates_are_tried_in_place_of_the_tables_tiles(monkeypatch):
+    table = ModuleType("quire.kernels.reference.tune")
+    table.prefill_tile = lambda spec, chip: Tile()
+    monkeypatch.setitem(sys.modules, table.__name__, table)
     monkeypatch.setattr(sys.modules["quire.kernels.reference"], "__path__", [], raising=False)
+    used = []
+    right = reference.prepare
+    monkeypatch.setattr(
+        reference, "prepare", lambda *a: [used.append(table.prefill_tile(None, None)), right(*a)][1]
+    )
     jobs = tune.jobs(("compile", "tune"), {"num_warps": [4, 8]}, quick=True, kernels=("prefill",))
     rows = [
         row
         for job in jobs
         for row in HANDLERS[job.kind](Host(), SETTING, **job.arguments | {"heads": "4/2x16"})
     ]
-    assert [settings["num_warps"] for _, settings in used] == [4, 8, 4, 8]
+    assert list(dict.fromkeys(used)) == [Tile(128, 4), Tile(128, 8)]
+    assert table.prefill_tile(None, None) == Tile()
     assert [row["who"] for row in rows] == ["num_warps=4", "num_warps=8"]
     assert all(row["median_us"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_the_triton_kernels_take_their_tiles_from_the_table_that_is_overridden(kernel):
+    pytest.importorskip("triton")
+    from quire.kernels import triton
+
+    spec = parse_spec("32/8x128", 16, "bfloat16", None)
+    chosen = {name: values[-1] for name, values in tune.CANDIDATES[kernel].items()} | {"kv_tokens": 32}
+    with tune.override(Setting(backend="triton"), kernel, chosen):
+        changed = getattr(triton.tiling(spec, torch.device("cpu")), kernel)
+    assert changed.kv_tokens == 32
+    assert changed != getattr(triton.tiling(spec, torch.device("cpu")), kernel)
+
+
+def test_every_kernel_that_is_timed_is_compiled_ahead():
+    jobs = [job for section in ("decode", "prefill", "mixed") for job in make_jobs(section, False)]
+    warm = warm_up_jobs(jobs)
+    assert len({job.title for job in warm}) == len(warm) < 30
+    kinds = {tuple(job.arguments[name] for name in ("heads", "page_size", "kv_dtype")) for job in warm}
+    timed = {
+        tuple(job.arguments[name] for name in ("heads", "page_size", "kv_dtype"))
+        for job in jobs
+        if "case" in job.arguments
+    }
+    assert timed == kinds
+    assert HANDLERS["warm up"](Host(), SETTING, **warm[0].arguments | {"heads": "4/2x16"}) == []
+
+
+def test_one_call_writes_a_file_a_log_and_a_table(tmp_path, capsys, monkeypatch):
+    dry = ["--device", "cpu", "--backend", "reference", "--quick", "--seed", "5"]
+    words = ["gpu", *dry, "--only", "ceilings,graphs", "--out"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path)])
+    monkeypatch.setenv("QUIRE_COMMIT", "abc1234")
+    assert main() == 0
+    rows = read_csv(tmp_path / "gpu-dry-run.csv")
+    assert [row["section"] for row in rows] == ["ceiling"] * 3 + ["graph"] * 2 + ["sanitizer"]
+    assert {row["commit"] for row in rows} == {"abc1234"}
+    assert "ceiling gemm" in capsys.readouterr().out
+    assert "section=ceiling case=copy" in (tmp_path / "log.txt").read_text()
