@@ -3,7 +3,7 @@
 Examples:
     python -m benchmarks.gpu --out results                       # everything, eight minutes at most
     python -m benchmarks.gpu --only decode,prefill
-    python -m benchmarks.gpu --tune --kernels decode --candidates kv_tokens=64,128 num_warps=4,8
+    python -m benchmarks.gpu --tune --kernels decode --kv-dtypes none int8 --candidates kv_tokens=64,128 num_warps=4,8
     python -m benchmarks.gpu --plot benchmarks/results/gpu-h100.csv
     python -m benchmarks.gpu --device cpu --backend cpu --quick  # a dry run without a GPU
 
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.gpu import plots, report
+from benchmarks.gpu import markdown, plots, report
 from benchmarks.gpu.jobs import Row, Setting, run_jobs
 from benchmarks.gpu.suite import SECTIONS, make_jobs, warm_up_jobs
 from benchmarks.gpu.tune import jobs as tune_jobs
@@ -37,6 +37,9 @@ def main() -> int:
     if args.plot:
         for path in plots.plot(args.plot, args.plot.parent):
             print(path)
+        return 0
+    if args.markdown:
+        print(markdown.tables(args.markdown))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
@@ -136,6 +139,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny cases: for trying the script out")
     parser.add_argument("--workers", type=int, default=min(10, max(1, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--plot", type=Path, metavar="CSV", help="only draw the plots of a CSV file")
+    parser.add_argument("--markdown", type=Path, metavar="CSV", help="only print the tables of docs/gpu.md")
     parser.add_argument("--tune", action="store_true", help="sweep tile shapes instead")
     parser.add_argument("--kernels", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
     parser.add_argument("--kv-dtypes", nargs="+", default=["none"], help="none, int8, fp8_e4m3, fp8_e5m2")

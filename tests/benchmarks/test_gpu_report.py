@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.gpu import report
+from benchmarks.gpu.markdown import tables
+
+ROOT = Path(__file__).parent.parent.parent
 
 CEILINGS = [
     {"section": "ceiling", "case": "copy", "who": "c", "status": "ok", "median_us": 1000.0, "kv_bytes": 4e9},
@@ -107,3 +112,36 @@ def test_plots_are_drawn_from_the_file_alone(tmp_path):
     }
     svg = (tmp_path / "gpu-h100-decode.svg").read_text()
     assert "NVIDIA H100" in svg or "<path" in svg
+
+
+def test_the_tables_of_the_docs_are_made_from_the_committed_files():
+    page = (ROOT / "docs/gpu.md").read_text()
+    measured = [
+        path for path in sorted((ROOT / "benchmarks/results").glob("gpu-*.csv")) if "tune" not in path.name
+    ]
+    for path in measured:
+        assert tables(path) in page
+    assert bool(measured) != ("Not measured yet" in page)
+
+
+def test_tables_hold_every_case_and_the_peers_beside_it(tmp_path):
+    rows = [dict(row) for row in CEILINGS] + [a_row(), a_row(kv_dtype="int8", median_us=60.0)]
+    rows += [
+        a_row(section="peer", who="sdpa flash"),
+        a_row(section="peer", who="sdpa flash", case="not ours:1"),
+    ]
+    rows += [
+        a_row(section="prefill", case="1x8k:8k", heads="64/8x128"),
+        {"section": "check", "case": "x", "status": "ok"},
+    ]
+    report.derive(rows)
+    path = report.write_csv(
+        tmp_path / "gpu-h100.csv", dict.fromkeys(report.FACTS, "?") | {"gpu": "H100"}, rows
+    )
+    lines = tables(path).splitlines()
+    assert "| case | bf16, page 16 | int8, page 16 | sdpa flash |" in lines
+    assert "| `8x1k:1` | 100.0 (1.00) | 60.0 (1.67) | 100.0 (1.00) |" in lines
+    assert "| `1x8k:8k` 64/8 × 128 | 100 (10) |" in lines
+    assert "copy 4.00 TB/s, read 2.00 TB/s, gemm 800 TFLOP/s" in tables(path)
+    assert "1 checks against the reference passed, 0 failed" in tables(path)
+    assert "not ours" not in tables(path)

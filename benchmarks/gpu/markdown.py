@@ -1,0 +1,85 @@
+"""The tables of docs/gpu.md, from a CSV file of measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.gpu.jobs import Row
+from benchmarks.gpu.report import read_csv
+
+DECODE_PEERS = ("sdpa flash", "gather + sdpa", "flex")
+PREFILL_PEERS = ("sdpa flash", "sdpa cudnn", "gather + sdpa", "flex")
+
+
+def tables(path: Path) -> str:
+    """What was measured on one machine: its ceilings, decode, prefill, mixed steps."""
+    rows = read_csv(path)
+    timed = [row for row in rows if row.get("median_us")]
+    head = rows[0]
+    ceilings = {row["case"]: row for row in timed if row["section"] == "ceiling"}
+    lines = [
+        f"### {head['gpu']}",
+        "",
+        f"Driver {head['driver']}, torch {head['torch']}, Triton {head['triton']}, commit {head['commit']}, "
+        f"{head['date']}: `{head['command']}`, seed {head['seed']}. {_checked(rows)}",
+    ]
+    if ceilings:
+        lines += [
+            "",
+            "Ceilings of the same run: " + ", ".join(_ceiling(row) for row in ceilings.values()) + ".",
+        ]
+    for section, title, peers, rate in (
+        ("decode", "Decode, µs a layer (TB/s of keys, values and scales)", DECODE_PEERS, _bytes),
+        ("prefill", "Prefill, µs a layer (TFLOP/s, causal pairs once)", PREFILL_PEERS, _flops),
+        ("mixed", "Mixed step and its parts, µs a layer (TB/s)", (), _bytes),
+    ):
+        found = [row for row in timed if row["section"] == section]
+        cases = {_case(row) for row in found}
+        beside = [
+            row for row in timed if row["section"] == "peer" and row["who"] in peers and _case(row) in cases
+        ]
+        if found:
+            lines += ["", title + ":", "", *_grid([*found, *beside], rate)]
+    return "\n".join(lines)
+
+
+def _checked(rows: Sequence[Row]) -> str:
+    checks = [row for row in rows if str(row["section"]).startswith("check")]
+    good = sum(row["status"] == "ok" for row in checks)
+    bad = sum(row["status"] in ("wrong", "failed") for row in checks)
+    return f"{good} checks against the reference passed, {bad} failed, {len(checks) - good - bad} had no time left."
+
+
+def _ceiling(row: Row) -> str:
+    rate = f"{row['tb_per_s']:.2f} TB/s" if row.get("tb_per_s") else f"{row['tflop_per_s']:.0f} TFLOP/s"
+    return f"{row['case']} {rate}"
+
+
+def _grid(rows: Sequence[Row], cell: Callable[[Row], str]) -> list[str]:
+    """Cases down, who and what pages across."""
+    cells = {(_case(row), _column(row)): cell(row) for row in rows}
+    columns = list(dict.fromkeys(column for _, column in cells))
+    lines = ["| case | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for case in dict.fromkeys(case for case, _ in cells):
+        lines.append(f"| {case} | " + " | ".join(cells.get((case, column), "") for column in columns) + " |")
+    return lines
+
+
+def _case(row: Row) -> str:
+    heads = str(row.get("heads", ""))
+    return f"`{row['case']}`" + ("" if heads == "32/8x128" else f" {heads.replace('x', ' × ')}")
+
+
+def _column(row: Row) -> str:
+    if row["section"] == "peer":
+        return str(row["who"])
+    return f"{row.get('kv_dtype') or 'bf16'}, page {row['page_size']}"
+
+
+def _bytes(row: Row) -> str:
+    return f"{row['median_us']:.1f} ({row['tb_per_s']:.2f})"
+
+
+def _flops(row: Row) -> str:
+    return f"{row['median_us']:.0f} ({row['tflop_per_s']:.0f})"
