@@ -9,8 +9,8 @@ For each block of tokens, with query heads g of the group:
 The kernel is bound by reading K and V: per token of 2·head_dim elements it spends 2·heads·head_dim/16 fused
 multiply-adds, and everything else is arranged so that those keep up with memory. Scores of a block lie
 token-major, [token][head] with heads padded to a power of two, so that a tile of 16 dot products ends up in
-the 16 lanes of one vector (``sum_rows``). While one block is computed, the next one's rows are prefetched:
-pages lie anywhere, so the hardware cannot guess them.
+the 16 lanes of one vector (``sum_rows``). While one block's scores are computed, the next one's keys are
+prefetched, then its values: pages lie anywhere, so the hardware cannot guess them.
 
 Sources: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867; FlashDecoding.
 """
@@ -36,6 +36,7 @@ from quire.kernels.cpu.memory import (
     store_i64,
 )
 from quire.kernels.cpu.rows import (
+    ITEM_BYTES,
     LOG2_E,
     LOWEST,
     MINUS_INFINITY,
@@ -47,6 +48,7 @@ from quire.kernels.cpu.rows import (
     load_row,
     load_scales,
     locate_tokens,
+    share_of,
 )
 from quire.kernels.cpu.simd import (
     LANES,
@@ -67,6 +69,7 @@ from quire.kernels.cpu.simd import (
 BLOCK = 64  # tokens per block: 32 KiB of bf16 K and V at head_dim 128
 MAX_HEADS = 16  # query heads per tile: as many as one vector has lanes
 CACHE_LINE = 64
+STREAMS = 4  # places of a block to prefetch from in turn: hardware prefetching runs ahead in each
 
 # Scratch of one block: byte addresses of its K and V rows, and their scales where pages are quantised.
 K_ROWS, V_ROWS, K_SCALES, V_SCALES = 0, BLOCK * 8, BLOCK * 16, BLOCK * 20
@@ -94,11 +97,9 @@ def decode(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> None
 @part
 def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
     """One worker's items, in order."""
-    scratch = step.scratch + worker * step.scratch_bytes
-    first = load_i64(step.worker_indptr + worker * 8)
-    last = load_i64(step.worker_indptr + worker * 8 + 8)
-    for item in range(first, last):
-        attend_item(cfg, step, call, step.items + item * 64, scratch)
+    begin, end, scratch = share_of(worker, step)
+    for item in range(begin, end, ITEM_BYTES):
+        attend_item(cfg, step, call, item, scratch)
 
 
 @part
@@ -135,7 +136,7 @@ def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> No
             score_block(cfg, block_end - begin, next_end - block_end, here, upcoming, state, scores)
             adjust_scores(cfg, call, position - begin, block_end - begin, here, state, scores)
             update_softmax(cfg, call, block_end - begin, here, state, scores)
-            accumulate_values(cfg, block_end - begin, here, state, scores)
+            accumulate_values(cfg, block_end - begin, next_end - block_end, here, upcoming, state, scores)
         here, upcoming = upcoming, here
         begin, block_end = block_end, next_end
     for i in range(tiles):
@@ -194,16 +195,24 @@ def locate_block(
 
 
 @part
+def prefetch_row(cfg: Any, rows: int, turn: int, count: int) -> None:
+    """Ask for the row whose turn it is, of the ``count`` at ``rows``; turns go around STREAMS places."""
+    t = turn % STREAMS * (BLOCK // STREAMS) + turn // STREAMS
+    if t < count:
+        row = load_i64(rows + t * 8)
+        for line in range(0, cfg.head_dim * BYTES[cfg.kv_dtype], CACHE_LINE):
+            prefetch(row + line)
+
+
+@part
 def score_block(
     cfg: Any, count: int, upcoming_count: int, here: int, upcoming: int, state: int, scores: int
 ) -> None:
-    """scores[t, g] = q_g · k_t, 16 at a time, asking for the next block's rows on the way."""
+    """scores[t, g] = q_g · k_t, 16 at a time, asking for the next block's keys on the way."""
     k_rows, q_rows, step_bytes = here + K_ROWS, state + Q_ROWS, LANES * BYTES[cfg.kv_dtype]
     for first in range(0, count, cfg.tokens):
-        for t in range(first, min(first + cfg.tokens, upcoming_count)):
-            for line in range(0, cfg.head_dim * BYTES[cfg.kv_dtype], CACHE_LINE):
-                prefetch(load_i64(upcoming + K_ROWS + t * 8) + line)
-                prefetch(load_i64(upcoming + V_ROWS + t * 8) + line)
+        for i in range(first, first + cfg.tokens):
+            prefetch_row(cfg, upcoming + K_ROWS, i, upcoming_count)
         products = tile(LANES)
         for j in range(LANES):
             products[j] = splat(ZERO)
@@ -282,13 +291,15 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
 
 
 @part
-def accumulate_values(cfg: Any, count: int, here: int, state: int, scores: int) -> None:
-    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers."""
-    v_rows, accs, step_bytes = (
-        here + V_ROWS,
-        state + Q_ROWS + MAX_HEADS * cfg.row_bytes,
-        LANES * BYTES[cfg.kv_dtype],
-    )
+def accumulate_values(
+    cfg: Any, count: int, upcoming_count: int, here: int, upcoming: int, state: int, scores: int
+) -> None:
+    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers.
+
+    Asks for the next block's values on the way.
+    """
+    v_rows, step_bytes = here + V_ROWS, LANES * BYTES[cfg.kv_dtype]
+    accs = state + Q_ROWS + MAX_HEADS * cfg.row_bytes
     for first in range(0, cfg.vectors, cfg.strip):
         sums = tile(cfg.strip_tile)
         values = tile(cfg.strip)
@@ -298,6 +309,8 @@ def accumulate_values(cfg: Any, count: int, here: int, state: int, scores: int) 
                 at = accs + g * cfg.row_bytes + (first + i) * LANES * 4
                 sums[g * cfg.strip + i] = mul(correction, load(F32, at))
         for t in range(count):
+            if first == 0:
+                prefetch_row(cfg, upcoming + V_ROWS, t, upcoming_count)
             row = load_i64(v_rows + t * 8) + first * step_bytes
             for i in range(cfg.strip):
                 values[i] = load(cfg.kv_dtype, row + i * step_bytes)

@@ -22,6 +22,7 @@ import numpy as np
 from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, store, store_f32
 from quire.kernels.cpu.rows import (
+    ITEM_BYTES,
     LOG2_E,
     LOWEST,
     ZERO,
@@ -32,6 +33,7 @@ from quire.kernels.cpu.rows import (
     load_row,
     load_scales,
     locate_tokens,
+    share_of,
 )
 from quire.kernels.cpu.scores import (
     CORRECTION,
@@ -76,11 +78,9 @@ def prefill(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> Non
 @part
 def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
     """One worker's items, in order."""
-    scratch = step.scratch + worker * step.scratch_bytes
-    first = load_i64(step.worker_indptr + worker * 8)
-    last = load_i64(step.worker_indptr + worker * 8 + 8)
-    for item in range(first, last):
-        attend_item(cfg, step, call, step.items + item * 64, scratch)
+    begin, end, scratch = share_of(worker, step)
+    for item in range(begin, end, ITEM_BYTES):
+        attend_item(cfg, step, call, item, scratch)
 
 
 @part

@@ -18,6 +18,7 @@ from quire.kernels.cpu.memory import (
     load_f32,
     load_head,
     load_i32,
+    load_i64,
     store,
     store_f32,
     store_head,
@@ -30,6 +31,7 @@ LN_2 = np.float32(0.6931471805599453)
 MINUS_INFINITY = np.float32(-np.inf)
 LOWEST = np.float32(np.finfo(np.float32).min)  # a maximum to start from: −inf − −inf would be NaN
 ZERO = np.float32(0.0)
+ITEM_BYTES = 64
 
 
 class Step(NamedTuple):
@@ -83,6 +85,15 @@ class Call(NamedTuple):
     tree_mask_row: int
     softmax_scale: float
     softcap: float
+
+
+@part
+def share_of(worker: int, step: Step) -> tuple[int, int, int]:
+    """Addresses of a worker's first item, of the end of its items, and of its scratch."""
+    bounds = step.worker_indptr + worker * 8
+    begin = step.items + load_i64(bounds) * ITEM_BYTES
+    end = step.items + load_i64(bounds + 8) * ITEM_BYTES
+    return begin, end, step.scratch + worker * step.scratch_bytes
 
 
 @part
