@@ -323,6 +323,7 @@ def test_a_plan_made_where_tensors_default_to_meta_still_runs():
         ("softcap", "1"),
         ("window_left", True),
         ("causal", None),
+        ("batch_invariant", 1),
         ("backend", None),
     ],
 )

@@ -124,7 +124,8 @@ def test_opcheck_finds_nothing_wrong_with_paged_attention(with_lse):
         torch.ops.quire.paged_attention,
         (
             batch.q, batch.k_pages.nan_to_num(), batch.v_pages.nan_to_num(), *batch.lengths, out, lse,
-            True, 4, "cpu", 0.3, 2.0, torch.rand(4), torch.randn(4), torch.ones(12, 6, dtype=torch.bool), None, None,
+            True, 4, False, "cpu", 0.3, 2.0, torch.rand(4), torch.randn(4), torch.ones(12, 6, dtype=torch.bool),
+            None, None,
         ),
     )  # fmt: skip
 

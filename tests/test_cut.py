@@ -15,6 +15,7 @@ from quire import cut
     least_q=st.integers(1, 3),
     more_q=st.integers(0, 20),
     q_tokens=st.integers(1, 9),
+    kv_split=st.sampled_from([0, 1, 8, 32]),
     kv_tokens=st.sampled_from([1, 4, 16]),
     num_kv_heads=st.integers(1, 3),
     causal=st.booleans(),
@@ -22,12 +23,12 @@ from quire import cut
     num_workers=st.integers(1, 12),
 )
 def test_compiled_shares_are_those_of_the_python_source(
-    sequences, least_q, more_q, q_tokens, kv_tokens, num_kv_heads, causal, window_left, num_workers
+    sequences, least_q, more_q, q_tokens, kv_split, kv_tokens, num_kv_heads, causal, window_left, num_workers
 ):
     seq_lens = np.array([n for n, _ in sequences], np.int64)
     starts = np.array([0, *np.cumsum([q for _, q in sequences])], np.int64)
     arguments = (
-        seq_lens, starts, least_q, least_q + more_q, q_tokens, kv_tokens,
+        seq_lens, starts, least_q, least_q + more_q, q_tokens, kv_tokens, kv_split,
         num_kv_heads, causal, window_left, num_workers,
     )  # fmt: skip
 

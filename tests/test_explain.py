@@ -47,3 +47,12 @@ def test_an_empty_step_explains_itself_too():
         torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), None, spec
     )
     assert "no keys" in one_empty.explain()
+
+
+def test_a_batch_invariant_plan_says_where_it_is_cut():
+    spec = quire.AttentionSpec(8, 2, 64)
+    lens = torch.tensor([5000], dtype=torch.int32)
+    plan = quire.plan(torch.zeros(1, 400, dtype=torch.int32), lens, None, spec, batch_invariant=True)
+    assert "batch-invariant: one kernel for all rows, tiles cut at every 2048 keys" in plan.explain()
+    assert "decode: nothing to do" in plan.explain()
+    assert "2 tiles split into 6 parts" in plan.explain()

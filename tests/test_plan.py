@@ -26,6 +26,7 @@ def plan(
     q_tokens=8,
     decode_max_q_len=1,
     page_table=None,
+    kv_split=0,
 ):
     q_lens = [1] * len(seq_lens) if q_lens is None else q_lens
     if page_table is None:
@@ -39,7 +40,13 @@ def plan(
         page_size=page_size,
         causal=causal,
         window_left=window_left,
-        tiling=Tiling(num_workers, TileShape(1, kv_tokens), TileShape(q_tokens, kv_tokens), decode_max_q_len),
+        tiling=Tiling(
+            num_workers,
+            TileShape(1, kv_tokens),
+            TileShape(q_tokens, kv_tokens),
+            decode_max_q_len,
+            kv_split=kv_split,
+        ),
     )
 
 
@@ -63,6 +70,7 @@ steps = st.fixed_dictionaries(
         "q_tokens": st.sampled_from([1, 3, 8]),
     }
 )
+splits = st.sampled_from([1, 16, 64])
 
 
 def planned(step):
@@ -72,9 +80,9 @@ def planned(step):
 
 
 @settings(max_examples=200)
-@given(step=steps)
-def test_items_hold_every_sequence_head_query_and_visible_key_once(step):
-    got = planned(step)
+@given(step=steps, kv_split=st.just(0) | splits)
+def test_items_hold_every_sequence_head_query_and_visible_key_once(step, kv_split):
+    got = planned({**step, "kv_split": kv_split})
     starts = got.cu_seqlens_q
     rows = Counter()  # (token, head) → times its range opens
     keys = Counter()  # (token, head, key) → times it is read
@@ -107,9 +115,9 @@ def test_items_hold_every_sequence_head_query_and_visible_key_once(step):
     assert keys == wanted_keys
 
 
-@given(step=steps)
-def test_shares_are_contiguous_and_complete(step):
-    got = planned(step)
+@given(step=steps, kv_split=st.just(0) | splits)
+def test_shares_are_contiguous_and_complete(step, kv_split):
+    got = planned({**step, "kv_split": kv_split})
     for work in (got.decode, got.prefill):
         indptr = work.worker_indptr
         assert len(indptr) == step["num_workers"] + 1
@@ -118,9 +126,9 @@ def test_shares_are_contiguous_and_complete(step):
         assert (np.diff(indptr) >= 0).all()
 
 
-@given(step=steps)
-def test_merges_name_the_split_tiles_and_their_parts_and_no_others(step):
-    got = planned(step)
+@given(step=steps, kv_split=st.just(0) | splits)
+def test_merges_name_the_split_tiles_and_their_parts_and_no_others(step, kv_split):
+    got = planned({**step, "kv_split": kv_split})
     for work in (got.decode, got.prefill):
         parts = work.items[work.column("partial") >= 0]
         assert parts[:, 7].tolist() == list(range(work.num_partials)), "the parts are numbered as they come"
@@ -132,20 +140,48 @@ def test_merges_name_the_split_tiles_and_their_parts_and_no_others(step):
             assert (tile[1:, 5] == tile[:-1, 6]).all(), "parts follow one another along the keys"
             named += range(first, first + count)
         assert named == list(range(work.num_partials))
-        assert work.num_partials - len(work.merges) <= step["num_workers"] - 1, (
-            "one cut per boundary of shares"
-        )
+        if not kv_split:
+            assert work.num_partials - len(work.merges) <= step["num_workers"] - 1, (
+                "one cut per boundary of shares"
+            )
 
 
 @given(step=steps)
-def test_parts_are_no_slivers_and_cut_between_grains(step):
+def test_parts_are_no_slivers_and_cut_between_blocks(step):
     grain = step["kv_tokens"]
     for work in (planned(step).decode, planned(step).prefill):
         for _, _, _, first, count in work.merges.tolist():
             tile = work.items[work.column("partial") >= 0][first : first + count]
-            assert ((tile[1:, 5] - tile[0, 5]) % grain == 0).all()
+            assert (tile[1:, 5] % grain == 0).all(), "cuts lie on the sequence's own grid of blocks"
             assert tile[0, 6] - tile[0, 5] >= 2 * grain
             assert tile[-1, 6] - tile[-1, 5] >= 2 * grain
+
+
+@given(step=steps, kv_split=splits)
+def test_fixed_parts_lie_between_multiples_of_the_split_and_know_no_workers(step, kv_split):
+    got = planned({**step, "kv_split": kv_split})
+    alone = planned({**step, "kv_split": kv_split, "num_workers": 1})
+    for work, other in ((got.decode, alone.decode), (got.prefill, alone.prefill)):
+        np.testing.assert_array_equal(work.items, other.items)
+        np.testing.assert_array_equal(work.merges, other.merges)
+        begin, end = work.column("kv_begin"), work.column("kv_end")
+        assert (begin // kv_split == np.maximum(end - 1, begin) // kv_split).all()
+        for _, _, _, first, count in work.merges.tolist():
+            tile = work.items[work.column("partial") >= 0][first : first + count]
+            assert (tile[1:, 5] % kv_split == 0).all()
+
+
+@given(step=steps, kv_split=splits)
+def test_shares_of_fixed_parts_are_equal_but_for_a_part_at_each_end(step, kv_split):
+    for work in (
+        planned({**step, "kv_split": kv_split}).decode,
+        planned({**step, "kv_split": kv_split}).prefill,
+    ):
+        if not len(work.items):
+            continue
+        weight = work.column("q_len") * (work.column("kv_end") - work.column("kv_begin") + ITEM_OVERHEAD)
+        share = np.diff(np.concatenate([[0], np.cumsum(weight)])[work.worker_indptr])
+        assert share.max() <= weight.sum() / step["num_workers"] + 2 * weight.max()
 
 
 @given(step=steps)

@@ -144,6 +144,7 @@ def plan(
     *,
     causal: bool = True,
     window_left: int = -1,
+    batch_invariant: bool = False,
     backend: str = "auto",
     device: torch.device | str | None = None,
 ) -> AttentionPlan:
@@ -158,17 +159,19 @@ def plan(
         causal: each query sees keys up to its own position; query j of sequence i stands at
             ``seq_lens[i] − q_len[i] + j``.
         window_left: keys further back than this many positions are out of sight; −1 for no window.
+        batch_invariant: a query's result has the same bits in every batch, on any number of workers, and
+            however its sequence was divided into steps. Slower: see docs/numerics.md.
         backend: "auto", "cpu", "triton" or "reference".
         device: where q and the pages will be; page_table's device when None.
     Returns:
         An AttentionPlan, valid until a length or a page changes.
     Raises:
         ArgumentError: lengths and tables that do not fit together.
-        UnsupportedError: the backend asked for cannot serve this spec here.
+        UnsupportedError: the backend asked for cannot serve this spec here, or not batch-invariantly.
     Cost: host only, tens of microseconds; tensors on a device are copied to the host once.
     Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
     """
-    checks.check_rules(causal, window_left, backend)
+    checks.check_rules(causal, window_left, batch_invariant, backend)
     if not isinstance(spec, AttentionSpec):
         raise ArgumentError(
             f"spec must be an AttentionSpec; got {checks.describe(spec)}. Fix: quire.AttentionSpec(...)"
@@ -178,6 +181,9 @@ def plan(
     where = page_table.device if device is None else torch.empty(0, device=device).device
     name = resolve_backend(backend, where)
     kernels = load_backend(name, spec, where)
+    tiling = kernels.tiling(spec, where)
+    if batch_invariant:
+        tiling = tiling.batch_invariant(name)
     step = plan_step(
         table,
         lens,
@@ -186,7 +192,7 @@ def plan(
         page_size=spec.page_size,
         causal=causal,
         window_left=window_left,
-        tiling=kernels.tiling(spec, where),
+        tiling=tiling,
     )
     return AttentionPlan(
         spec=spec,
@@ -219,6 +225,7 @@ def paged_attention(
     v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_state: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Any:  # a tensor, or a SoftmaxState where asked for: a union would cost every caller a cast
     """Attend each query token to its own sequence's pages, planning on the way.
@@ -235,10 +242,11 @@ def paged_attention(
     )  # fmt: skip
     checks.check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
-    checks.check_rules(causal, window_left, backend)
+    checks.check_rules(causal, window_left, batch_invariant, backend)
     out, lse = _outputs(q, out, return_state)
     torch.ops.quire.paged_attention(
-        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse, causal, window_left, backend,
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse,
+        causal, window_left, batch_invariant, backend,
         softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
     )  # fmt: skip
     return out if lse is None else SoftmaxState(out, lse)
@@ -263,6 +271,7 @@ def _paged_attention_op(
     lse: torch.Tensor | None,
     causal: bool,
     window_left: int,
+    batch_invariant: bool,
     backend: str,
     *scoring: Any,
 ) -> None:
@@ -270,7 +279,7 @@ def _paged_attention_op(
     spec = checks.infer_spec(q, k_pages)
     step = plan(
         page_table, seq_lens, cu_seqlens_q, spec,
-        causal=causal, window_left=window_left, backend=backend, device=q.device,
+        causal=causal, window_left=window_left, batch_invariant=batch_invariant, backend=backend, device=q.device,
     )  # fmt: skip
     step.attend(AttentionCall(q, k_pages, v_pages, out, lse, *scoring))
 
@@ -286,7 +295,8 @@ _SCORING = (
 register(
     "paged_attention",
     "Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor? cu_seqlens_q, "
-    f"Tensor(a!) out, Tensor(b!)? lse, bool causal, int window_left, str backend, {_SCORING}",
+    f"Tensor(a!) out, Tensor(b!)? lse, bool causal, int window_left, bool batch_invariant, "
+    f"str backend, {_SCORING}",
     _paged_attention_op,
 )
 register(

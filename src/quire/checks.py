@@ -191,10 +191,14 @@ def _host_lengths(name: str, value: object, layout: str) -> Ints:
     return tensor.cpu().numpy().astype(np.int64)
 
 
-def check_rules(causal: object, window_left: object, backend: object) -> None:
-    """causal is a bool, window_left an int of at least −1, backend a name."""
+def check_rules(causal: object, window_left: object, batch_invariant: object, backend: object) -> None:
+    """causal and batch_invariant are bools, window_left an int of at least −1, backend a name."""
     if not isinstance(causal, bool):
         raise ArgumentError(f"causal must be True or False; got {causal!r}. Fix: causal=True")
+    if not isinstance(batch_invariant, bool):
+        raise ArgumentError(
+            f"batch_invariant must be True or False; got {batch_invariant!r}. Fix: batch_invariant=False"
+        )
     if not isinstance(window_left, int) or isinstance(window_left, bool) or window_left < -1:
         raise ArgumentError(
             f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"

@@ -20,6 +20,10 @@ def explain(spec: AttentionSpec, backend: str, step: StepPlan) -> str:
         f"{'causal' if step.causal else 'full'} attention"
         + (f" within {step.window_left} tokens back" if step.window_left >= 0 else ""),
     ]
+    if step.kv_split:
+        lines.append(
+            f"  batch-invariant: one kernel for all rows, tiles cut at every {step.kv_split} keys and nowhere else"
+        )
     for name, work in (("decode", step.decode), ("prefill", step.prefill)):
         lines.append(f"  {name}: {_describe(spec, work)}")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ one KV head packed together (GQA), against the KV range they may see. Tiles are 
 measured in work; the line is cut into ``num_workers`` equal shares, and a tile that straddles a cut is split
 along its KV range (FlashDecoding's split, placed the Stream-K way: at most ``num_workers − 1`` splits in all,
 whatever the lengths). Split tiles leave partial softmax states, which ``merges`` says how to fold.
+A batch-invariant step (``Tiling.kv_split``) is split at fixed keys instead, and shares are runs of whole parts.
 
 ``cut`` does the arithmetic, compiled; the index lists of pages (``work.StepPlan``) are NumPy over whole batches.
 
@@ -44,7 +45,7 @@ def plan_step(
     def work(least_q: int, most_q: int, tile: TileShape) -> WorkList:
         return WorkList(
             *share_work(
-                seq_lens, cu_seqlens_q, least_q, most_q, tile.q_tokens, tile.kv_tokens,
+                seq_lens, cu_seqlens_q, least_q, most_q, tile.q_tokens, tile.kv_tokens, tiling.kv_split,
                 num_kv_heads, causal, window_left, tiling.num_workers,
             )
         )  # fmt: skip
@@ -59,4 +60,5 @@ def plan_step(
         window_left=window_left,
         decode=work(1, longest_decode, tiling.decode),
         prefill=work(longest_decode + 1, np.iinfo(np.int64).max, tiling.prefill),
+        kv_split=tiling.kv_split,
     )

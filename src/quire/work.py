@@ -5,12 +5,14 @@ The planner builds these and the backends read them, so that neither has to know
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from quire.errors import UnsupportedError
 
 Ints = NDArray[np.int64]
 
@@ -20,9 +22,17 @@ ITEM_COLUMNS = ("sequence", "kv_head", "q_begin", "q_len", "q_position", "kv_beg
 MERGE_COLUMNS = ("kv_head", "q_begin", "q_len", "first_partial", "num_partials")
 
 
+# Keys of a part where a step is to be batch-invariant: short enough to share one long sequence, long enough
+# that folding its parts costs little.
+INVARIANT_KV_SPLIT = 2048
+
+
 @dataclass(frozen=True)
 class TileShape:
-    """What one kernel works on at a time: query tokens by KV tokens (the grain at which it may be split)."""
+    """What one kernel works on at a time: query tokens by KV tokens.
+
+    Blocks of ``kv_tokens`` keys, counted from the sequence's first, are the grain at which a tile may be split.
+    """
 
     q_tokens: int
     kv_tokens: int
@@ -39,6 +49,27 @@ class Tiling:
     decode: TileShape
     prefill: TileShape
     decode_max_q_len: int = 1
+    rows_stand_alone: bool = False  # prefill keeps to the rules of ``batch_invariant``
+    kv_split: int = 0  # cut all tiles at multiples of so many keys, and nowhere else; 0: where shares end
+
+    def batch_invariant(self, backend: str) -> Tiling:
+        """The same, cut by nothing that depends on the batch: one kernel for all rows, and fixed parts of keys.
+
+        A row then has the same bits in every batch, on any number of workers and however its sequence was
+        divided into steps, if the prefill kernel's rows stand alone: rows do not mix; blocks of keys lie on the
+        grid of ``prefill.kv_tokens``, wherever ``kv_begin`` is; blocks and parts in which a row sees no key
+        change none of its bits, so that one part folded with empty ones is that part.
+
+        Raises:
+            UnsupportedError: they do not.
+        """
+        if not self.rows_stand_alone:
+            raise UnsupportedError(
+                f'backend "{backend}" cannot be batch-invariant: a row\'s bits may depend on its tile. '
+                'Fix: backend="auto", or batch_invariant=False'
+            )
+        grain = self.prefill.kv_tokens
+        return replace(self, decode_max_q_len=0, kv_split=-(-INVARIANT_KV_SPLIT // grain) * grain)
 
 
 @dataclass(frozen=True)
@@ -84,6 +115,7 @@ class StepPlan:
     window_left: int  # keys further back than this are out of sight; −1 for no window
     decode: WorkList
     prefill: WorkList
+    kv_split: int = 0  # as in Tiling: above 0 the step is batch-invariant
 
     @cached_property
     def pages_per_sequence(self) -> Ints:

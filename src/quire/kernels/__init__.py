@@ -3,7 +3,7 @@
 A backend is a module with four functions, and nothing else is asked of it:
 
     why_not(spec, device) -> str | None          a sentence if it cannot serve this spec there
-    tiling(spec, device) -> work.Tiling          how it wants the work cut
+    tiling(spec, device) -> work.Tiling          how it wants the work cut; see Tiling.batch_invariant
     prepare(spec, step, device) -> object        once per plan: what it can compute ahead
     attend(prepared, call)                       once per layer; writes call.out and call.lse
     write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)

@@ -30,7 +30,7 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
 
 
 def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
-    """One worker: the reference walks the sequences itself."""
+    """One worker: the reference walks the sequences itself, each whole."""
     whole = TileShape(q_tokens=1 << 30, kv_tokens=1 << 30)
     return Tiling(num_workers=1, decode=whole, prefill=whole)
 

@@ -32,6 +32,7 @@ def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
         num_workers=num_threads(),
         decode=TileShape(q_tokens=1, kv_tokens=decoding.BLOCK),
         prefill=TileShape(q_tokens=max(1, ROWS // spec.group_size), kv_tokens=prefilling.BLOCK),
+        rows_stand_alone=True,
     )
 
 
@@ -49,8 +50,10 @@ class _Launch:
         threads, workers = num_threads(), len(self.work.worker_indptr) - 1
         scratch = _borrow_scratch(self.scratch_bytes)
         partial_out = scratch + workers * self.step.scratch_bytes
-        partial_lse = partial_out + self.work.num_partials * self.step.partial_rows * self.config.row_bytes
-        step = self.step._replace(scratch=scratch, partial_out=partial_out, partial_lse=partial_lse)
+        partial_softmax = (
+            partial_out + self.work.num_partials * self.step.partial_rows * self.config.row_bytes
+        )
+        step = self.step._replace(scratch=scratch, partial_out=partial_out, partial_softmax=partial_softmax)
         run(self.kernel, self.config, threads, workers, step, call)
         if len(self.work.merges):
             run(merge, self.config, threads, len(self.work.merges), step, call)
@@ -103,12 +106,12 @@ def _launch(
         window_left=step.window_left,
         partial_rows=partial_rows,
         partial_out=0,
-        partial_lse=0,
+        partial_softmax=0,
         scratch=0,
         scratch_bytes=lines * PAGE_ALIGNMENT_BYTES,
     )
     workers = len(work.worker_indptr) - 1
-    partials = work.num_partials * partial_rows * (config.row_bytes + 4)
+    partials = work.num_partials * partial_rows * (config.row_bytes + 8)
     return _Launch(kernel, config, work, native, workers * native.scratch_bytes + partials)
 
 

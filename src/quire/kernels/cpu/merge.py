@@ -1,10 +1,11 @@
 """Merge: fold the partial states that split tiles left in the workspace.
 
-Over the parts i of a row, each normalised over its own keys, in base 2:
+Over the parts i of a row, each a state (m_i, l_i, acc_i) of the online softmax over its own keys:
 
-    M = max_i lse_i,   w_i = 2^(lse_i − M),   l = Σ w_i,   out = Σ w_i · out_i / l
+    m = max_i m_i,   w_i = 2^(m_i − m),   l = Σ w_i · l_i,   acc = Σ w_i · acc_i,   then out = acc / l as ever.
 
-which is the online softmax once more, with (m, l) = (M, l). Parts without keys weigh nothing.
+A part without keys has l_i = 0 and acc_i = 0. Where only one part has keys its w_i is 1, so the row comes out
+with the bits that it has unsplit.
 
 Source: FlashDecoding; arXiv:2501.01005 §2.2.
 """
@@ -36,13 +37,13 @@ def merge_tile(number: int, cfg: Any, step: Step, call: Call) -> None:
     for row in range(q_len * step.group):
         highest = LOWEST
         for state in range(first, first + count):
-            highest = max(highest, load_f32(step.partial_lse + (state * step.partial_rows + row) * 4))
+            highest = max(highest, load_f32(step.partial_softmax + (state * step.partial_rows + row) * 8))
         total = ZERO
         acc = step.partial_out + (first * step.partial_rows + row) * cfg.row_bytes
         for state in range(first, first + count):
             at = state * step.partial_rows + row
-            weight = np.exp2(load_f32(step.partial_lse + at * 4) - highest)
-            total += weight
+            weight = np.exp2(load_f32(step.partial_softmax + at * 8) - highest)
+            total += weight * load_f32(step.partial_softmax + at * 8 + 4)
             for i in range(0, cfg.row_bytes, LANES * 4):
                 gathered = splat(ZERO) if state == first else load(F32, acc + i)
                 part_out = load(F32, step.partial_out + at * cfg.row_bytes + i)

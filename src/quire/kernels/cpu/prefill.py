@@ -120,7 +120,9 @@ def attend_heads(
     all_first = position + q_len - 1 - step.window_left if step.window_left >= 0 else 0
     all_end = min(seq_len, position + 1) if step.causal else seq_len
     while begin < end:
-        count = min(BLOCK, end - begin)
+        # Blocks end where all sequences' blocks end, wherever the range begins: a row's keys then meet in the
+        # same blocks whatever tile it is in, and those it cannot see change no bit of it.
+        count = min(BLOCK - begin % BLOCK, end - begin)
         load_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
         score_block(cfg, rows, count, queries, keys, scratch + SCORES)
         adjust_scores(call, rows, begin, position, count, scratch)

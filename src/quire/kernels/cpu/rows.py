@@ -24,7 +24,7 @@ from quire.kernels.cpu.memory import (
     store_head,
     store_i64,
 )
-from quire.kernels.cpu.simd import LANES, mul, splat
+from quire.kernels.cpu.simd import LANES, add, mul, splat
 
 LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.6931471805599453)
@@ -50,7 +50,7 @@ class Step(NamedTuple):
     window_left: int
     partial_rows: int  # rows of one partial state
     partial_out: int  # float32 [num_partials, partial_rows, padded head_dim]
-    partial_lse: int  # float32 [num_partials, partial_rows], base 2
+    partial_softmax: int  # float32 [num_partials, partial_rows, 2]: m and l
     scratch: int
     scratch_bytes: int  # per worker
 
@@ -110,13 +110,16 @@ def load_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> N
 
 @part
 def store_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> None:
-    """Write one row of float32 scratch, times a factor, as head_dim elements."""
+    """Write one row of float32 scratch, times a factor, as head_dim elements.
+
+    Adding zero makes −0 into 0: a tiny sum that vanished is −0 or 0 by how many masked keys came after it.
+    """
     for i in range(cfg.vectors):
-        values = mul(load(F32, source + i * LANES * 4), splat(factor))
+        values = mul(add(load(F32, source + i * LANES * 4), splat(ZERO)), splat(factor))
         store(dtype, target + i * LANES * BYTES[dtype], values)
     if cfg.tail:
         i = cfg.vectors
-        values = mul(load(F32, source + i * LANES * 4), splat(factor))
+        values = mul(add(load(F32, source + i * LANES * 4), splat(ZERO)), splat(factor))
         store_head(dtype, target + i * LANES * BYTES[dtype], values, cfg.tail)
 
 
@@ -144,14 +147,12 @@ def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, 
 
 @part
 def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: float, l: float) -> None:
-    """Leave a split row's state in the workspace, normalised over its own keys."""
+    """Leave a split row's state in the workspace as it is, so that folding it with nothing changes no bit."""
     at = partial * step.partial_rows + row
-    factor, lse = ZERO, MINUS_INFINITY
-    if l > ZERO or l != l:
-        factor = np.float32(1.0) / l
-        lse = m + np.log2(l)
-    store_row(cfg, F32, acc, factor, step.partial_out + at * cfg.row_bytes)
-    store_f32(step.partial_lse + at * 4, lse)
+    for i in range(0, cfg.row_bytes, LANES * 4):
+        store(F32, step.partial_out + at * cfg.row_bytes + i, load(F32, acc + i))
+    store_f32(step.partial_softmax + at * 8, m)
+    store_f32(step.partial_softmax + at * 8 + 4, l)
 
 
 @part
