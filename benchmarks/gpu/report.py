@@ -17,6 +17,7 @@ import torch
 
 import quire
 from benchmarks.gpu.device import make_device
+from benchmarks.gpu.goals import goals
 from benchmarks.gpu.jobs import Row
 
 FACTS = ["date", "gpu", "driver", "python", "torch", "triton", "quire", "commit", "command", "seed"]
@@ -127,6 +128,7 @@ def _number(text: str) -> Any:
 def table(rows: Sequence[Row]) -> str:
     """The run in at most 80 lines."""
     lines = summary(rows)
+    lines += [f"goals (H200): {'; '.join(found)}"] if (found := goals(rows)) else []
     decode = [row for row in rows if row["section"] == "decode"]
     lines += ["", "decode: us TB/s (keys, values, scales)"]
     lines += pivot(decode, _heads_and_case, _storage, _bandwidth)

@@ -14,10 +14,17 @@ from benchmarks.gpu.jobs import Job
 SECTIONS = ("checks", "ceilings", "decode", "prefill", "mixed", "peers", "graphs")
 
 DECODE = ["8x1k:1", "8x4k:1", "8x16k:1", "8x32k:1", "1x32k:1", "64x4k:1"]
-SKEWED = "1x32k:1+63x3641:1"  # the tokens of 64x4k, and one sequence with eight times the others'
+SKEWED_LABEL, SKEWED = (
+    "64 skewed",
+    "1x32k:1+63x3641:1",
+)  # the tokens of 64x4k, and one sequence with eight times the others'
 PREFILL = ["4x2k:2k", "2x4k:4k", "1x8k:8k", "1x16k:16k", "1x32k:32k"]
 CHUNKED = ["1x16k:2k", "1x32k:2k"]
-MIXED = {"32x4k:1+2x2k:2k": "mixed", "32x4k:1": "its decode alone", "2x2k:2k": "its prefill alone"}
+MIXED = {
+    "32x4k:1+2x2k:2k": "32x4k:1+2x2k:2k",
+    "32x4k:1": "its decode alone",
+    "2x2k:2k": "its prefill alone",
+}
 QUANTIZED = ["int8", "fp8_e4m3"]
 
 
@@ -98,7 +105,7 @@ def ceiling_jobs(quick: bool, seed: int) -> list[Job]:
 
 def decode_jobs(quick: bool, seed: int) -> list[Job]:
     """Lengths × page sizes × page dtypes at 32/8 × 128; other heads at page 16; the store."""
-    cases = {case: case for case in DECODE} | {SKEWED: "64 skewed"}
+    cases = {case: case for case in DECODE} | {SKEWED: SKEWED_LABEL}
     heads, others = "32/8x128", ["32/32x128", "64/8x128"]
     if quick:
         cases = {"2x60:1": "2x60:1", "1x90:1+3x20:1": "skewed"}
@@ -136,10 +143,7 @@ def mixed_jobs(quick: bool, seed: int) -> list[Job]:
     cases, heads = MIXED, "32/8x128"
     if quick:
         cases, heads = {"3x50:1+2x20:20": "mixed", "3x50:1": "its decode", "2x20:20": "its prefill"}, "4/2x16"
-    return [
-        _timed("mixed", case, heads, 16, None, f"{case} ({label})" if label == "mixed" else label, 0)
-        for case, label in cases.items()
-    ]
+    return [_timed("mixed", case, heads, 16, None, label, 0) for case, label in cases.items()]
 
 
 def peer_jobs(quick: bool, seed: int) -> list[Job]:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import report
+from benchmarks.gpu.goals import goals
 from benchmarks.gpu.markdown import tables
+from benchmarks.gpu.suite import MIXED
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -145,3 +147,25 @@ def test_tables_hold_every_case_and_the_peers_beside_it(tmp_path):
     assert "copy 4.00 TB/s, read 2.00 TB/s, gemm 800 TFLOP/s" in tables(path)
     assert "1 checks against the reference passed, 0 failed" in tables(path)
     assert "not ours" not in tables(path)
+
+
+def test_goals_are_set_beside_what_was_measured():
+    rows = [dict(row) for row in CEILINGS]
+    rows += [a_row(case="8x32k:1", kv_bytes=4e8), a_row(case="8x32k:1", page_size=128, median_us=80.0)]
+    rows += [
+        a_row(case="8x32k:1", kv_dtype="int8", median_us=50.0),
+        a_row(case="8x32k:1", heads="64/8x128", median_us=1.0),
+    ]
+    rows += [a_row(case="64 skewed", median_us=121.0), a_row(case="64x4k:1", median_us=110.0)]
+    rows += [a_row(section="prefill", case="1x8k:8k", flops=5e10)]
+    times = zip(MIXED.values(), (90.0, 60.0, 40.0), strict=True)
+    rows += [a_row(section="mixed", case=label, median_us=us) for label, us in times]
+    report.derive(rows)
+    assert goals(rows) == [
+        "8x32k:1 4.00 TB/s (≥ 4.2)",
+        "1x8k:8k 500 TFLOP/s (≥ 480)",
+        "page 16 takes at most 1.250 × page 128 (≤ 1.05)",
+        "int8 2.00 × bf16 at 8x32k (≥ 1.6)",
+        "skewed 1.100 × balanced (≤ 1.1)",
+        "mixed 0.900 × its parts one after the other",
+    ]
