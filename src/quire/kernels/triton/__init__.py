@@ -12,13 +12,16 @@ import torch
 
 from quire.kernels.triton import tune
 from quire.kernels.triton.attend import attend as attend_kernel
-from quire.kernels.triton.device_plan import DevicePlan, DeviceWork, move_to_device
+from quire.kernels.triton.device_plan import ITEM_COLUMNS, DevicePlan, DeviceWork, move_to_device
 from quire.kernels.triton.launch import INTERPRETED, Options, launch
 from quire.kernels.triton.store import write
 from quire.spec import QUANTIZED_DTYPES, AttentionSpec
 from quire.work import AttentionCall, StepPlan, TileShape, Tiling
 
 _FORMATS = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
+WORD = 4  # one-byte elements to an int32
+PER_STEP_NUMBERS = 6  # the kernel's numbers that it is not compiled for
+_FOLD_ELEMENTS = 4096  # of partial results that a worker folds at a time
 _STORE_ELEMENTS = 4096  # of one token that a program of write_kv holds at a time
 
 
@@ -60,10 +63,18 @@ class Constants(NamedTuple):
     block_m: int
     block_n: int
     block_d: int
+    fold_rows: int
+    fold_parts: int
+    item: int
     causal: bool
     window: bool
     softcap: bool
+    plain: bool
     format: str
+    packed: bool
+    aligned: bool
+    same_strides: bool
+    nvidia: bool
     phases: int
     precision: str
     num_stages: int
@@ -97,26 +108,38 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
     ]
     plan = move_to_device(step, [(work, tile.rows, block_dim) for work, tile, _ in used], device)
     launches = tuple(
-        _Launch(moved, constants(spec, step, tile, phases), Options.of(tile))
+        _Launch(moved, constants(spec, step, tile, phases, chip), Options.of(tile))
         for moved, (_, tile, phases) in zip(plan.work, used, strict=True)
     )
     return _Prepared(device, plan, step.window_left, launches)
 
 
-def constants(spec: AttentionSpec, step: StepPlan, tile: tune.Tile, phases: int) -> Constants:
-    """What a step of this spec compiles the kernel for; softcap is the call's to say."""
+def constants(
+    spec: AttentionSpec, step: StepPlan, tile: tune.Tile, phases: int, chip: tune.Chip
+) -> Constants:
+    """What a step of this spec compiles the kernel for, a call of plain scores on a pool's pages given."""
+    window, block_d = step.window_left >= 0, tune.block_dim(spec.head_dim)
+    fold_rows = tile.rows if phases == 2 else tune.power_of_two(spec.group_size)
     return Constants(
         group=spec.group_size,
         head_dim=spec.head_dim,
         page_size=spec.page_size,
         block_m=tile.rows,
         block_n=tile.kv_tokens,
-        block_d=tune.block_dim(spec.head_dim),
+        block_d=block_d,
+        fold_rows=fold_rows,
+        fold_parts=max(1, _FOLD_ELEMENTS // (fold_rows * block_d)),
+        item=len(ITEM_COLUMNS),
         causal=step.causal,
-        window=step.window_left >= 0,
+        window=window,
         softcap=False,
+        plain=True,
         format=spec.kv_dtype or "same",
-        phases=1 if step.window_left >= 0 else phases,
+        packed=spec.quantized and spec.dtype != torch.float32 and spec.head_dim % WORD == 0,
+        aligned=not window and (tile.kv_tokens % spec.page_size == 0 or spec.page_size % tile.kv_tokens == 0),
+        same_strides=True,
+        nvidia=chip.name == "cuda",
+        phases=1 if window else phases,
         # Three products of tf32 halves carry float32's precision on the matrix units.
         precision="tf32x3" if spec.dtype == torch.float32 else "tf32",
         num_stages=tile.num_stages,
@@ -125,25 +148,51 @@ def constants(spec: AttentionSpec, step: StepPlan, tile: tune.Tile, phases: int)
 
 def attend(prepared: _Prepared, call: AttentionCall) -> None:
     """Run a plan's launches on one layer's tensors."""
-    plan, mask = prepared.plan, call.tree_mask
-    k, v, scale = call.k_pages, call.v_pages, call.k_scale
+    plan, mask, scale = prepared.plan, call.tree_mask, call.k_scale
+    k_head, *k_strides, _ = call.k_pages.stride()
+    v_head, *v_strides, _ = call.v_pages.stride()
+    packed = scale is not None and _holds_words(call, k_head, v_head, *k_strides, *v_strides)
+    if packed:
+        k_strides, v_strides = ([stride // WORD for stride in strides] for strides in (k_strides, v_strides))
+    softcap, factor = float(call.softcap), call.scale
+    given = {
+        "packed": packed,
+        "softcap": softcap > 0,
+        "plain": not softcap and call.alibi_slopes is None and factor > 0,
+        "same_strides": k_strides == v_strides,
+    }
     numbers = (
-        call.scale, float(call.softcap), plan.page_table.stride(0), prepared.window_left,
+        factor, softcap, plan.page_table.stride(0), prepared.window_left,
         0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
         *call.q.stride()[:2], *call.out.stride()[:2], 0 if call.lse is None else call.lse.stride(0),
-        *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if scale is None else scale.stride()),
+        k_head, *k_strides, v_head, *v_strides, *((0, 0, 0) if scale is None else scale.stride()),
     )  # fmt: skip
     for part in prepared.launches:
         work = part.work
         tensors = (
-            call.q, k, v, call.out, call.lse, scale, call.v_scale, call.alibi_slopes, call.sinks, mask,
-            work.items, work.worker_indptr, work.parts, work.arrivals, plan.cu_seqlens_q, plan.page_table,
-            work.partial_out, work.partial_lse,
+            call.q, call.k_pages, call.v_pages, call.out, call.lse, scale, call.v_scale,
+            call.alibi_slopes, call.sinks, mask, work.items, work.worker_indptr, work.arrivals,
+            plan.cu_seqlens_q, plan.page_table, work.partial_out, work.partial_lse,
         )  # fmt: skip
-        given = part.constants._replace(softcap=True) if call.softcap else part.constants
+        constants = part.constants._replace(**given)
         launch(
-            attend_kernel, work.num_workers, prepared.device, tensors, numbers, 6, given, part.options
+            attend_kernel,
+            work.num_workers,
+            prepared.device,
+            tensors,
+            numbers,
+            PER_STEP_NUMBERS,
+            constants,
+            part.options,
         )
+
+
+def _holds_words(call: AttentionCall, *strides: int) -> bool:
+    """Whether rows of one-byte elements can be read four at a time, into a 16-bit type."""
+    whole = call.k_pages.data_ptr() | call.v_pages.data_ptr() | call.q.shape[-1]
+    for stride in strides:
+        whole |= stride
+    return whole % WORD == 0 and call.q.element_size() == 2
 
 
 def write_kv(
@@ -168,5 +217,3 @@ def write_kv(
     constants = (heads, head_dim, k_pages.shape[2], block_h, block_d, _FORMATS.get(k_pages.dtype, "same"))
     tensors = (k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping)
     launch(write, tokens, k.device, tensors, numbers, 0, constants, Options(num_warps=4, num_stages=1))
-
-

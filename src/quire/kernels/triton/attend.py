@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from quire.kernels.triton.merge import arrived_last, fold_parts, leave_partial, write_rows
-from quire.kernels.triton.tile import NO_SCORE, attend_keys, value_unit
+from quire.kernels.triton.tile import NO_SCORE, attend_keys, page_ids, scores_in_base_2, value_unit
 
 # Numbers that change from step to step: compiled code must not depend on them.
 PER_STEP = ["table_row", "window_left", "mask_token", "mask_columns"]
@@ -23,27 +23,37 @@ PER_STEP = ["table_row", "window_left", "mask_token", "mask_columns"]
 @triton.jit(do_not_specialize=PER_STEP)
 def attend(
     q, k, v, out, lse, k_scale, v_scale, alibi_slopes, sinks, tree_mask,
-    items, worker_indptr, parts, arrivals, cu_seqlens_q, page_table, partial_out, partial_lse,
+    items, worker_indptr, arrivals, cu_seqlens_q, page_table, partial_out, partial_lse,
     softmax_scale, softcap, table_row, window_left, mask_token, mask_columns,
     q_token, q_head, out_token, out_head, lse_token,
     k_head, k_page, k_slot, v_head, v_page, v_slot, scale_head, scale_page, scale_slot,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FORMAT: tl.constexpr,
+    FOLD_ROWS: tl.constexpr, FOLD_PARTS: tl.constexpr, ITEM: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, FORMAT: tl.constexpr,
+    PACKED: tl.constexpr, ALIGNED: tl.constexpr, SAME_STRIDES: tl.constexpr, NVIDIA: tl.constexpr,
     PHASES: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attend this worker's items; their columns are ``work.ITEM_COLUMNS``.
+    """Attend this worker's items, whose columns are ``device_plan.ITEM_COLUMNS``.
 
     With two PHASES, the keys that every row of a tile sees are walked first and without a mask.
     """
     worker = tl.program_id(0)
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
+    if SAME_STRIDES:  # one address serves a key and its value
+        v_page, v_slot = k_page, k_slot
     for item in range(tl.load(worker_indptr + worker), tl.load(worker_indptr + worker + 1)):
-        entry = items + item * 8
+        entry = items + item * ITEM
         sequence, kv_head = tl.load(entry), tl.load(entry + 1).to(tl.int64)
         q_begin, q_len, q_position = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
         begin, end, partial = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
+        first_partial, num_parts = tl.load(entry + 8), tl.load(entry + 9)
+
+        # Before the queries: their way to shared memory ends in a barrier, which no load crosses.
+        table = page_table + sequence.to(tl.int64) * table_row
+        start = begin // BLOCK_N * BLOCK_N
+        page = page_ids(table, start, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
 
         token = q_begin + row // GROUP
         head = kv_head * GROUP + row % GROUP
@@ -61,7 +71,6 @@ def attend(
             first_new = q_position - (q_begin - tl.load(cu_seqlens_q + sequence))
             unmasked = tl.minimum(unmasked, first_new)
 
-        table = page_table + sequence.to(tl.int64) * table_row
         k_here, v_here = k + kv_head * k_head, v + kv_head * v_head
         k_scale_here, v_scale_here = None, None
         if FORMAT != "same":
@@ -70,35 +79,44 @@ def attend(
         m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        split = begin
+        split = start
         if PHASES == 2:
-            split = begin + tl.maximum(unmasked - begin, 0) // BLOCK_N * BLOCK_N
-            m, l, acc = attend_keys(
-                m, l, acc, queries, position, slopes, mask_row, first_new, mask_columns,
-                begin, split, end, table, k_here, v_here, k_scale_here, v_scale_here,
+            split = start + tl.maximum(unmasked - start, 0) // BLOCK_N * BLOCK_N
+            m, l, acc, page = attend_keys(
+                m, l, acc, page, queries, position, slopes, mask_row, first_new, mask_columns,
+                start, split, begin, end, table, k_here, v_here, k_scale_here, v_scale_here,
                 k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softmax_scale, softcap, window_left,
-                HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, SOFTCAP, FORMAT, PRECISION, NUM_STAGES,
+                HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, SOFTCAP, PLAIN,
+                FORMAT, PACKED, ALIGNED, NVIDIA, PRECISION, NUM_STAGES,
             )  # fmt: skip
-        m, l, acc = attend_keys(
-            m, l, acc, queries, position, slopes, mask_row, first_new, mask_columns,
-            split, end, end, table, k_here, v_here, k_scale_here, v_scale_here,
+        m, l, acc, page = attend_keys(
+            m, l, acc, page, queries, position, slopes, mask_row, first_new, mask_columns,
+            split, end, begin, end, table, k_here, v_here, k_scale_here, v_scale_here,
             k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softmax_scale, softcap, window_left,
-            HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFTCAP, FORMAT, PRECISION, NUM_STAGES,
+            HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFTCAP, PLAIN,
+            FORMAT, PACKED, ALIGNED, NVIDIA, PRECISION, NUM_STAGES,
         )  # fmt: skip
+        m = scores_in_base_2(m, softmax_scale, queries.dtype, PLAIN, FORMAT)
         if FORMAT != "same":
             acc = acc * value_unit(FORMAT, queries.dtype)
 
-        if partial < 0:
+        if num_parts == 1:
             write_rows(
                 m, l, acc, out, lse, sinks, token, head, valid,
                 out_token, out_head, lse_token, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
         else:
             leave_partial(m, l, acc, partial, partial_out, partial_lse, valid, BLOCK_M, BLOCK_D)
-            last, first, count = arrived_last(partial, parts, arrivals)
-            if last:
-                m, l, acc = fold_parts(first, count, partial_out, partial_lse, valid, BLOCK_M, BLOCK_D, 2)
-                write_rows(
-                    m, l, acc, out, lse, sinks, token, head, valid,
-                    out_token, out_head, lse_token, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
+            if arrived_last(first_partial, num_parts, arrivals):
+                for first_row in range(0, q_len * GROUP, FOLD_ROWS):
+                    fold_row = first_row + tl.arange(0, FOLD_ROWS)
+                    fold_valid = fold_row < q_len * GROUP
+                    m2, l2, acc2 = fold_parts(
+                        first_partial, num_parts, fold_row, fold_valid, partial_out, partial_lse,
+                        BLOCK_M, BLOCK_D, FOLD_ROWS, FOLD_PARTS,
+                    )  # fmt: skip
+                    write_rows(
+                        m2, l2, acc2, out, lse, sinks,
+                        q_begin + fold_row // GROUP, kv_head * GROUP + fold_row % GROUP, fold_valid,
+                        out_token, out_head, lse_token, HEAD_DIM, BLOCK_D,
+                    )  # fmt: skip

@@ -9,18 +9,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quire import work
 from quire.work import StepPlan, WorkList
 
 SEGMENT = 4  # int32s: every list starts on 16 bytes
+# Columns of an item on the device: those of the host, and where its tile's parts are; num_parts is 1 for a whole tile.
+ITEM_COLUMNS = (*work.ITEM_COLUMNS, "first_partial", "num_parts")
 
 
 @dataclass(frozen=True)
 class DeviceWork:
     """One kernel's work list and the room for its partial states; see ``work.WorkList`` for the columns."""
 
-    items: torch.Tensor  # int32 [num_items, 8]
+    items: torch.Tensor  # int32 [num_items, 10], see ITEM_COLUMNS
     worker_indptr: torch.Tensor  # int32 [num_workers + 1]
-    parts: torch.Tensor  # int32 [num_partials, 2]: the first partial of this one's tile, and how many it has
     arrivals: torch.Tensor  # int32 [num_partials]: parts finished so far, counted at the first one's place
     partial_out: torch.Tensor  # float32 [num_partials, rows, block_dim]
     partial_lse: torch.Tensor  # float32 [num_partials, rows], base 2
@@ -47,20 +49,29 @@ def move_to_device(
     Cost: one host-to-device copy, which the host does not wait for.
     """
     arrays = [step.page_table, step.cu_seqlens_q]
-    for work, _, _ in lists:
-        parts = np.repeat(work.merges[:, 3:5], work.merges[:, 4], axis=0)
-        arrays += [work.items, work.worker_indptr, parts, np.zeros(work.num_partials, np.int32)]
+    for shares, _, _ in lists:
+        arrays += [device_items(shares), shares.worker_indptr, np.zeros(shares.num_partials, np.int32)]
     views = iter(_copy_packed(arrays, device))
     page_table, cu_seqlens_q = next(views), next(views)
     moved = []
-    for work, rows, block_dim in lists:
-        size = (work.num_partials, rows)
+    for shares, rows, block_dim in lists:
+        size = (shares.num_partials, rows)
         partial_out = torch.empty((*size, block_dim), dtype=torch.float32, device=device)
         partial_lse = torch.empty(size, dtype=torch.float32, device=device)
-        moved.append(
-            DeviceWork(next(views), next(views), next(views), next(views), partial_out, partial_lse)
-        )
+        moved.append(DeviceWork(next(views), next(views), next(views), partial_out, partial_lse))
     return DevicePlan(page_table, cu_seqlens_q, tuple(moved))
+
+
+def device_items(shares: WorkList) -> NDArray[np.int32]:
+    """A work list's items with the columns ITEM_COLUMNS."""
+    items = np.empty((len(shares.items), len(ITEM_COLUMNS)), np.int32)
+    items[:, :8] = shares.items
+    items[:, 8], items[:, 9] = 0, 1
+    split = shares.items[:, 7] >= 0  # in the order of their partials
+    first, count = shares.merges[:, 3], shares.merges[:, 4]
+    items[split, 8] = np.repeat(first, count)
+    items[split, 9] = np.repeat(count, count)
+    return items
 
 
 def _copy_packed(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[torch.Tensor]:
@@ -72,5 +83,6 @@ def _copy_packed(arrays: Sequence[NDArray[np.integer]], device: torch.device) ->
         packed[start : start + array.size] = array.reshape(-1)
     moved = host.to(device, non_blocking=True)
     return [
-        moved[start : start + array.size].view(array.shape) for array, start in zip(arrays, starts, strict=False)
+        moved[start : start + array.size].view(array.shape)
+        for array, start in zip(arrays, starts, strict=False)
     ]

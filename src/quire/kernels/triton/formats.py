@@ -60,6 +60,81 @@ def widen(stored, FORMAT: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen_words(words, FORMAT: tl.constexpr, dtype: tl.constexpr, NVIDIA: tl.constexpr):
+    """``widen`` for four stored elements to an int32, two at a time: [rows, n] words to [rows, 4n] numbers.
+
+    Words pass from shared memory to the matrix units' registers as they are, where single bytes would be
+    gathered one by one. For 16-bit dtypes.
+    """
+    if NVIDIA:
+        first, second = tl.inline_asm_elementwise(
+            widening_asm(FORMAT, dtype), "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        first = widen_pair((words & 0xFF) | ((words & 0xFF00) << 8), FORMAT, dtype)
+        second = widen_pair(((words >> 16) & 0xFF) | ((words >> 8) & 0xFF0000), FORMAT, dtype)
+    pairs = tl.join(first, second)
+    low = pairs.to(tl.int16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.join(low, high).reshape(words.shape[0], words.shape[1] * 4)
+
+
+@triton.jit
+def widen_pair(pair, FORMAT: tl.constexpr, dtype: tl.constexpr):
+    """Two stored elements, in the low bytes of an int32's halves, as two 16-bit numbers."""
+    if FORMAT == "int8":
+        # The low bits of a float that is a power of two count in ones: 2^7 + low 7 bits in bfloat16. A negative
+        # int8 is its low 7 bits less 128.
+        power: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+        return subtract_pair((pair & 0x007F007F) | power, (pair & 0x00800080) | power, dtype)
+    else:
+        shift: tl.constexpr = mantissa_bits("same", dtype) - mantissa_bits(FORMAT, dtype)
+        return ((pair & 0x00800080) << 8) | ((pair & 0x007F007F) << shift)
+
+
+@triton.jit
+def subtract_pair(a, b, dtype: tl.constexpr):
+    """a − b, in each half of int32s."""
+    low = a.to(tl.int16).to(dtype, bitcast=True) - b.to(tl.int16).to(dtype, bitcast=True)
+    high = (a >> 16).to(tl.int16).to(dtype, bitcast=True) - (b >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (
+        high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    )
+
+
+@triton.constexpr_function
+def widening_asm(FORMAT, dtype):
+    """PTX for both ``widen_pair`` of a word: a byte permute spreads two bytes, then the same arithmetic."""
+    half = dtype == tl.float16
+    if FORMAT == "int8":
+        power = 0x64646464 if half else 0x43434343
+        spread = [(0, f"prmt.b32 t, $2, {power}, 0x4140;"), (1, f"prmt.b32 t, $2, {power}, 0x4342;")]
+        # Clear the sign bit here, keep it alone (and negate) there; multiply by one and add.
+        one, negated = (0x3C003C00, 0xE400E400) if half else (0x3F803F80, 0xC300C300)
+        kind = "f16x2" if half else "bf16x2"
+        finish = (
+            "and.b32 s, t, 0x00800080; or.b32 s, s, {negated}; and.b32 t, t, 0xFF7FFF7F; "
+            "mov.b32 o, {one}; fma.rn.{kind} ${out}, t, o, s;"
+        )
+        steps = [code + " " + finish.format(out=i, one=one, negated=negated, kind=kind) for i, code in spread]
+    else:
+        # The byte goes to the top of its half: its sign is in place, its number is moved down.
+        spread = [(0, "prmt.b32 t, $2, 0, 0x1404;"), (1, "prmt.b32 t, $2, 0, 0x3424;")]
+        down = 8 - (mantissa_bits_of_half(half) - (3 if FORMAT == "fp8_e4m3" else 2))
+        number = (0x7F00 >> down) * 0x00010001
+        finish = (
+            "and.b32 s, t, 0x80008000; shr.u32 t, t, {down}; and.b32 t, t, {number}; or.b32 ${out}, s, t;"
+        )
+        steps = [code + " " + finish.format(out=i, down=down, number=number) for i, code in spread]
+    return "{ .reg .b32 o, s, t; " + " ".join(steps) + " }"
+
+
+@triton.constexpr_function
+def mantissa_bits_of_half(half):
+    return 10 if half else 7
+
+
+@triton.jit
 def round_to_int8(x):
     """The nearest int8, ties to even; x lies within ±127."""
     return ((x + ROUND_TO_INTEGER) - ROUND_TO_INTEGER).to(tl.int8)

@@ -24,10 +24,11 @@ class Options(NamedTuple):
 
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     @classmethod
     def of(cls, tile: Tile) -> Options:
-        return cls(tile.num_warps, tile.num_stages)
+        return cls(tile.num_warps, tile.num_stages, tile.max_registers)
 
 
 _compiled: dict[Any, Any] = {}
@@ -51,26 +52,27 @@ def launch(
         kernel[(grid,)](*map(as_bytes, tensors), *numbers, *constants)
         return
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    misaligned = 0
-    for address in addresses:
-        misaligned |= address or 0
-    key = (
-        kernel, device, constants, options, numbers[per_step:], misaligned % ALIGNMENT,
-        tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
+    alignment, dtypes = 0, []
+    for tensor, address in zip(tensors, addresses, strict=True):
+        alignment |= address or 0
+        dtypes.append(None if tensor is None else tensor.dtype)
+    key = (kernel, device, constants, options, numbers[per_step:], alignment % ALIGNMENT, *dtypes)
+    compiled = _compiled.get(key)
+    here = torch.cuda.current_device()
+    index = here if device.index is None else device.index
+    if index != here:
+        with torch.cuda.device(index):
+            return launch(kernel, grid, device, tensors, numbers, per_step, constants, options)
+    if compiled is None:
+        compiled = kernel.warmup(
+            *map(as_bytes, tensors), *numbers, *constants, grid=(grid,), **options._asdict()
+        )
+        compiled._init_handles()
+        _compiled[key] = compiled
+    compiled.run(
+        grid, 1, 1, torch._C._cuda_getCurrentRawStream(index), compiled.function, compiled.packed_metadata,
+        None, None, None, *addresses, *numbers, *constants,
     )  # fmt: skip
-    entry = _compiled.get(key)
-    with torch.cuda.device(device):
-        if entry is None:
-            compiled = kernel.warmup(
-                *map(as_bytes, tensors), *numbers, *constants, grid=(grid,), **options._asdict()
-            )
-            compiled._init_handles()
-            entry = _compiled[key] = compiled
-        stream = torch.cuda.current_stream(device).cuda_stream
-        entry.run(
-            grid, 1, 1, stream, entry.function, entry.packed_metadata, None, None, None,
-            *addresses, *numbers, *constants,
-        )  # fmt: skip
 
 
 def as_bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:

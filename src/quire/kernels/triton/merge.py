@@ -67,38 +67,43 @@ def leave_partial(
 
 
 @triton.jit
-def arrived_last(partial, parts, arrivals):
+def arrived_last(first, count, arrivals):
     """Count this part in; True for the last of its tile, which also makes the count ready for the next layer."""
-    first = tl.load(parts + partial * 2)
-    count = tl.load(parts + partial * 2 + 1)
     tl.debug_barrier()  # all threads' stores lie before the one thread's release
     before = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
     last = before == count - 1
     if last:
         tl.store(arrivals + first, 0)
-    return last, first, count
+    return last
 
 
 @triton.jit
 def fold_parts(
-    first, count, partial_out, partial_lse, valid,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
+    first, count, row, valid, partial_out, partial_lse,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, FOLD_ROWS: tl.constexpr, FOLD_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """All parts of a tile as one (m, l, acc). Read past the first cache, which other workers' writes do not reach."""
+    """All parts of some rows of a tile as one (m, l, acc), FOLD_PARTS at a time.
+
+    Read past the first cache, which other workers' writes do not reach.
+    """
     dim = tl.arange(0, BLOCK_D)
-    m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in tl.range(first, first + count, num_stages=NUM_STAGES):
-        row = part * BLOCK_M + tl.arange(0, BLOCK_M)
-        base_2 = tl.load(partial_lse + row, mask=valid, other=NO_SCORE, cache_modifier=".cg")
-        at = partial_out + row.to(tl.int64)[:, None] * BLOCK_D + dim[None, :]
-        result = tl.load(at, mask=valid[:, None], other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(m, base_2)
+    m = tl.full([FOLD_ROWS], NO_SCORE, tl.float32)
+    l = tl.zeros([FOLD_ROWS], tl.float32)
+    acc = tl.zeros([FOLD_ROWS, BLOCK_D], tl.float32)
+    for start in range(first, first + count, FOLD_PARTS):
+        part = start + tl.arange(0, FOLD_PARTS)
+        inside = (part < first + count)[:, None] & valid[None, :]
+        at = part.to(tl.int64)[:, None] * BLOCK_M + row[None, :]
+        base_2 = tl.load(partial_lse + at, mask=inside, other=NO_SCORE, cache_modifier=".cg")
+        result = tl.load(
+            partial_out + (at * BLOCK_D)[:, :, None] + dim[None, None, :],
+            mask=inside[:, :, None], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        highest = tl.maximum(m, tl.max(base_2, 0))
         shift = tl.where(highest == NO_SCORE, 0.0, highest)
         correction = tl.exp2(m - shift)
-        weight = tl.exp2(base_2 - shift)
-        l = l * correction + weight
-        acc = acc * correction[:, None] + result * weight[:, None]
+        weight = tl.exp2(base_2 - shift[None, :])
+        l = l * correction + tl.sum(weight, 0)
+        acc = acc * correction[:, None] + tl.sum(result * weight[:, :, None], 0)
         m = highest
     return m, l, acc

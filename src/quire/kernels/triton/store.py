@@ -43,7 +43,9 @@ def write_token(
     for first in range(0, HEADS, BLOCK_H):
         head = first + tl.arange(0, BLOCK_H).to(tl.int64)
         inside = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
-        x = tl.load(rows + token * rows_token + head[:, None] * rows_head + dim[None, :], mask=inside, other=0.0)
+        x = tl.load(
+            rows + token * rows_token + head[:, None] * rows_head + dim[None, :], mask=inside, other=0.0
+        )
         at = pages + page * pages_page + offset * pages_slot + head[:, None] * pages_head + dim[None, :]
         if FORMAT == "same":
             tl.store(at, x, mask=inside)

@@ -27,6 +27,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     workers_per_sm: int
+    max_registers: int | None = None  # per thread, so that so many workers fit
 
 
 class Chip(NamedTuple):
@@ -70,7 +71,7 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Few rows, bound by memory: two workers share a multiprocessor, so that one loads while the other computes."""
     rows = max(MIN_ROWS, power_of_two(spec.group_size))
     token_bytes = 2 * block_dim(spec.head_dim) * spec.storage_dtype.itemsize
-    kv_tokens = min(128, max(32, 32 * KIB // token_bytes))
+    kv_tokens = min(64, max(32, 32 * KIB // token_bytes))
     if chip.name == "hip":
         return Tile(rows, min(64, kv_tokens), num_warps=4, num_stages=2, workers_per_sm=2)
     stage_bytes = kv_tokens * token_bytes
