@@ -154,8 +154,12 @@ def peer_jobs(quick: bool, seed: int) -> list[Job]:
             _peers(case, ["sdpa", "flex"], "4/2x16", 128, 2, 5)
             for case in ("1x256:256", "2x256:1", "1x256:128")
         ]
-    jobs = [_peers(case, usual, "32/8x128", 16, 0, 4) for case in ("8x4k:1", "8x32k:1", "1x8k:8k", "4x2k:2k")]
-    jobs += [_peers(case, usual, "32/8x128", 16, 1, 5) for case in ("1x32k:32k", "1x16k:2k", "8x1k:1")]
+    first, then = (
+        ("8x4k:1", "8x32k:1", "1x8k:8k", "1x32k:32k"),
+        ("4x2k:2k", "8x1k:1", "1x16k:2k", "2x4k:4k", "8x16k:1"),
+    )
+    jobs = [_peers(case, usual, "32/8x128", 16, 0, 4) for case in first]
+    jobs += [_peers(case, usual, "32/8x128", 16, 1, 4) for case in (*then, "1x16k:16k", "1x32k:1")]
     return jobs + [_peers(case, ["flex"], "32/8x128", 128, 2, 30) for case in ("8x4k:1", "1x8k:8k")]
 
 
