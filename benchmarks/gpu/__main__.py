@@ -20,15 +20,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu import markdown, plots, report
-from benchmarks.gpu.jobs import Row, Setting, run_jobs
+from benchmarks.gpu.jobs import Job, Row, Setting, run_jobs
 from benchmarks.gpu.suite import SECTIONS, make_jobs, warm_up_jobs
 from benchmarks.gpu.tune import jobs as tune_jobs
 
-CHECK_SHARE = 0.4  # of the time, at most
+TOGETHER_SHARE, TUNE_TOGETHER_SHARE = 0.4, 0.6  # of the time, at most, for what many processes do at once
 
 
 def main() -> int:
@@ -42,43 +41,62 @@ def main() -> int:
         print(markdown.tables(args.markdown))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    setting = Setting(args.device, args.backend, args.seed, args.quick)
-    folder = Path(tempfile.mkdtemp(prefix="quire-gpu-"))
-    rows: list[Row] = []
-    with (args.out / ("tune-log.txt" if args.tune else "log.txt")).open("w", encoding="utf-8") as log:
-
-        def say(line: str) -> None:
-            log.write(f"{time.time() - started:7.1f} {line}\n")
-            log.flush()
-
-        try:
-            run = tune if args.tune else measure
-            run(args, setting, started + args.seconds, folder, rows, say)
-        finally:
-            facts = report.facts(args.device, args.seed)
-            stem = report.stem(facts["gpu"]) + ("-tune" if args.tune else "")
-            report.derive(rows)
-            path = report.write_csv(args.out / f"{stem}.csv", facts, rows)
-            for plotted in [] if args.tune else plots.plot(path, args.out):
-                say(f"wrote {plotted}")
-            append_logs(folder, log)
-            shutil.rmtree(folder)
-    seconds = time.time() - started
-    text = report.tune_table(rows) if args.tune else report.table(rows)
-    print(f"{facts['gpu']}, seed {args.seed}, {seconds:.0f} s, {path}\n{text}")
-    return int(any(row["status"] in ("wrong", "failed") for row in rows))
+    with Run(args) as run:
+        if args.tune:
+            tune(run)
+        else:
+            measure(run)
+    return int(any(row["status"] in ("wrong", "failed") for row in run.rows))
 
 
-def measure(
-    args: argparse.Namespace,
-    setting: Setting,
-    deadline: float,
-    folder: Path,
-    rows: list[Row],
-    say: Callable[[str], None],
-) -> None:
+class Run:
+    """One call: its clock, its rows, and the log they are written to as they come."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.started, self.rows = args, time.time(), list[Row]()
+        self.setting = Setting(args.device, args.backend, args.seed, args.quick)
+        self.folder = Path(tempfile.mkdtemp(prefix="quire-gpu-"))
+        self.log = (args.out / ("tune-log.txt" if args.tune else "log.txt")).open("w", encoding="utf-8")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write and print what there is, however it ended."""
+        facts = report.facts(self.args.device, self.args.seed)
+        stem = report.stem(facts["gpu"]) + ("-tune" if self.args.tune else "")
+        report.derive(self.rows)
+        path = report.write_csv(self.args.out / f"{stem}.csv", facts, self.rows)
+        if not self.args.tune:
+            plots.plot(path, self.args.out)
+        for written in sorted(self.folder.glob("*.log")):  # what the workers printed
+            if text := written.read_text(errors="replace").strip():
+                self.log.write(f"\n--- {written.name}\n{text[-60_000:]}\n")
+        self.log.close()
+        shutil.rmtree(self.folder)
+        text = report.tune_table(self.rows) if self.args.tune else report.table(self.rows)
+        seconds = time.time() - self.started
+        print(f"{facts['gpu']}, seed {self.args.seed}, {seconds:.0f} s, {path}\n{text}")
+
+    def do(self, jobs: list[Job], share: float = 1.0, workers: int = 1) -> None:
+        """Run jobs until this share of the call's time is over, in so many processes."""
+        if not jobs:
+            return
+        deadline = self.started + share * self.args.seconds
+        self.rows += run_jobs(
+            jobs, self.setting, deadline=deadline, folder=self.folder, workers=workers, say=self.say
+        )
+        print(f"{time.time() - self.started:.0f} s: {len(self.rows)} rows", file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """A line of the log, with the seconds since the start."""
+        self.log.write(f"{time.time() - self.started:7.1f} {line}\n")
+        self.log.flush()
+
+
+def measure(run: Run) -> None:
     """Checks and compilation in many processes at once, then all that is timed in one."""
+    args = run.args
     timed = [
         job
         for section in SECTIONS
@@ -88,38 +106,17 @@ def measure(
     together = warm_up_jobs(timed)
     if "checks" in args.only:
         together += make_jobs("checks", args.quick, args.seed)
-    if together:
-        until = deadline - (1 - CHECK_SHARE) * args.seconds if timed else deadline
-        rows += run_jobs(together, setting, deadline=until, folder=folder, workers=args.workers, say=say)
-    if timed:
-        rows += run_jobs(timed, setting, deadline=deadline, folder=folder, say=say)
+    run.do(together, share=TOGETHER_SHARE if timed else 1.0, workers=args.workers)
+    run.do(timed)
 
 
-def tune(
-    args: argparse.Namespace,
-    setting: Setting,
-    deadline: float,
-    folder: Path,
-    rows: list[Row],
-    say: Callable[[str], None],
-) -> None:
+def tune(run: Run) -> None:
     """Compile all candidates in many processes at once, then time them one by one."""
-    chosen, kernels = args.candidates or None, tuple(args.kernels)
+    args = run.args
     kv_dtypes = tuple(None if name == "none" else name for name in args.kv_dtypes)
-    jobs = tune_jobs(("compile",), chosen, args.quick, kernels, kv_dtypes)
-    until = deadline - 0.4 * args.seconds
-    compiled = run_jobs(jobs, setting, deadline=until, folder=folder, workers=args.workers, say=say)
-    rows += [row for row in compiled if row["status"] != "ok"]
-    jobs = tune_jobs(("tune",), chosen, args.quick, kernels, kv_dtypes)
-    rows += run_jobs(jobs, setting, deadline=deadline, folder=folder, say=say)
-
-
-def append_logs(folder: Path, log: report.Writable) -> None:
-    """What the workers printed, behind the rows."""
-    for path in sorted(folder.glob("*.log")):
-        text = path.read_text(errors="replace")
-        if text.strip():
-            log.write(f"\n--- {path.name}\n{text[-60_000:]}\n")
+    what = args.candidates or None, args.quick, tuple(args.kernels), kv_dtypes
+    run.do(tune_jobs("compile", *what), share=TUNE_TOGETHER_SHARE, workers=args.workers)
+    run.do(tune_jobs("tune", *what))
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -28,12 +28,6 @@ COLUMNS = [
 ]  # fmt: skip
 MAX_LINES, MAX_CHARACTERS = 80, 10_500
 MAX_BAD = 8
-
-
-class Writable(Protocol):
-    """Anything text can be written to."""
-
-    def write(self, text: str, /) -> object: ...
 
 
 def facts(device: str, seed: int) -> Row:

@@ -43,15 +43,15 @@ def settings_of(kernel: str, chosen: dict[str, list[int]] | None = None) -> list
 
 
 def jobs(
-    kinds: tuple[str, ...],
+    kind: str,
     chosen: dict[str, list[int]] | None,
     quick: bool,
     kernels: tuple[str, ...] = ("decode", "prefill"),
     kv_dtypes: tuple[str | None, ...] = (None,),
 ) -> list[Job]:
-    """One job per candidate and case, of each kind: "compile" fills the kernel cache, "tune" measures."""
+    """One job per candidate and case: of kind "compile", which fills the kernel cache, or "tune", which measures."""
     found = []
-    for kind, kernel, kv_dtype in itertools.product(kinds, kernels, kv_dtypes):
+    for kernel, kv_dtype in itertools.product(kernels, kv_dtypes):
         cases = (QUICK_CASES if quick else CASES)[kernel]
         for settings in settings_of(kernel, chosen):
             for case in cases[: 1 if kind == "compile" else None]:

@@ -136,7 +136,8 @@ def test_candidates_are_tried_in_place_of_the_tables_tiles(monkeypatch):
     monkeypatch.setattr(
         reference, "prepare", lambda *a: [used.append(table.prefill_tile(None, None)), right(*a)][1]
     )
-    jobs = tune.jobs(("compile", "tune"), {"num_warps": [4, 8]}, quick=True, kernels=("prefill",))
+    candidates = {"num_warps": [4, 8]}
+    jobs = [job for kind in ("compile", "tune") for job in tune.jobs(kind, candidates, True, ("prefill",))]
     rows = [
         row
         for job in jobs
