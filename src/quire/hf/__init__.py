@@ -3,6 +3,7 @@
 step.py        one packed forward, as plain tensors
 model.py       PagedModel: load, forward, copy_pages
 attention.py   the attention function models call, and the step it reads
+linear.py      linear layers of a few tokens: the model's own weights, read once
 chunks.py      Llama-4's chunks as virtual sequences
 cache.py       one pool per shape of layer
 probe.py       what layers ask of attention, learned by a dry run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from transformers import PreTrainedModel
 
 from quire.hf.attention import ATTENTION_NAME, AttentionSwitch, RunningStep, running_step
 from quire.hf.cache import PagedCache
+from quire.hf.linear import LinearSwitch
 from quire.hf.step import Step
+from quire.kernels import resolve_backend
 
 
 class TokenPast:
@@ -45,6 +49,11 @@ class PackedForward:
         text_config = model.config.get_text_config(decoder=True)
         self._scales_by_index = bool(getattr(text_config, "attn_temperature_tuning", False))
 
+    @cached_property
+    def linears(self) -> LinearSwitch:
+        """The model's linear layers, looked up when a step first runs on the CPU kernels."""
+        return LinearSwitch(self.model)
+
     def paged(self, step: Step, cache: PagedCache, backend: str) -> torch.Tensor:
         """Logits fp32 [rows, vocab] of the step's logits_indices, attention on pages.
 
@@ -52,7 +61,11 @@ class PackedForward:
         """
         device = self.model.device
         past = TokenPast(step.position_ids.to(device)) if self._scales_by_index else None
-        with running_step(RunningStep(step, cache, backend, device)):
+        own_kernels = resolve_backend(backend, device) == "cpu"
+        with (
+            running_step(RunningStep(step, cache, backend, device)),
+            self.linears.using() if own_kernels else nullcontext(),
+        ):
             return self.packed(step.input_ids, step.position_ids, step.logits_indices, ATTENTION_NAME, past)
 
     @torch.inference_mode()

@@ -48,7 +48,7 @@ class _Launch:
 
     def __call__(self, call: Call) -> None:
         threads, workers = num_threads(), len(self.work.worker_indptr) - 1
-        scratch = _borrow_scratch(self.scratch_bytes)
+        scratch = borrow_scratch(self.scratch_bytes)
         partial_out = scratch + workers * self.step.scratch_bytes
         partial_softmax = (
             partial_out + self.work.num_partials * self.step.partial_rows * self.config.row_bytes
@@ -118,7 +118,7 @@ def _launch(
 _borrowed = threading.local()
 
 
-def _borrow_scratch(nbytes: int) -> int:
+def borrow_scratch(nbytes: int) -> int:
     """Scratch memory of the calling thread, which runs one kernel at a time; it grows and is kept."""
     buffer: torch.Tensor | None = getattr(_borrowed, "buffer", None)
     if buffer is None or buffer.numel() < nbytes:

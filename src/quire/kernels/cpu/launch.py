@@ -17,7 +17,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import llvmlite.binding as llvm
 import numba
@@ -41,6 +41,9 @@ DTYPE_CODES = {
     torch.float8_e4m3fn: E4M3,
     torch.float8_e5m2: E5M2,
 }
+
+
+AnyConfig = TypeVar("AnyConfig", bound=tuple[int, ...])
 
 
 class Config(NamedTuple):
@@ -107,9 +110,9 @@ def _sources_digest() -> str:
 class ConfigType(types.Type):
     """The Numba type of one Config."""
 
-    def __init__(self, config: Config, sources: str) -> None:
+    def __init__(self, config: tuple[int, ...], sources: str) -> None:
         self.config = config
-        super().__init__(f"quire_config{tuple(config)}@{sources}")
+        super().__init__(f"quire_{type(config).__name__}{tuple(config)}@{sources}")
 
 
 @register_model(ConfigType)
@@ -118,9 +121,13 @@ class _ConfigModel(models.PrimitiveModel):
         super().__init__(manager, fe_type, ir.IntType(8))
 
 
-@typeof_impl.register(Config)
-def _typeof_config(value: Config, context: Any) -> ConfigType:
-    return ConfigType(value, _sources_digest())
+def compile_time(config_class: type[AnyConfig]) -> type[AnyConfig]:
+    """Make a NamedTuple's values Configs: all type, every field and property a number known to the compiler."""
+    typeof_impl.register(config_class)(lambda value, context: ConfigType(value, _sources_digest()))
+    return config_class
+
+
+compile_time(Config)
 
 
 @unbox(ConfigType)
@@ -274,10 +281,10 @@ def part(function: Callable[..., Any]) -> Any:
     return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
-_compiled: dict[tuple[Any, Config], Callable[..., None]] = {}
+_compiled: dict[tuple[Any, tuple[int, ...]], Callable[..., None]] = {}
 
 
-def run(function: Any, config: Config, *args: Any) -> None:
+def run(function: Any, config: tuple[int, ...], *args: Any) -> None:
     """Run a kernel's machine code for a Config, compiling it first if need be.
 
     A kernel's other arguments have one type each (ints, and tuples of ints and floats), so the Config alone

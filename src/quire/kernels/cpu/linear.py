@@ -1,0 +1,174 @@
+"""Linear layers of a few tokens: every weight is read once, where it lies.
+
+    out[t, n] = Σ_k x[t, k] · w[n, k] + b[n]
+
+A decode step multiplies a handful of tokens with all weights of a model, so it is bound by reading them. A
+matrix product made for many rows packs its operands first, which is as much work as this product itself; here
+a tile of 16 dot products, ``tokens`` × ``rows`` of w, runs along k with lanes on k: two rows of w serve eight
+tokens, and w stays as the model has it. The tokens of a tile are interleaved once, [k / 16][token][16] in float32,
+so that one pointer walks them, and while one tile is computed the rows of the next are prefetched.
+
+Source: the register tile is the usual one of matrix products (Goto, van de Geijn, 10.1145/1356052.1356053), with
+the packing of the large operand left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from quire.kernels.cpu import borrow_scratch
+from quire.kernels.cpu.launch import DTYPE_CODES, compile_time, kernel, num_threads, parallel_for, part, run
+from quire.kernels.cpu.memory import BYTES, F32, load, load_head, prefetch, store, store_head
+from quire.kernels.cpu.simd import LANES, add, fma, splat, sum_rows, tile
+
+MAX_TOKENS = 8  # of one tile
+LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token
+# Up to how many tokens this kernel was measured to be faster than torch's; see docs/performance.md.
+FEW_TOKENS = {torch.float32: 24, torch.float16: 8, torch.bfloat16: 8}
+CACHE_LINE = 64
+
+
+@compile_time
+class LinearConfig(NamedTuple):
+    """What the kernel is specialised for."""
+
+    dtype: int  # of x, weight, bias and out: a code of memory.py
+    tokens: int  # of one tile: 1, 2, 4 or 8
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight in one tile."""
+        return LANES // self.tokens
+
+
+class Product(NamedTuple):
+    """The tensors of one call: addresses, and strides in bytes. A bias of 0 means: none."""
+
+    x: int
+    x_token: int
+    weight: int
+    weight_row: int
+    bias: int
+    out: int
+    out_token: int
+    num_tokens: int
+    num_rows: int
+    width: int  # elements of a row of x and of the weight
+    scratch: int
+    scratch_bytes: int  # of one worker
+
+
+@kernel
+def multiply(cfg: Any, threads: int, workers: int, product: Product) -> None:
+    """Run every worker's share of the weight's rows."""
+    parallel_for(multiply_share, threads, workers, (cfg, workers, product))
+
+
+@part
+def multiply_share(worker: int, cfg: Any, workers: int, product: Product) -> None:
+    """Consecutive tiles of rows, each against all tokens while it is in the cache."""
+    sums = product.scratch + worker * product.scratch_bytes
+    tokens = sums + LANES * 4
+    vectors = (product.width + LANES - 1) // LANES
+    tile_bytes = vectors * cfg.tokens * LANES * 4
+    for first in range(0, product.num_tokens, cfg.tokens):
+        interleave_tokens(cfg, product, first, tokens + first // cfg.tokens * tile_bytes)
+    tiles = (product.num_rows + cfg.rows - 1) // cfg.rows
+    for i in range(tiles * worker // workers, tiles * (worker + 1) // workers):
+        row = min(i * cfg.rows, product.num_rows - cfg.rows)  # a last tile repeats rows of the one before
+        ahead = cfg.rows * product.weight_row
+        for first in range(0, product.num_tokens, cfg.tokens):
+            multiply_tile(cfg, product, row, ahead, tokens + first // cfg.tokens * tile_bytes, sums)
+            finish_tile(cfg, product, row, first, sums)
+            ahead = 0
+
+
+@part
+def interleave_tokens(cfg: Any, product: Product, first: int, tokens: int) -> None:
+    """Copy a tile's tokens to [k / 16][token][16]; a last tile repeats its last token, a last vector has zeros."""
+    step = LANES * BYTES[cfg.dtype]
+    vectors, tail = product.width // LANES, product.width % LANES
+    for t in range(cfg.tokens):
+        source = product.x + min(first + t, product.num_tokens - 1) * product.x_token
+        target = tokens + t * LANES * 4
+        for i in range(vectors):
+            store(F32, target + i * cfg.tokens * LANES * 4, load(cfg.dtype, source + i * step))
+        if tail:
+            last = load_head(cfg.dtype, source + vectors * step, tail)
+            store(F32, target + vectors * cfg.tokens * LANES * 4, last)
+
+
+@part
+def multiply_tile(cfg: Any, product: Product, row: int, ahead: int, tokens: int, sums: int) -> None:
+    """sums[t, r] = x_t · w_r of one tile."""
+    products, weights = tile(LANES), tile(cfg.rows)
+    for j in range(LANES):
+        products[j] = splat(np.float32(0.0))
+    step = LANES * BYTES[cfg.dtype]
+    first = product.weight + row * product.weight_row
+    vectors, tail = product.width // LANES, product.width % LANES
+    for i in range(vectors):
+        for r in range(cfg.rows):
+            at = first + r * product.weight_row + i * step
+            weights[r] = load(cfg.dtype, at)
+            prefetch(at + ahead)
+        for t in range(cfg.tokens):
+            x = load(F32, tokens + (i * cfg.tokens + t) * LANES * 4)
+            for r in range(cfg.rows):
+                products[t * cfg.rows + r] = fma(weights[r], x, products[t * cfg.rows + r])
+    if tail:
+        for r in range(cfg.rows):
+            weights[r] = load_head(cfg.dtype, first + r * product.weight_row + vectors * step, tail)
+        for t in range(cfg.tokens):
+            x = load(F32, tokens + (vectors * cfg.tokens + t) * LANES * 4)
+            for r in range(cfg.rows):
+                products[t * cfg.rows + r] = fma(weights[r], x, products[t * cfg.rows + r])
+    store(F32, sums, sum_rows(products))
+
+
+@part
+def finish_tile(cfg: Any, product: Product, row: int, first: int, sums: int) -> None:
+    """Add the bias and write the tile's sums into out."""
+    for t in range(min(cfg.tokens, product.num_tokens - first)):
+        total = load_head(F32, sums + t * cfg.rows * 4, cfg.rows)
+        if product.bias:
+            total = add(total, load_head(cfg.dtype, product.bias + row * BYTES[cfg.dtype], cfg.rows))
+        out = product.out + (first + t) * product.out_token + row * BYTES[cfg.dtype]
+        store_head(cfg.dtype, out, total, cfg.rows)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = x · weightᵀ + bias, accumulated in float32.
+
+    Args:
+        x: [tokens, width], last dimension contiguous; float32, float16 or bfloat16, like all others.
+        weight: [rows, width], last dimension contiguous, at least 16 rows.
+        bias: [rows], contiguous, or None.
+        out: [tokens, rows], last dimension contiguous; written.
+    Cost: the weight is read once for up to MAX_TOKENS tokens, and from the cache for more.
+    """
+    tokens, width = x.shape
+    tile_tokens = min(MAX_TOKENS, 1 << (tokens - 1).bit_length())
+    config = LinearConfig(DTYPE_CODES[x.dtype], tile_tokens)
+    tiles, vectors = -(-tokens // tile_tokens), -(-width // LANES)
+    # An odd number of lines apart, so that workers' tokens do not fight for the same sets of a shared cache.
+    scratch_bytes = (tiles * vectors * tile_tokens + 2 | 1) * CACHE_LINE
+    threads, element = num_threads(), x.element_size()
+    product = Product(
+        x=x.data_ptr(),
+        x_token=x.stride(0) * element,
+        weight=weight.data_ptr(),
+        weight_row=weight.stride(0) * element,
+        bias=0 if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+        out_token=out.stride(0) * element,
+        num_tokens=tokens,
+        num_rows=weight.shape[0],
+        width=width,
+        scratch=borrow_scratch(threads * scratch_bytes),
+        scratch_bytes=scratch_bytes,
+    )
+    run(multiply, config, threads, threads, product)

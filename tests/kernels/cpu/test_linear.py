@@ -1,0 +1,110 @@
+"""Linear layers of a few tokens: as exact as torch's, and nothing read or written beside the tensors."""
+
+import math
+
+import pytest
+import torch
+from support import guarded_copy
+
+from quire.kernels.cpu.linear import FEW_TOKENS, LEAST_ROWS, linear
+
+DTYPES = tuple(FEW_TOKENS)
+# tokens, rows, width: whole tiles and vectors, tails of each, one token, more tokens than a tile has
+SHAPES = [
+    (8, 32, 64),
+    (1, 16, 16),
+    (1, 37, 50),
+    (2, 17, 40),
+    (3, 21, 7),
+    (5, 16, 1),
+    (7, 101, 33),
+    (8, 16, 768),
+]
+MORE_TOKENS = [(9, 33, 48), (13, 18, 20), (16, 64, 32), (24, 23, 65)]
+
+
+def case(tokens, rows, width, dtype, *, biased):
+    generator = torch.Generator().manual_seed(tokens * rows + width)
+    x, weight, bias = (
+        torch.randn(*sizes, generator=generator).to(dtype)
+        for sizes in ((tokens, width), (rows, width), (rows,))
+    )
+    return x, weight, bias if biased else None
+
+
+def run(x, weight, bias):
+    out = torch.full((x.shape[0], weight.shape[0]), math.nan, dtype=x.dtype)
+    linear(x, weight, bias, out)
+    return out
+
+
+def assert_accurate(out, x, weight, bias):
+    """The house rule: error ≤ 2 × torch's in the same dtype, plus four roundings of float32."""
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    plain = torch.nn.functional.linear(x, weight, bias)
+    atol = 4 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T).max().item()
+    allowed = 2 * (plain.double() - exact).abs().max().item() + atol
+    assert (out.double() - exact).abs().max().item() <= allowed
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "rows", "width"), [*SHAPES, *MORE_TOKENS])
+def test_it_is_as_exact_as_torch(tokens, rows, width, dtype, biased):
+    x, weight, bias = case(tokens, rows, width, dtype, biased=biased)
+    assert_accurate(run(x, weight, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_byte_behind_a_tensor_is_touched(dtype):
+    x, weight, bias = case(3, 19, 21, dtype, biased=True)
+    out = guarded_copy(torch.zeros(3, 19, dtype=dtype))
+    linear(guarded_copy(x), guarded_copy(weight), guarded_copy(bias), out)
+    assert torch.equal(out, run(x, weight, bias))
+
+
+def test_gaps_between_rows_are_neither_read_nor_written():
+    x, weight, bias = case(6, 20, 35, torch.float32, biased=True)
+
+    def with_gaps(rows):
+        wide = torch.full((rows.shape[0], rows.shape[1] + 13), math.nan)
+        wide[:, : rows.shape[1]] = rows
+        return wide
+
+    out = with_gaps(torch.zeros(6, 20))
+    linear(with_gaps(x)[:, :35], with_gaps(weight)[:, :35], bias, out[:, :20])
+    assert torch.equal(out[:, :20], run(x, weight, bias))
+    assert out[:, 20:].isnan().all()
+
+
+def test_a_token_that_is_nan_or_infinite_spoils_no_other():
+    x, weight, _ = case(7, 32, 48, torch.float32, biased=False)
+    clean = run(x, weight, None)
+    x[2, 5], x[4, 7] = math.nan, math.inf
+    out = run(x, weight, None)
+    others = [0, 1, 3, 5, 6]
+    assert torch.equal(out[others], clean[others])
+    assert out[2].isnan().all()
+    assert not out[4].isfinite().any()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 11])
+def test_the_bits_do_not_depend_on_the_number_of_threads(tokens, set_threads):
+    x, weight, _ = case(tokens, 16 * 5 + 3, 100, torch.float32, biased=False)
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(run(x, weight, None))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_token_gives_the_same_bits_whatever_stands_beside_it_in_a_tile():
+    x, weight, _ = case(8, 40, 70, torch.float32, biased=False)
+    assert torch.equal(run(x[:5], weight, None), run(x, weight, None)[:5])
+
+
+def test_more_threads_than_tiles_leave_some_idle(set_threads):
+    set_threads(3)
+    x, weight, _ = case(1, LEAST_ROWS, 32, torch.float32, biased=False)
+    assert_accurate(run(x, weight, None), x, weight, None)
