@@ -17,19 +17,22 @@ from quire import cut
     q_tokens=st.integers(1, 9),
     kv_split=st.sampled_from([0, 1, 8, 32]),
     kv_tokens=st.sampled_from([1, 4, 16]),
+    part_cost=st.sampled_from([0, 5, 40]),
+    whole_tiles=st.booleans(),
     num_kv_heads=st.integers(1, 3),
     causal=st.booleans(),
     window_left=st.integers(-1, 40),
     num_workers=st.integers(1, 12),
 )
 def test_compiled_shares_are_those_of_the_python_source(
-    sequences, least_q, more_q, q_tokens, kv_split, kv_tokens, num_kv_heads, causal, window_left, num_workers
-):
+    sequences, least_q, more_q, q_tokens, kv_split, kv_tokens, part_cost, whole_tiles, num_kv_heads, causal,
+    window_left, num_workers,
+):  # fmt: skip
     seq_lens = np.array([n for n, _ in sequences], np.int64)
     starts = np.array([0, *np.cumsum([q for _, q in sequences])], np.int64)
     arguments = (
         seq_lens, starts, least_q, least_q + more_q, q_tokens, kv_tokens, kv_split,
-        num_kv_heads, causal, window_left, num_workers,
+        part_cost, whole_tiles, num_kv_heads, causal, window_left, num_workers,
     )  # fmt: skip
 
     items, worker_indptr, merges, num_partials = cut.share_work(*arguments)

@@ -27,6 +27,8 @@ def plan(
     decode_max_q_len=1,
     page_table=None,
     kv_split=0,
+    part_cost=0,
+    whole_tiles=False,
 ):
     q_lens = [1] * len(seq_lens) if q_lens is None else q_lens
     if page_table is None:
@@ -42,9 +44,10 @@ def plan(
         window_left=window_left,
         tiling=Tiling(
             num_workers,
-            TileShape(1, kv_tokens),
+            TileShape(decode_max_q_len, kv_tokens, part_cost=part_cost),
             TileShape(q_tokens, kv_tokens),
             decode_max_q_len,
+            whole_tiles,
             kv_split=kv_split,
         ),
     )
@@ -79,9 +82,19 @@ def planned(step):
     return plan([n for n, _ in sequences], [q for _, q in sequences], **step)
 
 
+priced = st.fixed_dictionaries(
+    {
+        "part_cost": st.sampled_from([0, 5, 200]),
+        "whole_tiles": st.booleans(),
+        "decode_max_q_len": st.integers(1, 4),
+    }
+)
+
+
 @settings(max_examples=200)
-@given(step=steps, kv_split=st.just(0) | splits)
-def test_items_hold_every_sequence_head_query_and_visible_key_once(step, kv_split):
+@given(step=steps, kv_split=st.just(0) | splits, prices=priced)
+def test_items_hold_every_sequence_head_query_and_visible_key_once(step, kv_split, prices):
+    step = step | prices
     got = planned({**step, "kv_split": kv_split})
     starts = got.cu_seqlens_q
     rows = Counter()  # (token, head) → times its range opens
@@ -144,6 +157,36 @@ def test_merges_name_the_split_tiles_and_their_parts_and_no_others(step, kv_spli
             assert work.num_partials - len(work.merges) <= step["num_workers"] - 1, (
                 "one cut per boundary of shares"
             )
+
+
+@given(step=steps, part_cost=st.sampled_from([1, 20, 400]))
+def test_where_splitting_has_a_price_no_worker_pays_it_twice_while_there_is_one_for_each_part(
+    step, part_cost
+):
+    work = planned({**step, "part_cost": part_cost}).decode
+    tiles = len(work.items) - work.num_partials + len(work.merges)
+    per_worker = np.diff(work.worker_indptr)
+    if tiles <= step["num_workers"]:
+        straddled = planned(step).decode
+        longest = max((work.column("kv_end") - work.column("kv_begin")).tolist(), default=0)
+        assert per_worker.max(initial=0) <= 1 or len(work.items) == len(straddled.items)
+        if per_worker.max(initial=0) <= 1 and work.num_partials:
+            most = straddled.kv_tokens_per_worker().max() + step["kv_tokens"]
+            assert longest <= most + 2 * part_cost + ITEM_OVERHEAD, "no slower than equal shares"
+
+
+def test_a_tile_is_split_only_where_that_is_done_sooner():
+    def longest_part(part_cost):
+        work = plan([1024] * 4, num_workers=16, part_cost=part_cost).decode
+        return int((work.column("kv_end") - work.column("kv_begin")).max()), work.num_partials
+
+    assert longest_part(part_cost=100) == (256, 16), "four equal parts, each with a worker of its own"
+    assert longest_part(part_cost=800) == (1024, 0), "the price is more than what the parts save"
+
+
+def test_whole_tiles_weigh_the_same_however_few_rows_they_hold():
+    work = plan([640, 640], [1, 8], decode_max_q_len=8, whole_tiles=True, num_workers=2).decode
+    assert work.kv_tokens_per_worker().tolist() == [640, 640]
 
 
 @given(step=steps)

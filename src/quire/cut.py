@@ -5,7 +5,8 @@ whole weight. A cut inside a tile splits its KV range between blocks; one that w
 blocks moves to the nearer end of the tile instead.
 
 With ``kv_split`` every tile comes as parts between multiples of it, the same whatever else is in the batch, and
-each cut moves to the nearer end of a part.
+each cut moves to the nearer end of a part. Where splitting has a price, ``own_parts`` finds the ``kv_split``
+with which every part has a worker of its own: then no worker pays the price twice.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ def part_end(begin: int, end: int, kv_split: int) -> int:
 
 @compiled
 def count_parts(
-    seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, kv_split: int, causal: bool,
-    window_left: int,
-) -> tuple[int, int, int]:  # fmt: skip
-    """Tiles of one KV head, their parts, and their weight."""
-    tiles = parts = weight = 0
+    seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, kv_split: int, whole_tiles: bool,
+    causal: bool, window_left: int,
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """Tiles of one KV head, their parts, their weight, and the keys of the longest."""
+    tiles = parts = weight = longest = 0
     for i in range(len(seq_lens)):
         q_len = starts[i + 1] - starts[i]
         if least_q <= q_len <= most_q:
@@ -55,21 +56,59 @@ def count_parts(
                 count = max(1, (end - 1) // kv_split - begin // kv_split + 1) if kv_split else 1
                 tiles += 1
                 parts += count
-                weight += rows * (end - begin + count * ITEM_OVERHEAD)
-    return tiles, parts, weight
+                weight += (q_tokens if whole_tiles else rows) * (end - begin + count * ITEM_OVERHEAD)
+                longest = max(longest, end - begin)
+    return tiles, parts, weight, longest
+
+
+@compiled
+def own_parts(
+    seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, kv_tokens: int, part_cost: int,
+    num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
+) -> int:  # fmt: skip
+    """The kv_split by which every part has a worker of its own, or 0 where straddling tiles are done sooner.
+
+    The slowest worker's time, in KV tokens: a straddled share has a tile's end and another's beginning, so it is
+    total / W + 2 · part_cost; a part of its own kv_split + part_cost; a whole tile its length.
+    """
+    tiles, _, weight, longest = count_parts(
+        seq_lens, starts, least_q, most_q, q_tokens, 0, True, causal, window_left
+    )
+    if tiles * num_kv_heads > num_workers:
+        return 0
+    fewest, most = 1, -(-max(longest, 1) // kv_tokens)  # blocks to a part
+    while fewest < most:
+        middle = (fewest + most) // 2
+        parts = count_parts(
+            seq_lens, starts, least_q, most_q, q_tokens, middle * kv_tokens, True, causal, window_left
+        )[1]
+        if parts * num_kv_heads > num_workers:
+            fewest = middle + 1
+        else:
+            most = middle
+    straddled = weight * num_kv_heads // (q_tokens * num_workers) + 2 * part_cost
+    own = fewest * kv_tokens + part_cost
+    if longest <= min(own, straddled):
+        return int(-(-max(longest, 1) // kv_tokens) * kv_tokens)
+    return int(fewest * kv_tokens) if own <= straddled else 0
 
 
 @compiled
 def share_work(
     seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, kv_tokens: int, kv_split: int,
-    num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
+    part_cost: int, whole_tiles: bool, num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
 ) -> tuple[Any, Any, Any, int]:  # fmt: skip
     """Items, worker_indptr, merges and the number of partials of ``work.WorkList``.
 
     Takes the sequences with least_q to most_q queries; ``starts`` is cu_seqlens_q.
     """
-    tiles, parts, weight = count_parts(
-        seq_lens, starts, least_q, most_q, q_tokens, kv_split, causal, window_left
+    if part_cost and not kv_split:
+        kv_split = own_parts(
+            seq_lens, starts, least_q, most_q, q_tokens, kv_tokens, part_cost, num_kv_heads, causal,
+            window_left, num_workers,
+        )  # fmt: skip
+    tiles, parts, weight, _ = count_parts(
+        seq_lens, starts, least_q, most_q, q_tokens, kv_split, whole_tiles, causal, window_left
     )
     total = weight * num_kv_heads
     items = np.empty((parts * num_kv_heads + num_workers, 8), np.int64)
@@ -85,19 +124,20 @@ def share_work(
                 rows = min(q_tokens, q_len - first)
                 position = seq_lens[i] - q_len + first
                 begin, end = visible_range(seq_lens[i], position, rows, causal, window_left)
+                lines = q_tokens if whole_tiles else rows  # what a KV token of this tile weighs
                 first_item, last = num_items, begin
                 while last < end or num_items == first_item:
                     last = part_end(begin, end, kv_split)
-                    line_end = line + rows * (last - begin + ITEM_OVERHEAD)
+                    line_end = line + lines * (last - begin + ITEM_OVERHEAD)
                     at_end = 0
                     while worker + 1 < num_workers and total * (worker + 1) // num_workers < line_end:
-                        ahead = (total * (worker + 1) // num_workers - line) // rows
+                        ahead = (total * (worker + 1) // num_workers - line) // lines
                         cut = max(begin, (begin + ahead) // kv_tokens * kv_tokens)
                         worker += 1
                         if not kv_split and min(cut - begin, last - cut) >= 2 * kv_tokens:
                             items[num_items] = (i, head, starts[i] + first, rows, position, begin, cut, -1)
                             num_items += 1
-                            line += rows * (cut - begin)
+                            line += lines * (cut - begin)
                             begin = cut
                             worker_indptr[worker] = num_items
                         elif cut - begin < last - cut:

@@ -46,7 +46,8 @@ def plan_step(
         return WorkList(
             *share_work(
                 seq_lens, cu_seqlens_q, least_q, most_q, tile.q_tokens, tile.kv_tokens, tiling.kv_split,
-                num_kv_heads, causal, window_left, tiling.num_workers,
+                tile.part_cost, tiling.whole_tiles, num_kv_heads, causal, window_left,
+                tile.num_workers or tiling.num_workers,
             )
         )  # fmt: skip
 

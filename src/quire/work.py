@@ -36,6 +36,8 @@ class TileShape:
 
     q_tokens: int
     kv_tokens: int
+    num_workers: int = 0  # 0: as many as the tiling says
+    part_cost: int = 0  # what splitting a tile costs, in KV tokens; 0: so little that equal shares are best
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Tiling:
     decode: TileShape
     prefill: TileShape
     decode_max_q_len: int = 1
+    whole_tiles: bool = False  # a tile costs the same however few of its rows are filled
     rows_stand_alone: bool = False  # prefill keeps to the rules of ``batch_invariant``
     kv_split: int = 0  # cut all tiles at multiples of so many keys, and nowhere else; 0: where shares end
 

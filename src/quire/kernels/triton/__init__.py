@@ -12,15 +12,14 @@ import torch
 
 from quire.kernels.triton import tune
 from quire.kernels.triton.attend import attend as attend_kernel
-from quire.kernels.triton.device_plan import ITEM_COLUMNS, DevicePlan, DeviceWork, move_to_device
-from quire.kernels.triton.launch import INTERPRETED, Options, launch
+from quire.kernels.triton.device_plan import ITEM_COLUMNS, DeviceWork, move_to_device
+from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Form, Options, addresses_of
 from quire.kernels.triton.store import write
 from quire.spec import QUANTIZED_DTYPES, AttentionSpec
 from quire.work import AttentionCall, StepPlan, TileShape, Tiling
 
 _FORMATS = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
 WORD = 4  # one-byte elements to an int32
-PER_STEP_NUMBERS = 6  # the kernel's numbers that it is not compiled for
 _FOLD_ELEMENTS = 4096  # of partial results that a worker folds at a time
 _STORE_ELEMENTS = 4096  # of one token that a program of write_kv holds at a time
 
@@ -48,9 +47,13 @@ def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
     decode, prefill = tune.decode_tile(spec, chip), tune.prefill_tile(spec, chip)
     return Tiling(
         num_workers=chip.multiprocessors * decode.workers_per_sm,
-        decode=TileShape(decode.rows // spec.group_size, decode.kv_tokens),
-        prefill=TileShape(prefill.rows // spec.group_size, prefill.kv_tokens),
+        decode=TileShape(decode.rows // spec.group_size, decode.kv_tokens, part_cost=tune.PART_COST),
+        prefill=TileShape(
+            prefill.rows // spec.group_size, prefill.kv_tokens, chip.multiprocessors * tune.PREFILL_WAVES
+        ),
         decode_max_q_len=decode.rows // spec.group_size,
+        whole_tiles=True,
+        rows_stand_alone=True,
     )
 
 
@@ -85,16 +88,22 @@ class _Launch:
     """One kernel's part of a plan, ready to be called for each layer."""
 
     work: DeviceWork
+    tensors: tuple[torch.Tensor, ...]  # of the plan, behind those of a call
+    addresses: tuple[int, ...]
     constants: Constants
     options: Options
+    forms: dict[Any, Form]  # by the form of a call's tensors
 
 
 @dataclass(frozen=True)
 class _Prepared:
     device: torch.device
-    plan: DevicePlan
+    table_row: int
     window_left: int
     launches: tuple[_Launch, ...]
+
+
+_forms: dict[Any, dict[Any, Form]] = {}  # by what a plan compiles for
 
 
 def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepared:
@@ -107,11 +116,17 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
         if len(work.items)
     ]
     plan = move_to_device(step, [(work, tile.rows, block_dim) for work, tile, _ in used], device)
-    launches = tuple(
-        _Launch(moved, constants(spec, step, tile, phases, chip), Options.of(tile))
-        for moved, (_, tile, phases) in zip(plan.work, used, strict=True)
-    )
-    return _Prepared(device, plan, step.window_left, launches)
+    launches = []
+    for work, (_, tile, phases) in zip(plan.work, used, strict=True):
+        tensors = (
+            work.items, work.worker_indptr, work.arrivals, plan.cu_seqlens_q, plan.page_table,
+            work.partial_out, work.partial_lse,
+        )  # fmt: skip
+        given, options = constants(spec, step, tile, phases, chip), Options.of(tile)
+        forms = _forms.setdefault((given, options, spec.dtype, device), {})
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        launches.append(_Launch(work, tensors, addresses, given, options, forms))
+    return _Prepared(device, plan.page_table.stride(0), step.window_left, tuple(launches))
 
 
 def constants(
@@ -148,51 +163,66 @@ def constants(
 
 def attend(prepared: _Prepared, call: AttentionCall) -> None:
     """Run a plan's launches on one layer's tensors."""
-    plan, mask, scale = prepared.plan, call.tree_mask, call.k_scale
+    mask, scale, factor, softcap = call.tree_mask, call.k_scale, call.scale, float(call.softcap)
+    tensors = (
+        call.q, call.k_pages, call.v_pages, call.out, call.lse, scale, call.v_scale,
+        call.alibi_slopes, call.sinks, mask,
+    )  # fmt: skip
+    addresses, aligned = addresses_of(tensors)
+    numbers = (
+        factor, softcap, prepared.table_row, prepared.window_left,
+        0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
+    )  # fmt: skip
+    form = (
+        call.q.stride(), call.k_pages.stride(), call.v_pages.stride(), call.out.stride(),
+        None if call.lse is None else call.lse.stride(0), None if scale is None else scale.stride(),
+        call.alibi_slopes is None, call.sinks is None, mask is None, softcap > 0, factor > 0,
+        aligned or tuple([address is None or address % ALIGNMENT for address in addresses]),
+    )  # fmt: skip
+    for part in prepared.launches:
+        ready = part.forms.get(form)
+        if ready is None:
+            ready = part.forms[form] = _compile(part, call, tensors, numbers)
+        ready.launch(
+            part.work.num_workers, prepared.device,
+            (*tensors, *part.tensors), (*addresses, *part.addresses), numbers,
+        )  # fmt: skip
+
+
+def _compile(
+    part: _Launch, call: AttentionCall, tensors: tuple[torch.Tensor | None, ...], numbers: tuple[float, ...]
+) -> Form:
+    """The kernel for tensors like these."""
+    scale = call.k_scale
     k_head, *k_strides, _ = call.k_pages.stride()
     v_head, *v_strides, _ = call.v_pages.stride()
-    packed = scale is not None and _holds_words(call, k_head, v_head, *k_strides, *v_strides)
+    packed = part.constants.packed and _holds_words(call, k_head, v_head, *k_strides, *v_strides)
     if packed:
         k_strides, v_strides = ([stride // WORD for stride in strides] for strides in (k_strides, v_strides))
-    softcap, factor = float(call.softcap), call.scale
-    given = {
-        "packed": packed,
-        "softcap": softcap > 0,
-        "plain": not softcap and call.alibi_slopes is None and factor > 0,
-        "same_strides": k_strides == v_strides,
-    }
-    numbers = (
-        factor, softcap, plan.page_table.stride(0), prepared.window_left,
-        0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
+    strides = (
         *call.q.stride()[:2], *call.out.stride()[:2], 0 if call.lse is None else call.lse.stride(0),
         k_head, *k_strides, v_head, *v_strides, *((0, 0, 0) if scale is None else scale.stride()),
     )  # fmt: skip
-    for part in prepared.launches:
-        work = part.work
-        tensors = (
-            call.q, call.k_pages, call.v_pages, call.out, call.lse, scale, call.v_scale,
-            call.alibi_slopes, call.sinks, mask, work.items, work.worker_indptr, work.arrivals,
-            plan.cu_seqlens_q, plan.page_table, work.partial_out, work.partial_lse,
-        )  # fmt: skip
-        constants = part.constants._replace(**given)
-        launch(
-            attend_kernel,
-            work.num_workers,
-            prepared.device,
-            tensors,
-            numbers,
-            PER_STEP_NUMBERS,
-            constants,
-            part.options,
-        )
+    constants = part.constants._replace(
+        packed=packed,
+        softcap=call.softcap > 0,
+        plain=not call.softcap and call.alibi_slopes is None and call.scale > 0,
+        same_strides=k_strides == v_strides,
+    )
+    return Form.compile(
+        attend_kernel, (*tensors, *part.tensors), numbers, (*strides, *constants), part.options
+    )
 
 
 def _holds_words(call: AttentionCall, *strides: int) -> bool:
-    """Whether rows of one-byte elements can be read four at a time, into a 16-bit type."""
-    whole = call.k_pages.data_ptr() | call.v_pages.data_ptr() | call.q.shape[-1]
+    """Whether rows of one-byte elements can be read four at a time."""
+    whole = call.k_pages.data_ptr() | call.v_pages.data_ptr()
     for stride in strides:
         whole |= stride
-    return whole % WORD == 0 and call.q.element_size() == 2
+    return whole % WORD == 0
+
+
+_writers: dict[Any, Form] = {}
 
 
 def write_kv(
@@ -208,12 +238,21 @@ def write_kv(
     tokens, heads, head_dim = k.shape
     if not tokens:
         return
-    block_d = tune.block_dim(head_dim)
-    block_h = min(tune.power_of_two(heads), max(1, _STORE_ELEMENTS // block_d))
-    numbers: tuple[Any, ...] = (
-        *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
-        *((0, 0, 0) if k_scale is None else k_scale.stride()), slot_mapping.stride(0),
-    )  # fmt: skip
-    constants = (heads, head_dim, k_pages.shape[2], block_h, block_d, _FORMATS.get(k_pages.dtype, "same"))
     tensors = (k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping)
-    launch(write, tokens, k.device, tensors, numbers, 0, constants, Options(num_warps=4, num_stages=1))
+    addresses, aligned = addresses_of(tensors)
+    key = (
+        k.dtype, k_pages.dtype, k_pages.shape[2], heads, head_dim, k.device, slot_mapping.stride(0),
+        k.stride(), v.stride(), k_pages.stride(), v_pages.stride(), None if k_scale is None else k_scale.stride(),
+        aligned or tuple([address is None or address % ALIGNMENT for address in addresses]),
+    )  # fmt: skip
+    form = _writers.get(key)
+    if form is None:
+        block_d = tune.block_dim(head_dim)
+        block_h = min(tune.power_of_two(heads), max(1, _STORE_ELEMENTS // block_d))
+        tail = (
+            *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            *((0, 0, 0) if k_scale is None else k_scale.stride()), slot_mapping.stride(0),
+            heads, head_dim, k_pages.shape[2], block_h, block_d, _FORMATS.get(k_pages.dtype, "same"),
+        )  # fmt: skip
+        form = _writers[key] = Form.compile(write, tensors, (), tail, Options(num_warps=4, num_stages=1))
+    form.launch(tokens, k.device, tensors, addresses, ())

@@ -48,7 +48,7 @@ def move_to_device(
 
     Cost: one host-to-device copy, which the host does not wait for.
     """
-    arrays = [step.page_table, step.cu_seqlens_q]
+    arrays: list[NDArray[np.integer]] = [step.page_table, step.cu_seqlens_q]
     for shares, _, _ in lists:
         arrays += [device_items(shares), shares.worker_indptr, np.zeros(shares.num_partials, np.int32)]
     views = iter(_copy_packed(arrays, device))

@@ -1,12 +1,13 @@
 """Launching a compiled kernel with little work on the host.
 
-``kernel[grid](...)`` looks at every argument of every call, 20 µs for forty of them. What a signature depends on is
-known here: dtypes and strides of the tensors, whether they are there and aligned. So a compiled kernel is kept by
-that key and handed raw addresses: 3 to 4 µs.
+``kernel[grid](...)`` looks at every argument of every call, 20 µs for forty of them. What compiled code depends on is
+known here: dtypes and strides of the tensors, which of them are there, and whether they are aligned. A caller keeps
+a ``Form`` by those and hands raw addresses to it: about 4 µs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,8 @@ import triton
 
 from quire.kernels.triton.tune import Tile
 
-ALIGNMENT = 16  # bytes: what the compiler must know of an address to load 128 bits at once
-
 INTERPRETED = triton.knobs.runtime.interpret
+ALIGNMENT = 16  # bytes: what the compiler must know of an address to load 128 bits at once
 
 
 class Options(NamedTuple):
@@ -31,48 +31,62 @@ class Options(NamedTuple):
         return cls(tile.num_warps, tile.num_stages, tile.max_registers)
 
 
-_compiled: dict[Any, Any] = {}
+class Form(NamedTuple):
+    """A kernel compiled for tensors of one form: their dtypes, strides and alignment."""
 
+    kernel: Any
+    compiled: Any  # None in the interpreter
+    tail: tuple[Any, ...]  # arguments after the tensors and the numbers of a step: strides, then constants
 
-def launch(
-    kernel: Any,
-    grid: int,
-    device: torch.device,
-    tensors: tuple[torch.Tensor | None, ...],
-    numbers: tuple[float, ...],
-    per_step: int,
-    constants: tuple[Any, ...],
-    options: Options,
-) -> None:
-    """Run ``kernel(*tensors, *numbers, *constants)`` on ``grid`` programs.
-
-    The first ``per_step`` numbers are those the kernel does not specialise on.
-    """
-    if INTERPRETED:
-        kernel[(grid,)](*map(as_bytes, tensors), *numbers, *constants)
-        return
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    alignment, dtypes = 0, []
-    for tensor, address in zip(tensors, addresses, strict=True):
-        alignment |= address or 0
-        dtypes.append(None if tensor is None else tensor.dtype)
-    key = (kernel, device, constants, options, numbers[per_step:], alignment % ALIGNMENT, *dtypes)
-    compiled = _compiled.get(key)
-    here = torch.cuda.current_device()
-    index = here if device.index is None else device.index
-    if index != here:
-        with torch.cuda.device(index):
-            return launch(kernel, grid, device, tensors, numbers, per_step, constants, options)
-    if compiled is None:
-        compiled = kernel.warmup(
-            *map(as_bytes, tensors), *numbers, *constants, grid=(grid,), **options._asdict()
-        )
+    @classmethod
+    def compile(
+        cls,
+        kernel: Any,
+        tensors: Sequence[torch.Tensor | None],
+        numbers: Sequence[float],
+        tail: tuple[Any, ...],
+        options: Options,
+    ) -> Form:
+        """Compile ``kernel(*tensors, *numbers, *tail)``: seconds the first time, then from disk."""
+        if INTERPRETED:
+            return cls(kernel, None, tail)
+        arguments = (*map(as_bytes, tensors), *numbers, *tail)
+        compiled = kernel.warmup(*arguments, grid=(1,), **options._asdict())
         compiled._init_handles()
-        _compiled[key] = compiled
-    compiled.run(
-        grid, 1, 1, torch._C._cuda_getCurrentRawStream(index), compiled.function, compiled.packed_metadata,
-        None, None, None, *addresses, *numbers, *constants,
-    )  # fmt: skip
+        return cls(kernel, compiled, tail)
+
+    def launch(
+        self,
+        grid: int,
+        device: torch.device,
+        tensors: Sequence[torch.Tensor | None],
+        addresses: Sequence[int | None],
+        numbers: Sequence[float],
+    ) -> None:
+        """Run ``grid`` programs on the device's current stream; ``addresses`` are those of ``tensors``."""
+        if self.compiled is None:
+            self.kernel[(grid,)](*map(as_bytes, tensors), *numbers, *self.tail)
+            return
+        index = torch.cuda.current_device()
+        if device.index is not None and device.index != index:
+            with torch.cuda.device(device):
+                self.launch(grid, device, tensors, addresses, numbers)
+            return
+        compiled = self.compiled
+        compiled.run(
+            grid, 1, 1, torch._C._cuda_getCurrentRawStream(index), compiled.function, compiled.packed_metadata,
+            None, None, None, *addresses, *numbers, *self.tail,
+        )  # fmt: skip
+
+
+def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[int | None], bool]:
+    """Where tensors lie, and whether all of them are aligned."""
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    ends = 0
+    for address in addresses:
+        if address is not None:
+            ends |= address
+    return addresses, ends % ALIGNMENT == 0
 
 
 def as_bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:

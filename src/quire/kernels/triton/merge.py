@@ -43,9 +43,12 @@ def write_rows(
     out_token, out_head, lse_token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The finished rows, each to its token and head."""
-    if sinks is not None:
-        m, l, acc = add_sink(m, l, acc, tl.load(sinks + head, mask=valid, other=0.0))
     result, base_2 = normalise(m, l, acc)
+    if sinks is not None:
+        # A row's bits must not tell whether it came in parts: the sink meets what parts would leave.
+        one = tl.where(base_2 == NO_SCORE, 0.0, 1.0)
+        m, l, acc = add_sink(base_2, one, result, tl.load(sinks + head, mask=valid, other=0.0))
+        result, base_2 = normalise(m, l, acc)
     dim = tl.arange(0, BLOCK_D)
     at = out + (token.to(tl.int64) * out_token + head * out_head)[:, None] + dim[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=valid[:, None] & (dim < HEAD_DIM)[None, :])

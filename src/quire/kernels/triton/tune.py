@@ -17,6 +17,10 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 MIN_ROWS = 16  # the matrix units' smallest tile
 KIB = 1024
+PREFILL_WAVES = (
+    4  # shares per multiprocessor: tiles take unequal times, and whoever is free takes the next share
+)
+PART_COST = 384  # KV tokens that a worker reads while a split tile's parts meet, about 5 µs
 
 
 class Tile(NamedTuple):
