@@ -46,16 +46,17 @@ def widen(stored, FORMAT: tl.constexpr, dtype: tl.constexpr):
     """Elements of a page as ``dtype``, still to be multiplied with 2^unit_exponent (and the scales)."""
     if FORMAT == "same":
         return stored
-    if FORMAT == "int8":
+    elif FORMAT == "int8":
         return stored.to(dtype)
-    shift: tl.constexpr = mantissa_bits("same", dtype) - mantissa_bits(FORMAT, dtype)
-    if dtype == tl.float32:
-        bits = stored.to(tl.uint32)
-        wide = ((bits & 0x80) << 24) | ((bits & 0x7F) << shift)
     else:
-        bits = stored.to(tl.uint16)
-        wide = ((bits & 0x80) << 8) | ((bits & 0x7F) << shift)
-    return wide.to(dtype, bitcast=True)
+        shift: tl.constexpr = mantissa_bits("same", dtype) - mantissa_bits(FORMAT, dtype)
+        if dtype == tl.float32:
+            bits = stored.to(tl.uint32)
+            wide = ((bits & 0x80) << 24) | ((bits & 0x7F) << shift)
+        else:
+            bits = stored.to(tl.uint16)
+            wide = ((bits & 0x80) << 8) | ((bits & 0x7F) << shift)
+        return wide.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -86,8 +87,9 @@ def widen_pair(pair, FORMAT: tl.constexpr, dtype: tl.constexpr):
         # int8 is its low 7 bits less 128.
         power: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
         return subtract_pair((pair & 0x007F007F) | power, (pair & 0x00800080) | power, dtype)
-    shift: tl.constexpr = mantissa_bits("same", dtype) - mantissa_bits(FORMAT, dtype)
-    return ((pair & 0x00800080) << 8) | ((pair & 0x007F007F) << shift)
+    else:
+        shift: tl.constexpr = mantissa_bits("same", dtype) - mantissa_bits(FORMAT, dtype)
+        return ((pair & 0x00800080) << 8) | ((pair & 0x007F007F) << shift)
 
 
 @triton.jit

@@ -28,7 +28,8 @@ def quantise(x, FORMAT: tl.constexpr):
     scaled = tl.where(has_nan[:, None], 0.0, scaled)
     if FORMAT == "int8":
         return round_to_int8(scaled), scale
-    return round_to_fp8(scaled, FORMAT), scale
+    else:
+        return round_to_fp8(scaled, FORMAT), scale
 
 
 @triton.jit

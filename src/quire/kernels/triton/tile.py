@@ -71,8 +71,9 @@ def load_rows(
             pages.to(tl.pointer_type(tl.int32)), row, word, HEAD_DIM // 4, BLOCK_D // 4, inside
         )
         return widen_words(stored, FORMAT, dtype, NVIDIA)
-    dim = tl.arange(0, BLOCK_D)
-    return widen(load_tile(pages, row, dim, HEAD_DIM, BLOCK_D, inside), FORMAT, dtype)
+    else:
+        dim = tl.arange(0, BLOCK_D)
+        return widen(load_tile(pages, row, dim, HEAD_DIM, BLOCK_D, inside), FORMAT, dtype)
 
 
 @triton.jit
@@ -82,8 +83,10 @@ def load_tile(base, row, column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ins
     if inside is None:
         if COLUMNS == BLOCK:
             return tl.load(at)
-        return tl.load(at, mask=(column < COLUMNS)[None, :], other=0)
-    return tl.load(at, mask=inside[:, None] & (column < COLUMNS)[None, :], other=0)
+        else:
+            return tl.load(at, mask=(column < COLUMNS)[None, :], other=0)
+    else:
+        return tl.load(at, mask=inside[:, None] & (column < COLUMNS)[None, :], other=0)
 
 
 @triton.jit
@@ -110,9 +113,10 @@ def slots_in_page(first, begin, last, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.const
     slot = tl.arange(0, BLOCK_N)
     if ALIGNED and PAGE_SIZE >= BLOCK_N:
         return first % PAGE_SIZE + slot
-    if ALIGNED:
+    elif ALIGNED:
         return slot % PAGE_SIZE
-    return tl.maximum(tl.minimum(first + slot, last), begin) % PAGE_SIZE
+    else:
+        return tl.maximum(tl.minimum(first + slot, last), begin) % PAGE_SIZE
 
 
 @triton.jit
@@ -211,7 +215,8 @@ def scores_in_base_2(m, softmax_scale, dtype: tl.constexpr, PLAIN: tl.constexpr,
         if FORMAT != "same":
             scale = softmax_scale * 2.0 ** (UNIT - UNIT // 2)
         return m * (scale * LOG2_E)
-    return m
+    else:
+        return m
 
 
 @triton.constexpr_function
