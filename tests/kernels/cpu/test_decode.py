@@ -27,7 +27,7 @@ SHAPES = [
     Shape(F16, 64, group=8),
     Shape(F16, 80, group=1, num_kv_heads=1),
     Shape(BF16, 128, group=4),
-    Shape(BF16, 72, group=7),
+    Shape(BF16, 88, group=7),  # five vectors, of which the first four are taken apart in pairs, and a tail
     Shape(BF16, 64, group=71, num_kv_heads=1),  # five tiles of 15, the last one short
     Shape(BF16, 64, group=4, kv_dtype="int8"),
     Shape(F32, 40, group=3, kv_dtype="fp8_e5m2"),

@@ -59,6 +59,22 @@ def test_every_half_precision_number_is_read_as_pytorch_reads_it_and_written_bac
     assert bits_equal(converted(every, dtype), every)
 
 
+def test_bfloat16_is_taken_apart_into_even_and_odd_elements_bit_for_bit():
+    load_even, load_odd, store = memory.load_even, memory.load_odd, memory.store
+    every = guarded_copy(torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16))
+    even, odd = torch.zeros(2**15), torch.zeros(2**15)
+
+    @numba.njit
+    def apart(source, even, odd, n):
+        for i in range(0, n, LANES):
+            store(F32, even + i * 4, load_even(source + i * 4))
+            store(F32, odd + i * 4, load_odd(source + i * 4))
+
+    apart(every.data_ptr(), even.data_ptr(), odd.data_ptr(), 2**15)
+    assert torch.equal(even.view(torch.int32), every[::2].float().view(torch.int32))
+    assert torch.equal(odd.view(torch.int32), every[1::2].float().view(torch.int32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_every_fp8_number_is_read_as_pytorch_reads_it(dtype):
     every = torch.arange(256).to(torch.uint8).view(dtype)

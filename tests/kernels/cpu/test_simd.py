@@ -91,20 +91,32 @@ def test_masks_choose_lane_by_lane():
     assert applied(inside, x, low, high).tolist() == [4.0] * 5 + [5.0, 6.0, 7.0, 8.0] + [4.0] * 7
 
 
-def test_splat_and_lanes_and_first_lane():
-    splat, lanes, first_lane = simd.splat, simd.lanes, simd.first_lane
+def test_splat_fills_all_lanes_with_the_first():
+    splat, first_lane = simd.splat, simd.first_lane
 
     @numba.njit
     def fill(x):
         return splat(first_lane(x))
 
-    @numba.njit
-    def number(x):
-        return lanes()
+    assert applied(fill, torch.arange(5.0, 21.0)).tolist() == [5.0] * 16
 
-    x = torch.arange(5.0, 21.0)
-    assert applied(fill, x).tolist() == [5.0] * 16
-    assert applied(number, x).tolist() == list(range(16))
+
+@pytest.mark.parametrize("times", [1, 2, 4, 8, 16])
+def test_repeat_stretches_the_first_lanes(times):
+    repeat = simd.repeat
+
+    @numba.njit
+    def stretch(x):
+        return repeat(x, times)
+
+    x = torch.randperm(16).float()
+    assert torch.equal(applied(stretch, x), x[: 16 // times].repeat_interleave(times))
+
+
+def test_zips_alternate_the_lanes_of_two_vectors():
+    a, b = torch.arange(16.0), torch.arange(16.0) + 100
+    zipped = torch.cat([applied(simd.zip_low, a, b), applied(simd.zip_high, a, b)])
+    assert torch.equal(zipped, torch.stack([a, b], -1).flatten())
 
 
 @pytest.mark.parametrize("period", [1, 2, 4, 8, 16])

@@ -12,6 +12,7 @@ from quire.kernels.cpu import decode as decoding
 from quire.kernels.cpu import prefill as prefilling
 from quire.kernels.cpu.launch import DTYPE_CODES, Config, num_threads, run
 from quire.kernels.cpu.merge import merge
+from quire.kernels.cpu.products import BLOCK, MAX_HEADS
 from quire.kernels.cpu.rows import Call, Step
 from quire.kernels.cpu.scores import ROWS
 from quire.kernels.cpu.store import Write, write
@@ -30,7 +31,7 @@ def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
     """One share per thread; a prefill tile holds as many tokens as fit its rows with their whole group."""
     return Tiling(
         num_workers=num_threads(),
-        decode=TileShape(q_tokens=1, kv_tokens=decoding.BLOCK),
+        decode=TileShape(q_tokens=1, kv_tokens=BLOCK),
         prefill=TileShape(q_tokens=max(1, ROWS // spec.group_size), kv_tokens=prefilling.BLOCK),
         rows_stand_alone=True,
     )
@@ -62,7 +63,7 @@ class _Launch:
 def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> list[_Launch]:
     """The launches of a plan: decode, prefill or both."""
     q_dtype, kv_dtype = DTYPE_CODES[spec.dtype], DTYPE_CODES[spec.storage_dtype]
-    tiles = -(-spec.group_size // decoding.MAX_HEADS)
+    tiles = -(-spec.group_size // MAX_HEADS)
     decode_config = Config(q_dtype, kv_dtype, spec.head_dim, heads=-(-spec.group_size // tiles))
     prefill_config = Config(q_dtype, kv_dtype, spec.head_dim)
     prefill_rows = tiling(spec, device).prefill.q_tokens * spec.group_size

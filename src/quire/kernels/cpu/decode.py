@@ -28,12 +28,33 @@ from quire.kernels.cpu.memory import (
     load,
     load_f32,
     load_head,
+    load_i32,
     load_i64,
     load_u8,
     prefetch,
     store,
     store_f32,
     store_i64,
+)
+from quire.kernels.cpu.products import (
+    BLOCK,
+    BLOCK_SCRATCH,
+    CACHE_LINE,
+    CORRECTION,
+    K_ROWS,
+    K_SCALES,
+    MAX_HEADS,
+    Q_ROWS,
+    SLOPE,
+    TOKEN,
+    V_ROWS,
+    V_SCALES,
+    L,
+    M,
+    accumulate_values,
+    load_part,
+    put_in_order,
+    score_block,
 )
 from quire.kernels.cpu.rows import (
     ITEM_BYTES,
@@ -45,7 +66,6 @@ from quire.kernels.cpu.rows import (
     Step,
     finish_partial,
     finish_row,
-    load_row,
     load_scales,
     locate_tokens,
     share_of,
@@ -59,26 +79,11 @@ from quire.kernels.cpu.simd import (
     fold_sum,
     maximum,
     mul,
+    repeat,
     splat,
     sub,
-    sum_rows,
     tanh,
-    tile,
 )
-
-BLOCK = 64  # tokens per block: 32 KiB of bf16 K and V at head_dim 128
-MAX_HEADS = 16  # query heads per tile: as many as one vector has lanes
-CACHE_LINE = 64
-STREAMS = 4  # places of a block to prefetch from in turn: hardware prefetching runs ahead in each
-
-# Scratch of one block: byte addresses of its K and V rows, and their scales where pages are quantised.
-K_ROWS, V_ROWS, K_SCALES, V_SCALES = 0, BLOCK * 8, BLOCK * 16, BLOCK * 20
-BLOCK_SCRATCH = BLOCK * 24
-
-# Scratch of one tile: float32 vectors by lane (m, l, the last correction, ALiBi slope, token), then q and acc
-# rows of up to 16 heads. Lane j belongs to head j % padded_heads, so that it can meet a vector of scores.
-M, L, CORRECTION, SLOPE, TOKEN = 0, 64, 128, 192, 256
-Q_ROWS = 320
 
 
 def scratch_bytes(head_dim: int, group: int) -> int:
@@ -131,12 +136,16 @@ def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> No
     while begin < end:
         next_end = min(block_end + BLOCK, end)
         locate_block(cfg, step, call, sequence, kv_head, block_end, next_end, upcoming)
+        if call.k_scale:
+            scales = kv_head * call.scale_head
+            load_scales(step, call, sequence, begin, block_end, call.k_scale + scales, here + K_SCALES)
+            load_scales(step, call, sequence, begin, block_end, call.v_scale + scales, here + V_SCALES)
         for i in range(tiles):
             state = states + i * tile_bytes(cfg.row_bytes)
-            score_block(cfg, block_end - begin, next_end - block_end, here, upcoming, state, scores)
+            score_block(cfg, block_end - begin, here, upcoming, state, scores)
             adjust_scores(cfg, call, position - begin, block_end - begin, here, state, scores)
             update_softmax(cfg, call, block_end - begin, here, state, scores)
-            accumulate_values(cfg, block_end - begin, next_end - block_end, here, upcoming, state, scores)
+            accumulate_values(cfg, block_end - begin, here, upcoming, state, scores)
         here, upcoming = upcoming, here
         begin, block_end = block_end, next_end
     for i in range(tiles):
@@ -164,7 +173,7 @@ def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, numbe
         q_row = state + Q_ROWS + g * cfg.row_bytes
         in_group = min(number * cfg.heads + g, step.group - 1)  # a last tile repeats its last head, unread
         head = kv_head * step.group + in_group
-        load_row(cfg, cfg.q_dtype, call.q + token * call.q_token + head * call.q_head, scale, q_row)
+        load_query(cfg, call.q + token * call.q_token + head * call.q_head, scale, q_row)
         for i in range(0, cfg.row_bytes, LANES * 4):
             store(F32, q_row + MAX_HEADS * cfg.row_bytes + i, splat(ZERO))
         if call.alibi_slopes:
@@ -174,63 +183,42 @@ def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, numbe
 
 
 @part
+def load_query(cfg: Any, source: int, factor: float, target: int) -> None:
+    """One row of q times a factor, as float32, in the order that keys are loaded in."""
+    for i in range(cfg.vectors):
+        store(F32, target + i * LANES * 4, mul(load_part(cfg, cfg.q_dtype, source, i), splat(factor)))
+    if cfg.tail:
+        i = cfg.vectors
+        values = load_head(cfg.q_dtype, source + i * LANES * BYTES[cfg.q_dtype], cfg.tail)
+        store(F32, target + i * LANES * 4, mul(values, splat(factor)))
+
+
+@part
 def locate_block(
     cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, end: int, block: int
 ) -> None:
-    """Addresses of a block's K and V rows; K's are padded with the last one to whole vectors of scores."""
+    """Addresses of a block's K and V rows, padded with the last one to a whole block."""
     k, v = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head
     locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, block + K_ROWS)
     locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, block + V_ROWS)
-    count = end - begin
-    while count % cfg.tokens:
-        store_i64(block + K_ROWS + count * 8, load_i64(block + K_ROWS + count * 8 - 8))
-        count += 1
+    if begin < end:
+        last = (end - begin - 1) * 8
+        for at in range(last + 8, BLOCK * 8, 8):
+            store_i64(block + K_ROWS + at, load_i64(block + K_ROWS + last))
+            store_i64(block + V_ROWS + at, load_i64(block + V_ROWS + last))
     if call.k_scale:
-        load_scales(
-            step, call, sequence, begin, end, call.k_scale + kv_head * call.scale_head, block + K_SCALES
-        )
-        load_scales(
-            step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, block + V_SCALES
-        )
+        prefetch_scales(step, sequence, begin, end, call.k_scale + kv_head * call.scale_head, call)
+        prefetch_scales(step, sequence, begin, end, call.v_scale + kv_head * call.scale_head, call)
 
 
 @part
-def prefetch_row(cfg: Any, rows: int, turn: int, count: int) -> None:
-    """Ask for the row whose turn it is, of the ``count`` at ``rows``; turns go around STREAMS places."""
-    t = turn % STREAMS * (BLOCK // STREAMS) + turn // STREAMS
-    if t < count:
-        row = load_i64(rows + t * 8)
-        for line in range(0, cfg.head_dim * BYTES[cfg.kv_dtype], CACHE_LINE):
-            prefetch(row + line)
-
-
-@part
-def score_block(
-    cfg: Any, count: int, upcoming_count: int, here: int, upcoming: int, state: int, scores: int
-) -> None:
-    """scores[t, g] = q_g · k_t, 16 at a time, asking for the next block's keys on the way."""
-    k_rows, q_rows, step_bytes = here + K_ROWS, state + Q_ROWS, LANES * BYTES[cfg.kv_dtype]
-    for first in range(0, count, cfg.tokens):
-        for i in range(first, first + cfg.tokens):
-            prefetch_row(cfg, upcoming + K_ROWS, i, upcoming_count)
-        products = tile(LANES)
-        for j in range(LANES):
-            products[j] = splat(ZERO)
-        for i in range(cfg.vectors):
-            for t in range(cfg.tokens):
-                k = load(cfg.kv_dtype, load_i64(k_rows + (first + t) * 8) + i * step_bytes)
-                for g in range(cfg.heads):
-                    q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
-                    products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
-        if cfg.tail:
-            for t in range(cfg.tokens):
-                k = load_head(
-                    cfg.kv_dtype, load_i64(k_rows + (first + t) * 8) + cfg.vectors * step_bytes, cfg.tail
-                )
-                for g in range(cfg.heads):
-                    q = load(F32, q_rows + g * cfg.row_bytes + cfg.vectors * LANES * 4)
-                    products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
-        store(F32, scores + first * cfg.padded_heads * 4, sum_rows(products))
+def prefetch_scales(step: Step, sequence: int, begin: int, end: int, base: int, call: Call) -> None:
+    """Ask for the scales of every page that tokens begin … end − 1 lie on."""
+    table, floats = step.page_table + sequence * step.page_table_row, CACHE_LINE // 4
+    for page in range(begin // step.page_size, (end + step.page_size - 1) // step.page_size):
+        scales = base + load_i32(table + page * 4) * call.scale_page
+        for slot in range(0, min(step.page_size, BLOCK), floats):
+            prefetch(scales + slot * call.scale_slot)
 
 
 @part
@@ -244,11 +232,9 @@ def adjust_scores(
     used = count * cfg.padded_heads
     vectors = (used + LANES - 1) // LANES
     if call.k_scale:
-        for t in range(count):
-            scale = load_f32(here + K_SCALES + t * 4)
-            for g in range(cfg.padded_heads):
-                at = scores + (t * cfg.padded_heads + g) * 4
-                store_f32(at, load_f32(at) * scale)
+        for j in range(vectors):
+            at, scale = scores + j * LANES * 4, load(F32, here + K_SCALES + j * cfg.tokens * 4)
+            store(F32, at, mul(load(F32, at), repeat(scale, cfg.padded_heads)))
     if call.softcap > 0.0:
         cap = splat(np.float32(call.softcap) * LOG2_E)
         for j in range(vectors):
@@ -266,7 +252,10 @@ def adjust_scores(
 
 @part
 def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scores: int) -> None:
-    """Scores become weights p = 2^(s − m'); m, l and the correction 2^(m − m') move on (online softmax)."""
+    """Scores become weights p = 2^(s − m'); m, l and the correction 2^(m − m') move on (online softmax).
+
+    Weights of quantised values come out times their scales, which l leaves out.
+    """
     vectors = (count * cfg.padded_heads + LANES - 1) // LANES
     before = load(F32, state + M)
     highest = before
@@ -278,58 +267,13 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
     for j in range(vectors):
         p = exp2(sub(load(F32, scores + j * LANES * 4), highest))
         total = add(total, p)
+        if call.v_scale:
+            scale = load(F32, here + V_SCALES + j * cfg.tokens * 4)
+            p = mul(p, repeat(scale, cfg.padded_heads))
         store(F32, scores + j * LANES * 4, p)
     store(F32, state + M, highest)
     store(F32, state + L, total)
     store(F32, state + CORRECTION, correction)
-    if call.v_scale:
-        for t in range(count):
-            scale = load_f32(here + V_SCALES + t * 4)
-            for g in range(cfg.padded_heads):
-                at = scores + (t * cfg.padded_heads + g) * 4
-                store_f32(at, load_f32(at) * scale)
-
-
-@part
-def accumulate_values(
-    cfg: Any, count: int, upcoming_count: int, here: int, upcoming: int, state: int, scores: int
-) -> None:
-    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers.
-
-    Asks for the next block's values on the way.
-    """
-    v_rows, step_bytes = here + V_ROWS, LANES * BYTES[cfg.kv_dtype]
-    accs = state + Q_ROWS + MAX_HEADS * cfg.row_bytes
-    for first in range(0, cfg.vectors, cfg.strip):
-        sums = tile(cfg.strip_tile)
-        values = tile(cfg.strip)
-        for g in range(cfg.heads):
-            correction = splat(load_f32(state + CORRECTION + g * 4))
-            for i in range(cfg.strip):
-                at = accs + g * cfg.row_bytes + (first + i) * LANES * 4
-                sums[g * cfg.strip + i] = mul(correction, load(F32, at))
-        for t in range(count):
-            if first == 0:
-                prefetch_row(cfg, upcoming + V_ROWS, t, upcoming_count)
-            row = load_i64(v_rows + t * 8) + first * step_bytes
-            for i in range(cfg.strip):
-                values[i] = load(cfg.kv_dtype, row + i * step_bytes)
-            for g in range(cfg.heads):
-                p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
-                for i in range(cfg.strip):
-                    sums[g * cfg.strip + i] = fma(p, values[i], sums[g * cfg.strip + i])
-        for g in range(cfg.heads):
-            for i in range(cfg.strip):
-                store(F32, accs + g * cfg.row_bytes + (first + i) * LANES * 4, sums[g * cfg.strip + i])
-    if cfg.tail:
-        for g in range(cfg.heads):
-            at = accs + g * cfg.row_bytes + cfg.vectors * LANES * 4
-            total = mul(splat(load_f32(state + CORRECTION + g * 4)), load(F32, at))
-            for t in range(count):
-                p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
-                v = load_head(cfg.kv_dtype, load_i64(v_rows + t * 8) + cfg.vectors * step_bytes, cfg.tail)
-                total = fma(p, v, total)
-            store(F32, at, total)
 
 
 @part
@@ -341,6 +285,7 @@ def finish_tile(
     for g in range(min(cfg.heads, step.group - number * cfg.heads)):
         in_group = number * cfg.heads + g
         acc = state + Q_ROWS + (MAX_HEADS + g) * cfg.row_bytes
+        put_in_order(cfg, acc)
         m, l = load_f32(state + M + g * 4), load_f32(state + L + g * 4)
         if partial < 0:
             finish_row(cfg, call, token, kv_head * step.group + in_group, acc, m, l)

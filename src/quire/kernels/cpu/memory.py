@@ -4,6 +4,7 @@ Memory is addressed by plain byte addresses (``tensor.data_ptr()`` plus offsets)
 anywhere; callers guarantee that they are valid. ``dtype`` is one of the codes below, known at compile time.
 
     load(dtype, address)  load_head(dtype, address, n)          16 elements, or the first n and zeros
+    load_even(address)  load_odd(address)                       of 32 bfloat16 elements
     store(dtype, address, v)  store_head(dtype, address, v, n)  rounded to nearest even
     load_f32  load_i32  load_i64  load_u8  store_f32  store_i64  one element
     prefetch(address)                                           ask for the cache line
@@ -140,6 +141,23 @@ def load(typingctx: Any, dtype: Any, address: Any) -> Any:
         return _widen(builder, code, raw)
 
     return vector(dtype, types.int64), codegen
+
+
+def _half_of_pairs(emit: Callable[[Any, Any], Any]) -> Any:
+    @intrinsic
+    def load_half(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pairs = builder.load(_pointer(builder, args[0], _vector(_i32)), align=BYTES[BF16])
+            return builder.bitcast(emit(builder, pairs), _vector(_f32))
+
+        return vector(types.int64), codegen
+
+    return load_half
+
+
+# The even and the odd ones of 32 neighbouring bfloat16 numbers; a float32 begins with the bits of a bfloat16.
+load_even = _half_of_pairs(lambda builder, pairs: builder.shl(pairs, _all(_i32, 16)))
+load_odd = _half_of_pairs(lambda builder, pairs: builder.and_(pairs, _all(_i32, 0xFFFF0000)))
 
 
 @intrinsic(prefer_literal=True)

@@ -182,9 +182,15 @@ def locate_tokens(
 
 @part
 def load_scales(step: Step, call: Call, sequence: int, begin: int, end: int, base: int, target: int) -> None:
-    """Copy the fp32 scales of a sequence's tokens begin … end − 1 to ``target``."""
+    """Copy the fp32 scales of a sequence's tokens begin … end − 1 to ``target``, page by page."""
     table = step.page_table + sequence * step.page_table_row
-    for token in range(begin, end):
-        page = load_i32(table + token // step.page_size * 4)
-        scale = load_f32(base + page * call.scale_page + token % step.page_size * call.scale_slot)
-        store_f32(target + (token - begin) * 4, scale)
+    token = begin
+    while token < end:
+        page = token // step.page_size
+        first = page * step.page_size
+        last = min(first + step.page_size, end)
+        address = base + load_i32(table + page * 4) * call.scale_page + (token - first) * call.scale_slot
+        while token < last:
+            store_f32(target + (token - begin) * 4, load_f32(address))
+            address += call.scale_slot
+            token += 1

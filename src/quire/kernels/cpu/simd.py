@@ -4,10 +4,11 @@ Every word is a Numba intrinsic over LLVM vectors of 16 float32 lanes. LLVM lowe
 AVX-512 register, two of AVX or four of NEON. ``memory`` holds the words that load and store.
 
     registers   tile(n): n vectors, read and written as [i]; n is known at compile time
-    values      splat(x)  lanes() = 0, 1, … 15
+    values      splat(x)
     arithmetic  add  sub  mul  div  fma(a, b, c) = a·b + c  maximum  magnitude  exp2  tanh
     masks       at_least(a, b)  less_than(a, b)  both(m, n)  select(m, a, b) = a where m else b
-    across      first_lane(v)  fold_sum(v, n)  fold_max(v, n)  sum_rows(tile)
+    across      first_lane(v)  repeat(v, n)  zip_low(a, b)  zip_high(a, b)  fold_sum(v, n)  fold_max(v, n)
+                sum_rows(tile)
 """
 
 from __future__ import annotations
@@ -77,7 +78,6 @@ def _word(result: Any, emit: Callable[..., Any], arity: int) -> Any:
 
     # Numba reads the parameters' names off the function, so each arity needs its own.
     forms = {
-        0: lambda typingctx: typed(),
         1: lambda typingctx, a: typed(a),
         2: lambda typingctx, a, b: typed(a, b),
         3: lambda typingctx, a, b, c: typed(a, b, c),
@@ -201,7 +201,6 @@ def _emit_tanh(builder: Any, x: Any) -> Any:
 
 
 splat = _word(vector, _broadcast, 1)
-lanes = _word(vector, lambda b: ir.Constant(_vector(_f32), [float(i) for i in range(LANES)]), 0)
 add = _word(vector, lambda b, x, y: b.fadd(x, y), 2)
 sub = _word(vector, lambda b, x, y: b.fsub(x, y), 2)
 mul = _word(vector, lambda b, x, y: b.fmul(x, y), 2)
@@ -224,6 +223,20 @@ def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_i32, len(order)), order))
 
 
+def _zipped(first: int) -> list[int]:
+    return [first + i // 2 + i % 2 * LANES for i in range(LANES)]
+
+
+@intrinsic(prefer_literal=True)
+def repeat(typingctx: Any, value: Any, times: Any) -> Any:
+    """Each of the first lanes ``times`` times (a power of two): lane i of the result is lane i // times."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _shuffle(builder, args[0], args[0], [i // times.literal_value for i in range(LANES)])
+
+    return vector(value, times), codegen
+
+
 def _fold(combine: Callable[..., Any]) -> Any:
     @intrinsic(prefer_literal=True)
     def fold(typingctx: Any, value: Any, period: Any) -> Any:
@@ -238,6 +251,10 @@ def _fold(combine: Callable[..., Any]) -> Any:
 
     return fold
 
+
+# a0 b0 a1 b1 …, its first and its second half.
+zip_low = _word(vector, lambda builder, a, b: _shuffle(builder, a, b, _zipped(0)), 2)
+zip_high = _word(vector, lambda builder, a, b: _shuffle(builder, a, b, _zipped(LANES // 2)), 2)
 
 first_lane = _word(types.float32, lambda builder, v: builder.extract_element(v, _i32(0)), 1)
 

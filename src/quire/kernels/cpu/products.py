@@ -1,0 +1,137 @@
+"""Decode's two products over one block of tokens, for all query heads of a tile: scores, and weighted values.
+
+K and V stream through registers once and serve every head; the next block's rows are asked for on the way. A row of
+bfloat16 is taken apart into even and odd elements, which costs a shift and a mask for 32 of them, where widening them
+in order costs four operations: q and acc lie in that order too, vector by vector (``load_part``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.kernels.cpu.launch import part
+from quire.kernels.cpu.memory import (
+    BF16,
+    BYTES,
+    F32,
+    load,
+    load_even,
+    load_f32,
+    load_head,
+    load_i64,
+    load_odd,
+    prefetch,
+    store,
+)
+from quire.kernels.cpu.rows import ZERO
+from quire.kernels.cpu.simd import LANES, fma, mul, splat, sum_rows, tile, zip_high, zip_low
+
+BLOCK = 64  # tokens per block: 32 KiB of bf16 K and V at head_dim 128
+MAX_HEADS = 16  # query heads per tile: as many as one vector has lanes
+CACHE_LINE = 64
+STREAMS = 4  # places of a block to prefetch from in turn: hardware prefetching runs ahead in each
+
+# Scratch of one block: byte addresses of its K and V rows, and their scales where pages are quantised.
+K_ROWS, V_ROWS, K_SCALES, V_SCALES = 0, BLOCK * 8, BLOCK * 16, BLOCK * 20
+BLOCK_SCRATCH = BLOCK * 24 + LANES * 4  # whole vectors of scales are read
+
+# Scratch of one tile: float32 vectors by lane (m, l, the last correction, ALiBi slope, token), then q and acc
+# rows of up to 16 heads. Lane j belongs to head j % padded_heads, so that it can meet a vector of scores.
+M, L, CORRECTION, SLOPE, TOKEN = 0, 64, 128, 192, 256
+Q_ROWS = 320
+
+
+@part
+def load_part(cfg: Any, dtype: Any, row: int, i: int) -> Any:
+    """Vector i of a row, in the order that the pages' dtype is taken apart in."""
+    if cfg.kv_dtype == BF16 and (i | 1) < cfg.vectors:
+        return load_odd(row + (i - 1) * 32) if i & 1 else load_even(row + i * 32)
+    return load(dtype, row + i * LANES * BYTES[dtype])
+
+
+@part
+def put_in_order(cfg: Any, row: int) -> None:
+    """Undo ``load_part``'s order in a row of float32 scratch."""
+    if cfg.kv_dtype == BF16:
+        for i in range(0, cfg.vectors - 1, 2):
+            even, odd = row + i * LANES * 4, row + (i + 1) * LANES * 4
+            first, second = load(F32, even), load(F32, odd)
+            store(F32, even, zip_low(first, second))
+            store(F32, odd, zip_high(first, second))
+
+
+@part
+def prefetch_ahead(upcoming_rows: int, turn: int, offset: int) -> None:
+    """Ask for what lies at an offset of one of the next block's rows; turns go around STREAMS places.
+
+    One line at a time, between the multiplications: in bursts they would fill the few buffers that a core has
+    for lines under way, and then it waits.
+    """
+    if offset % CACHE_LINE == 0:
+        t = turn % STREAMS * (BLOCK // STREAMS) + turn // STREAMS
+        prefetch(load_i64(upcoming_rows + t * 8) + offset)
+
+
+@part
+def score_block(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
+    """scores[t, g] = q_g · k_t, 16 at a time, asking for the next block's keys on the way."""
+    k_rows, q_rows, step_bytes = here + K_ROWS, state + Q_ROWS, LANES * BYTES[cfg.kv_dtype]
+    for first in range(0, count, cfg.tokens):
+        products = tile(LANES)
+        for j in range(LANES):
+            products[j] = splat(ZERO)
+        for i in range(cfg.vectors):
+            for t in range(cfg.tokens):
+                prefetch_ahead(upcoming + K_ROWS, first + t, i * step_bytes)
+                k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + (first + t) * 8), i)
+                for g in range(cfg.heads):
+                    q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
+                    products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
+        if cfg.tail:
+            for t in range(cfg.tokens):
+                k = load_head(
+                    cfg.kv_dtype, load_i64(k_rows + (first + t) * 8) + cfg.vectors * step_bytes, cfg.tail
+                )
+                for g in range(cfg.heads):
+                    q = load(F32, q_rows + g * cfg.row_bytes + cfg.vectors * LANES * 4)
+                    products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
+        store(F32, scores + first * cfg.padded_heads * 4, sum_rows(products))
+
+
+@part
+def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
+    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers.
+
+    Asks for the next block's values on the way.
+    """
+    v_rows, step_bytes = here + V_ROWS, LANES * BYTES[cfg.kv_dtype]
+    accs = state + Q_ROWS + MAX_HEADS * cfg.row_bytes
+    for first in range(0, cfg.vectors, cfg.strip):
+        sums = tile(cfg.strip_tile)
+        values = tile(cfg.strip)
+        for g in range(cfg.heads):
+            correction = splat(load_f32(state + CORRECTION + g * 4))
+            for i in range(cfg.strip):
+                at = accs + g * cfg.row_bytes + (first + i) * LANES * 4
+                sums[g * cfg.strip + i] = mul(correction, load(F32, at))
+        for t in range(count):
+            row = load_i64(v_rows + t * 8)
+            for i in range(cfg.strip):
+                prefetch_ahead(upcoming + V_ROWS, t, (first + i) * step_bytes)
+                values[i] = load_part(cfg, cfg.kv_dtype, row, first + i)
+            for g in range(cfg.heads):
+                p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
+                for i in range(cfg.strip):
+                    sums[g * cfg.strip + i] = fma(p, values[i], sums[g * cfg.strip + i])
+        for g in range(cfg.heads):
+            for i in range(cfg.strip):
+                store(F32, accs + g * cfg.row_bytes + (first + i) * LANES * 4, sums[g * cfg.strip + i])
+    if cfg.tail:
+        for g in range(cfg.heads):
+            at = accs + g * cfg.row_bytes + cfg.vectors * LANES * 4
+            total = mul(splat(load_f32(state + CORRECTION + g * 4)), load(F32, at))
+            for t in range(count):
+                p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
+                v = load_head(cfg.kv_dtype, load_i64(v_rows + t * 8) + cfg.vectors * step_bytes, cfg.tail)
+                total = fma(p, v, total)
+            store(F32, at, total)
