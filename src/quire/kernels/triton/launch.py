@@ -51,7 +51,9 @@ class Form(NamedTuple):
         if INTERPRETED:
             return cls(kernel, None, tail)
         arguments = (*map(as_bytes, tensors), *numbers, *tail)
-        compiled = kernel.warmup(*arguments, grid=(1,), **options._asdict())
+        # AMD's compiler knows no maxnreg, not even None.
+        asked = {name: value for name, value in options._asdict().items() if value is not None}
+        compiled = kernel.warmup(*arguments, grid=(1,), **asked)
         compiled._init_handles()
         return cls(kernel, compiled, tail)
 

@@ -1,0 +1,154 @@
+"""What the backend would launch on each chip, compiled without one: it fits, loads whole vectors, spills no more."""
+
+import os
+
+import pytest
+import torch
+from machine_code import CHIPS, assembler_remarks, read_machine_code, standing_in
+from support import Shape, features, make_batch
+
+from quire.kernels import triton as backend
+from quire.plan import plan_step
+from quire.work import AttentionCall
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="where kernels are interpreted, none is compiled"
+)
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+LLAMA = Shape(BF16, 128, group=4)
+SHAPES = [
+    LLAMA,
+    Shape(BF16, 128, group=4, kv_dtype="int8"),
+    Shape(F32, 128, group=1),
+    Shape(BF16, 128, group=4, kv_dtype="fp8_e4m3"),
+    Shape(F16, 64, group=8, kv_dtype="fp8_e5m2"),
+    Shape(F16, 80, group=1),
+    Shape(BF16, 256, group=2),
+]
+Q_LENS = {"decode": [1, 1], "prefill": [40, 30]}
+# The chip that the tile table is made for compiles every shape, the others the first three.
+CASES = [
+    (chip, shape, step)
+    for shape in SHAPES
+    for step in Q_LENS
+    for chip in (CHIPS if shape in SHAPES[:3] else ["sm_90"])
+]
+# Bytes of registers that a thread spills to memory, where it is more than none. They may only go down.
+SPILLS = {
+    "sm_80-bfloat16-same-d128-g4-prefill": 8,
+    "sm_90-bfloat16-same-d128-g4-prefill": 72,
+    "sm_100-bfloat16-same-d128-g4-prefill": 120,
+    "sm_80-bfloat16-int8-d128-g4-prefill": 96,
+    "sm_89-bfloat16-int8-d128-g4-prefill": 8,
+    "sm_90-bfloat16-int8-d128-g4-prefill": 112,
+    "sm_100-bfloat16-int8-d128-g4-prefill": 32,
+    "sm_80-float32-same-d128-g1-prefill": 840,
+    "sm_90-float32-same-d128-g1-prefill": 336,
+    "sm_100-float32-same-d128-g1-prefill": 824,
+    "sm_90-bfloat16-fp8_e4m3-d128-g4-prefill": 88,
+    "sm_90-float16-same-d80-g1-prefill": 40,
+    "sm_90-bfloat16-same-d256-g2-prefill": 904,
+}
+
+
+def compile_attention(chip, shape, q_lens, **asked):
+    """The one attention kernel that a step of this shape launches."""
+    batch = make_batch(shape, [100, 70], q_lens, page_size=16)
+    rules = features(batch, **asked)
+    window_left = rules.pop("window_left", -1)
+    with standing_in(CHIPS[chip]) as kernels:
+        attend(batch, rules, window_left)
+    (kernel,) = kernels
+    return kernel
+
+
+def attend(batch, rules, window_left=-1):
+    spec = batch.shape.spec(batch.page_size)
+    step = plan_step(
+        *(lengths.numpy() for lengths in (batch.page_table, batch.seq_lens.long(), batch.cu_seqlens_q.long())),
+        num_kv_heads=spec.num_kv_heads, page_size=spec.page_size,
+        causal=True, window_left=window_left, tiling=backend.tiling(spec, batch.q.device),
+    )  # fmt: skip
+    lse = torch.empty(batch.q.shape[:2])
+    call = AttentionCall(*batch.pages, torch.empty_like(batch.q), lse, **batch.scales, **rules)
+    backend.attend(backend.prepare(spec, step, batch.q.device), call)
+
+
+def name(case):
+    return "-".join(map(str, case))
+
+
+UNREACHED = {
+    "sm_89-float32-same-d128-g1-prefill": "needs more shared memory than the chip has",
+    "gfx942-float32-same-d128-g1-decode": "asks for tf32, which AMD's compiler does not split in three",
+    "gfx942-float32-same-d128-g1-prefill": "asks for tf32, which AMD's compiler does not split in three",
+}
+
+
+def expected(case):
+    marks = pytest.mark.xfail(reason=UNREACHED[name(case)]) if name(case) in UNREACHED else ()
+    return pytest.param(case, id=name(case), marks=marks)
+
+
+@pytest.mark.parametrize("case", map(expected, CASES))
+def test_attention_fits_its_chip_and_loads_whole_vectors(case):
+    chip, shape, step = case
+    code = read_machine_code(compile_attention(chip, shape, Q_LENS[step]))
+    print(code)
+    assert code.shared_bytes <= CHIPS[chip].shared_bytes
+    assert code.spilled_bytes <= SPILLS.get(name(case), 0)
+    assert code.count(code.vector_loads) * code.threads * 16 >= 2 * shape.head_dim * 16 * shape.dtype.itemsize
+    assert code.count(code.narrow_loads) == 0
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_feature_compiles(chip):
+    asked = dict.fromkeys(["window", "softcap", "alibi", "sinks", "tree"], True)
+    code = read_machine_code(compile_attention(chip, Shape(BF16, 64, 2, "fp8_e5m2"), [40, 30], **asked))
+    assert code.shared_bytes <= CHIPS[chip].shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("chip", "step", "units"),
+    [
+        ("sm_80", "decode", "HMMA"),
+        ("sm_80", "prefill", "HMMA"),
+        ("sm_90", "decode", "HMMA"),
+        ("sm_90", "prefill", "HGMMA"),
+        ("sm_100", "prefill", "UTCHMMA"),
+        ("gfx942", "prefill", "v_mfma"),
+    ],
+)
+def test_products_run_on_the_chips_best_matrix_units(chip, step, units):
+    kernel = compile_attention(chip, LLAMA, Q_LENS[step])
+    code = read_machine_code(kernel)
+    assert code.count(units) > 0
+    if units == "HGMMA":
+        assert code.count("HMMA") == 0
+        assert "serialized" not in assembler_remarks(kernel)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "fp8_e4m3", "fp8_e5m2"])
+def test_writing_needs_no_fp8_and_no_memory_of_its_own(chip, kv_dtype):
+    shape = Shape(BF16, 128, kv_dtype=kv_dtype)
+    pages = torch.empty(2, 4, 16, shape.head_dim, dtype=shape.spec(16).storage_dtype)
+    scales = [None if kv_dtype is None else torch.empty(2, 4, 16) for _ in range(2)]
+    rows = torch.empty(5, 2, shape.head_dim, dtype=shape.dtype)
+    with standing_in(CHIPS[chip]) as kernels:
+        backend.write_kv(rows, rows, pages, pages.clone(), torch.arange(5), *scales)
+    (kernel,) = kernels
+    assert read_machine_code(kernel).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_kernel_is_never_handed_less_alignment_than_it_was_compiled_for(order):
+    batch = make_batch(Shape(F16, 16), [100], page_size=16)
+    shifted = torch.empty(batch.k_pages.numel() + 4, dtype=F16)[4:].view(batch.k_pages.shape)
+    pages = [batch.k_pages, shifted]
+    with standing_in(CHIPS["sm_90"]) as kernels:
+        for first in order:
+            batch.k_pages, batch.v_pages = pages[first], pages[1 - first]
+            attend(batch, {})
+    assert len(kernels) == 2
