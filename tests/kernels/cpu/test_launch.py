@@ -1,15 +1,11 @@
 """Configs, threads, processes and the cache on disk."""
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import pytest
 import torch
+from processes import run_python
 from support import Shape, attend, make_batch, plan_for
 
 from quire.kernels.cpu import launch, memory
@@ -18,20 +14,6 @@ from quire.kernels.cpu.simd import LANES
 
 SHAPE = Shape(torch.float32, 16, 3)  # compiled by other modules too
 own_worker = pytest.mark.xdist_group("decode-float32-same-d16-g3")
-
-
-def run_python(code, **environment):
-    """The JSON that a fresh interpreter prints last."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 # --- Config ----------------------------------------------------------------------------------------------
@@ -152,28 +134,6 @@ def test_a_kernel_is_compiled_once_however_many_tensors_it_meets():
 
 
 # --- processes -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_computes_what_its_parent_does():
-    answer = run_python(
-        """
-        import json, os, signal, torch, quire
-        torch.set_num_threads(2)
-        torch.manual_seed(0)
-        q, k, v = torch.randn(2, 3, 16), torch.randn(1, 80, 16, 16), torch.randn(1, 80, 16, 16)
-        table = torch.arange(80, dtype=torch.int32).view(2, 40)
-        lens = torch.tensor([630, 9], dtype=torch.int32)
-        out = quire.paged_attention(q, k, v, table, lens)
-        child = os.fork()
-        if not child:
-            signal.alarm(60)  # a child that waits for its parent's threads would wait for ever
-            again = quire.paged_attention(q, k, v, table, lens)
-            os._exit(0 if torch.allclose(again, out, atol=1e-6) else 3)
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-        """
-    )
-    assert answer == 0
 
 
 def test_a_second_process_finds_every_kernel_on_disk(tmp_path):

@@ -6,7 +6,7 @@ Config and found on disk by later processes; the cache key holds a digest of thi
 an edited or upgraded kernel is never mistaken for an old one.
 
 Workers run on the OpenMP threads that torch already keeps: a second pool would fight with the first for the
-same cores, each spinning while the other works.
+same cores, each spinning while the other works. Whatever sets torch's number of threads sets the kernels'.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import ctypes
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -169,23 +171,45 @@ def _find_openmp() -> bool:
 
 
 HAS_OPENMP = _find_openmp()
-_forked = False
+
+
+def num_threads() -> int:
+    """Threads a kernel runs on: torch's, as set by torch.set_num_threads, OMP_NUM_THREADS or the CPU affinity."""
+    return torch.get_num_threads() if HAS_OPENMP else 1
+
+
+def _is_forked() -> bool:
+    """Whether this process began as another's copy, perhaps before Quire was imported; known on Linux only."""
+    try:
+        flags = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6]
+    except (OSError, IndexError):
+        return False
+    forked_without_exec = 0x40
+    return bool(int(flags) & forked_without_exec)
+
+
+_forked = _is_forked()
+_stand_in: ThreadPoolExecutor | None = None
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
+    global _forked, _stand_in
+    _forked, _stand_in = True, None
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def num_threads() -> int:
-    """Threads a kernel runs on: torch's, set by torch.set_num_threads or OMP_NUM_THREADS.
+def _run_on_stand_in(entry: Callable[..., None], *args: Any) -> None:
+    """Run on a thread that began after the fork.
 
-    One in a forked child, where the parent's OpenMP threads do not exist but OpenMP believes they do.
+    A forked child's main thread is the copy of one that may have led a team of OpenMP threads. The team was not
+    copied, but OpenMP believes in it and would wait for it for ever; a younger thread founds its own.
     """
-    return torch.get_num_threads() if HAS_OPENMP and not _forked else 1
+    global _stand_in
+    if _stand_in is None:
+        _stand_in = ThreadPoolExecutor(1, "quire-kernels")
+    _stand_in.submit(entry, *args).result()
 
 
 @intrinsic
@@ -284,8 +308,8 @@ def part(function: Callable[..., Any]) -> Any:
 _compiled: dict[tuple[Any, tuple[int, ...]], Callable[..., None]] = {}
 
 
-def run(function: Any, config: tuple[int, ...], *args: Any) -> None:
-    """Run a kernel's machine code for a Config, compiling it first if need be.
+def run(function: Any, config: tuple[int, ...], threads: int, *args: Any) -> None:
+    """Run a kernel's machine code for a Config on so many threads, compiling it first if need be.
 
     A kernel's other arguments have one type each (ints, and tuples of ints and floats), so the Config alone
     says which code: Numba's own dispatch, which looks at every argument, is left out.
@@ -293,7 +317,10 @@ def run(function: Any, config: tuple[int, ...], *args: Any) -> None:
     """
     entry = _compiled.get((function, config))
     if entry is None:
-        signature = tuple(numba.typeof(value) for value in (config, *args))
+        signature = tuple(numba.typeof(value) for value in (config, threads, *args))
         function.compile(signature)
         entry = _compiled[function, config] = function.overloads[signature].entry_point
-    entry(config, *args)
+    if _forked and threads > 1 and threading.current_thread() is threading.main_thread():
+        _run_on_stand_in(entry, config, threads, *args)
+    else:
+        entry(config, threads, *args)

@@ -14,12 +14,15 @@ anywhere; callers guarantee that they are valid. ``dtype`` is one of the codes b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from quire.kernels.cpu.simd import LANES, vector
@@ -57,7 +60,7 @@ def _widen(builder: Any, dtype: int, raw: Any) -> Any:
     if dtype == F32:
         return raw
     if dtype == F16:
-        return builder.fpext(raw, _vector(_f32))
+        return _widen_half(builder, raw)
     if dtype == BF16:  # the upper half of a float32
         bits = builder.shl(builder.zext(raw, _vector(_i32)), _all(_i32, 16))
         return builder.bitcast(bits, _vector(_f32))
@@ -65,14 +68,14 @@ def _widen(builder: Any, dtype: int, raw: Any) -> Any:
         return builder.sitofp(builder.sext(raw, _vector(_i32)), _vector(_f32))
     if dtype == E5M2:  # the upper byte of a float16
         half = builder.shl(builder.zext(raw, _vector(_i16)), _all(_i16, 8))
-        return builder.fpext(builder.bitcast(half, _vector(_f16)), _vector(_f32))
+        return _widen_half(builder, builder.bitcast(half, _vector(_f16)))
     # E4M3: its bits after the sign, read as a float16's, are the value times 2^−8 (biases 7 and 15).
     # The one NaN (all ones) needs no care: write_kv never makes it from a finite value.
     wide = builder.zext(raw, _vector(_i16))
     sign = builder.shl(builder.and_(wide, _all(_i16, 0x80)), _all(_i16, 8))
     rest = builder.shl(builder.and_(wide, _all(_i16, 0x7F)), _all(_i16, 7))
     half = builder.bitcast(builder.or_(sign, rest), _vector(_f16))
-    return builder.fmul(builder.fpext(half, _vector(_f32)), _all(_f32, 256.0))
+    return builder.fmul(_widen_half(builder, half), _all(_f32, 256.0))
 
 
 def _narrow(builder: Any, dtype: int, values: Any) -> Any:
@@ -80,10 +83,10 @@ def _narrow(builder: Any, dtype: int, values: Any) -> Any:
     if dtype == F32:
         return values
     if dtype == F16:
-        return builder.fptrunc(values, _vector(_f16))
-    if dtype == INT8:
-        rounded = _declare(builder, f"llvm.rint.v{LANES}f32", _vector(_f32), [values])
-        return builder.trunc(builder.fptosi(rounded, _vector(_i32)), _vector(_i8))
+        return _narrow_to_half(builder, values)
+    if dtype == INT8:  # adding 1.5·2^23 leaves a small number, rounded by the addition, in the low bits
+        shifted = builder.fadd(values, _all(_f32, 12582912.0))
+        return builder.trunc(builder.bitcast(shifted, _vector(_i32)), _vector(_i8))
     if dtype == BF16:
         bits = builder.bitcast(values, _vector(_i32))
         odd = builder.and_(builder.lshr(bits, _all(_i32, 16)), _all(_i32, 1))
@@ -93,20 +96,21 @@ def _narrow(builder: Any, dtype: int, values: Any) -> Any:
         return builder.trunc(
             builder.lshr(builder.select(is_nan, quiet, rounded), _all(_i32, 16)), _vector(_i16)
         )
-    return _narrow_to_fp8(builder, values, *_FP8_FORMAT[dtype])
+    return builder.trunc(_narrow_float(builder, values, *_FP8_FORMAT[dtype]), _vector(_i8))
 
 
-_FP8_FORMAT = {E4M3: (3, 7), E5M2: (2, 15)}  # bits of mantissa, exponent bias
+_FP8_FORMAT = {E4M3: (8, 3, 7), E5M2: (8, 2, 15)}  # bits in all, bits of mantissa, exponent bias
+_HALF_FORMAT = (16, 10, 15)
 
 
-def _narrow_to_fp8(builder: Any, values: Any, mantissa: int, bias: int) -> Any:
-    """fp8 bytes of lanes that lie within the format's range, rounded to nearest even.
+def _narrow_float(builder: Any, values: Any, width: int, mantissa: int, bias: int) -> Any:
+    """The bits of a smaller format, in its range, rounded to nearest even; beyond it the bits mean nothing.
 
     A normal number keeps its upper bits once its exponent is rebased. For a subnormal one, adding
     2^23 smallest steps leaves the number of steps in the low bits, rounded by the addition itself.
     """
     bits = builder.bitcast(values, _vector(_i32))
-    sign = builder.and_(builder.lshr(bits, _all(_i32, 24)), _all(_i32, 0x80))
+    sign = builder.and_(builder.lshr(bits, _all(_i32, 32 - width)), _all(_i32, 1 << (width - 1)))
     size = builder.and_(bits, _all(_i32, 0x7FFFFFFF))
     dropped = 23 - mantissa
     odd = builder.and_(builder.lshr(size, _all(_i32, dropped)), _all(_i32, 1))
@@ -117,7 +121,55 @@ def _narrow_to_fp8(builder: Any, values: Any, mantissa: int, bias: int) -> Any:
     shifted = builder.fadd(builder.bitcast(size, _vector(_f32)), steps)
     subnormal = builder.and_(builder.bitcast(shifted, _vector(_i32)), _all(_i32, 0x7FFFFF))
     is_normal = builder.icmp_unsigned(">=", size, _all(_i32, (128 - bias) << 23))
-    return builder.trunc(builder.or_(sign, builder.select(is_normal, normal, subnormal)), _vector(_i8))
+    return builder.or_(sign, builder.select(is_normal, normal, subnormal))
+
+
+# --- float16 on every CPU --------------------------------------------------------------------------------
+
+
+@functools.cache
+def _converts_halves() -> bool:
+    """Whether the CPU that Numba compiles for converts float16 by an instruction.
+
+    Where it does not (x86 without F16C), LLVM calls a library function that no process need have loaded.
+    """
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    probe = "define float @widen(half %x) {\n %y = fpext half %x to float\n ret float %y\n}"
+    return "__extendhfsf2" not in machine.emit_assembly(llvm.parse_assembly(probe))
+
+
+def _widen_half(builder: Any, half: Any) -> Any:
+    """float16 lanes as float32."""
+    if _converts_halves():
+        return builder.fpext(half, _vector(_f32))
+    bits = builder.zext(builder.bitcast(half, _vector(_i16)), _vector(_i32))
+    sign = builder.shl(builder.and_(bits, _all(_i32, 0x8000)), _all(_i32, 16))
+    size = builder.and_(bits, _all(_i32, 0x7FFF))
+    rebase = _all(_i32, (127 - 15) << 23)
+    normal = builder.add(builder.shl(size, _all(_i32, 13)), rebase)
+    strange = builder.icmp_unsigned(">=", size, _all(_i32, 0x7C00))  # infinity or NaN: the largest exponent
+    normal = builder.select(strange, builder.add(normal, rebase), normal)
+    subnormal = builder.fmul(builder.sitofp(size, _vector(_f32)), _all(_f32, 2.0**-24))
+    is_normal = builder.icmp_unsigned(">=", size, _all(_i32, 0x400))
+    size = builder.select(is_normal, normal, builder.bitcast(subnormal, _vector(_i32)))
+    return builder.bitcast(builder.or_(sign, size), _vector(_f32))
+
+
+def _narrow_to_half(builder: Any, values: Any) -> Any:
+    """float32 lanes as float16, rounded to nearest even; too large a number becomes infinite."""
+    if _converts_halves():
+        return builder.fptrunc(values, _vector(_f16))
+    is_nan = builder.fcmp_unordered("uno", values, values)
+    size = _declare(builder, f"llvm.fabs.v{LANES}f32", _vector(_f32), [values])
+    beyond = builder.select(is_nan, _all(_i32, 0x7E00), _all(_i32, 0x7C00))
+    sign = builder.and_(
+        builder.lshr(builder.bitcast(values, _vector(_i32)), _all(_i32, 16)), _all(_i32, 0x8000)
+    )
+    fits = builder.fcmp_ordered("<", size, _all(_f32, 65520.0))
+    narrow = _narrow_float(builder, values, *_HALF_FORMAT)
+    bits = builder.select(fits, narrow, builder.or_(sign, beyond))
+    return builder.bitcast(builder.trunc(bits, _vector(_i16)), _vector(_f16))
 
 
 # --- vectors ---------------------------------------------------------------------------------------------

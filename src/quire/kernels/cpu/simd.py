@@ -146,7 +146,8 @@ def _broadcast(builder: Any, scalar: Any) -> Any:
 
 
 def _emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fma.v{LANES}f32", _vector(_f32), [a, b, c])
+    """One rounding where the CPU can; where it cannot, two, rather than a library's exact but endless code."""
+    return _call(builder, f"llvm.fmuladd.v{LANES}f32", _vector(_f32), [a, b, c])
 
 
 def _emit_maximum(builder: Any, a: Any, b: Any) -> Any:

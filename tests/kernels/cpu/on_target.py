@@ -1,0 +1,134 @@
+"""What test_targets.py runs in a process of its own, compiled for another CPU: prints what it found as JSON.
+
+python on_target.py run CASE …          judge the kernels, then say what they are made of
+python on_target.py cross TRIPLE CASE … compile for another architecture, and say what that gives
+
+A CASE is a kernel and a Shape, as in "decode-float16-fp8_e4m3-d128-g4".
+"""
+
+import itertools
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+def parse(case):
+    from support import Shape
+
+    kernel, dtype, kv_dtype, head_dim, group = case.split("-")
+    import torch
+
+    kv_dtype = None if kv_dtype == "same" else kv_dtype
+    return kernel, Shape(getattr(torch, dtype), int(head_dim[1:]), int(group[1:]), kv_dtype)
+
+
+# --- running ---------------------------------------------------------------------------------------------
+
+
+def judge(kernel, shape, workers):
+    """The kernel on a small poisoned batch, against float64; on several workers its long sequence is merged."""
+    from support import check, make_batch
+
+    q_lens = None if kernel == "decode" else [60, 2, 3, 9]
+    check(make_batch(shape, [700, 5, 0 if q_lens is None else 4, 33], q_lens), workers=workers)
+
+
+def judge_store(shape):
+    """write_kv against the reference, to the bit."""
+    import torch
+
+    from quire.kernels import cpu, reference
+
+    rows = torch.randn(32, 2, shape.head_dim) * torch.logspace(-6, 4, 32)[:, None, None]
+    rows = rows.to(shape.dtype)
+    results = []
+    for kernels in (cpu, reference):
+        pages = torch.zeros(2, 2, 4, 8, shape.head_dim, dtype=shape.spec(8).storage_dtype)
+        scales = torch.zeros(2, 2, 4, 8)
+        scale = (None, None) if shape.kv_dtype is None else scales
+        kernels.write_kv(rows, -rows, *pages, torch.arange(32), *scale)
+        results.append((pages.view(torch.uint8), scales))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted), f"{shape}: write_kv differs from the reference"
+
+
+def run(cases):
+    from quire.kernels.cpu.decode import decode
+    from quire.kernels.cpu.merge import merge
+    from quire.kernels.cpu.prefill import prefill
+    from quire.kernels.cpu.store import write
+
+    for number, (kernel, shape) in enumerate(map(parse, cases)):
+        if kernel == "store":
+            judge_store(shape)
+        else:
+            judge(kernel, shape, workers=1 if number else 5)
+    texts = [
+        compiled.library.get_asm_str()
+        for kernel in (decode, merge, prefill, write)
+        for compiled in kernel.overloads.values()
+    ]
+    return {
+        "kernels": len(texts),
+        "registers": sorted({name for text in texts for name in re.findall(r"%([xyz]mm)\d", text)}),
+        "fused": sum(len(re.findall(r"\bvfn?m(?:add|sub)\w*ps\b", text)) for text in texts),
+        "called": sorted(set(itertools.chain(*map(outside_calls, texts)))),
+    }
+
+
+# --- compiling only --------------------------------------------------------------------------------------
+
+
+def outside_calls(text):
+    """Functions that the code asks others for, but for Python's and Numba's own."""
+    called = set(re.findall(r"^\s+(?:callq?|bl|b)\s+([A-Za-z_]\w*)", text, re.M))
+    called |= set(re.findall(r"movabsq\s+\$([A-Za-z_]\w*)", text))
+    defined = set(re.findall(r"^(\S+):", text, re.M))
+    return {name for name in called - defined if not name.startswith(("Py", "_Py", "_ZN"))}
+
+
+def cross(triple, cases):
+    """The kernels as Numba would compile them on a machine of that kind."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    llvm.get_process_triple = lambda: triple
+    import numba
+
+    from quire.kernels.cpu import decode, launch, prefill, rows
+
+    step = rows.Step(*[0] * len(rows.Step._fields))
+    call = rows.Call(**dict.fromkeys(rows.Call._fields, 0) | {"softmax_scale": 1.0, "softcap": 0.0})
+    found = {}
+    for case in cases:
+        name, shape = parse(case)
+        kernel = {"decode": decode.decode, "prefill": prefill.prefill}[name]
+        spec = shape.spec(16)
+        config = launch.Config(
+            launch.DTYPE_CODES[spec.dtype],
+            launch.DTYPE_CODES[spec.storage_dtype],
+            shape.head_dim,
+            shape.group,
+        )
+        signature = tuple(numba.typeof(value) for value in (config, 1, 1, step, call))
+        kernel.compile(signature)
+        text = kernel.overloads[signature].library.get_asm_str()
+        found[case] = {"instructions": Counter(neon(text)), "called": sorted(outside_calls(text))}
+    return found
+
+
+def neon(text):
+    """Each AArch64 instruction by its name and the kind of its first register: "fmla.4s", "ldr.q", "ldrh.w"."""
+    for name, operand in re.findall(r"^\s+([a-z][a-z0-9]*)\s+(\S+)", text, re.M):
+        vector = re.match(r"\{?\s*v\d+\.(\w+)", operand)
+        yield f"{name}.{vector[1] if vector else operand[0]}"
+
+
+if __name__ == "__main__":
+    mode, *arguments = sys.argv[1:]
+    print(json.dumps(run(arguments) if mode == "run" else cross(*arguments[:1], arguments[1:])))

@@ -1,0 +1,106 @@
+"""The same kernels on other CPUs: right with AVX2 and with SSE2 alone, and made of vectors on ARM.
+
+Each target needs a process of its own, for Numba asks once which CPU it compiles for.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+# What kernels may ask the rest of the process for: the C library's, and OpenMP's, which torch brings along.
+LIBRARY = {"exp2f", "log2f", "memset", "memcpy", "GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num"}
+
+# Every page dtype and odd head_dim through decode on one target and prefill on the other; int8 decode on both.
+SHAPES = [
+    "float32-same-d40-g2",
+    "bfloat16-same-d72-g4",
+    "float16-same-d80-g3",
+    "bfloat16-int8-d96-g1",
+    "float16-fp8_e4m3-d100-g2",
+    "float32-fp8_e5m2-d20-g4",
+]
+EVEN = [f"decode-{shape}" for shape in SHAPES[::2]] + [f"prefill-{shape}" for shape in SHAPES[1::2]]
+ODD = [f"decode-{shape}" for shape in SHAPES[1::2]] + [f"prefill-{shape}" for shape in SHAPES[::2]]
+INT8_DECODE = "decode-bfloat16-int8-d96-g1"
+STORES = [f"store-{shape}" for shape in SHAPES[2:]]
+
+
+def on_target(cpu, folder, *command):
+    """A command in a Python that compiles for that CPU, however this one was asked to."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "PYTEST_"))}
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**kept, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def found_on(cpu, folder, *arguments):
+    """The JSON that on_target.py prints last."""
+    result = on_target(cpu, folder, str(HERE / "on_target.py"), *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
+@pytest.mark.parametrize(
+    ("cpu", "cases", "registers", "fuses"),
+    [
+        ("haswell", [*EVEN, INT8_DECODE], {"xmm", "ymm"}, True),
+        ("x86-64", ODD, {"xmm"}, False),
+    ],
+    ids=["avx2", "sse2"],
+)
+def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_path):
+    found = found_on(cpu, tmp_path, "run", *cases, *STORES)
+    assert found["kernels"] == len(cases) + len(STORES) + 1, (
+        "each case compiles a kernel, the first a merge too"
+    )
+    assert set(found["registers"]) == registers
+    assert (found["fused"] > 0) == fuses
+    assert set(found["called"]) <= LIBRARY
+
+
+@pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
+def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_path):
+    tests = [
+        "-k",
+        "read or stores",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=--import-mode=importlib",
+    ]
+    result = on_target("x86-64", tmp_path, "-m", "pytest", *tests, str(HERE / "test_memory.py"))
+    assert result.returncode == 0, result.stdout
+
+
+WIDENING = {"bfloat16-same": "shll.4s", "float16-int8": "scvtf.4s", "float32-fp8_e4m3": "fcvtl.4s"}
+
+
+def test_arm_gets_vector_instructions_and_nothing_from_libraries_it_may_lack(tmp_path):
+    """Compiled, not run: whatever machine this is."""
+    cases = ["decode-bfloat16-same-d128-g4", "decode-float16-int8-d64-g1", "prefill-float32-fp8_e4m3-d72-g1"]
+    found = found_on("neoverse-n1", tmp_path, "cross", "aarch64-unknown-linux-gnu", *cases)
+    for case, code in found.items():
+        count = code["instructions"].get
+        widening = next(name for pages, name in WIDENING.items() if pages in case)
+        assert count("fmla.4s", 0) >= 64, f"{case}: products are fused, four lanes at a time"
+        assert count(widening, 0) >= 8, f"{case}: pages are widened in vectors"
+        assert count("ldr.q", 0) + count("ldp.q", 0) >= 64, f"{case}: rows are loaded 16 bytes at a time"
+        element_by_element = sum(count(name, 0) for name in ("ldrh.w", "ldrsb.w", "ldrb.w", "ldr.h", "ldr.b"))
+        assert element_by_element <= 16, f"{case}: elements are taken one by one"
+        assert count("fmadd.s", 0) == 0, f"{case}: a product of single numbers"
+        assert set(code["called"]) <= LIBRARY
