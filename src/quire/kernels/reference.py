@@ -123,12 +123,13 @@ def attend_one(
 def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric quantisation per token and head: values of ``dtype`` and fp32 scales, x ≈ values · scale.
 
-    scale = max|x| / largest(dtype), so the largest element keeps its full precision; an all-zero row has
-    scale 0 and stays zero.
+    scale = max|x| / largest(dtype), so the largest element keeps its full precision. A row of zeros has scale 0
+    and stays zero, and so does one whose scale would be subnormal: it would lack the bits to divide by.
     """
     largest = INT8_MAX if dtype == torch.int8 else FP8_MAX[dtype]
     x = x.float()
     scale = x.abs().amax(-1) / largest
+    scale = torch.where(scale < torch.finfo(torch.float32).smallest_normal, 0.0, scale)
     scaled = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0)
     if dtype == torch.int8:
         scaled = scaled.round().clamp(-INT8_MAX, INT8_MAX)

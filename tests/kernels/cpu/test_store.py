@@ -84,6 +84,31 @@ def test_rows_of_zeros_have_scale_zero_and_hold_zeros(dtype, pages_dtype, head_d
         assert scale.isnan().sum() == scale.numel() - 2
 
 
+@pytest.mark.parametrize(("dtype", "pages_dtype", "head_dim"), QUANTIZED, ids=str)
+def test_rows_too_small_for_a_normal_scale_are_zeros_and_the_others_are_not(dtype, pages_dtype, head_dim):
+    k, v, k_pages, v_pages, slots, k_scale, v_scale = case(dtype, pages_dtype, head_dim)
+    if dtype != F16:  # whose smallest number is far above
+        smallest = torch.finfo(F32).smallest_normal * {torch.int8: 127, E4M3: 448, E5M2: 57344}[pages_dtype]
+        largest = smallest * torch.tensor([1e-9, 1e-3, 0.5, 0.99, 1.0, 1.01, 2.0, 100.0, 0.0])
+        k, v = (
+            (rows.float() / rows.float().abs().amax(-1, keepdim=True) * largest[:, None, None]).to(dtype)
+            for rows in (k, v)
+        )
+        cpu.write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
+        written = k_scale.flatten(1, 2)[:, slots]
+        assert (written[:, [0, 1, 2, 8]] == 0).all()
+        assert (written[:, [6, 7]] >= torch.finfo(F32).smallest_normal).all()
+    assert_like_the_reference(k, v, k_pages, v_pages, slots, k_scale, v_scale)
+
+
+@pytest.mark.parametrize(("dtype", "pages_dtype", "head_dim"), QUANTIZED, ids=str)
+def test_a_row_with_a_nan_is_zeros_whose_scale_is_nan(dtype, pages_dtype, head_dim):
+    k, v, *rest = case(dtype, pages_dtype, head_dim)
+    k[3, 1, -1] = v[4, 0, 0] = math.nan
+    assert_like_the_reference(k, v, *rest)
+    assert rest[3].isnan().sum() > 0
+
+
 @pytest.mark.parametrize("dtype", COMPUTE_DTYPES, ids=str)
 def test_infinities_negative_zeros_and_tiny_numbers_are_kept(dtype):
     head_dim = {F32: 16, F16: 40, BF16: 72}[dtype]

@@ -1,7 +1,8 @@
 """Store: each token's K and V into its slot, quantised where the pages are.
 
 Quantisation is symmetric, per token and head: scale = max|x| / largest(dtype), values = round(x / scale), so
-that x ≈ values · scale and the largest element keeps its full precision. An all-zero row has scale 0.
+that x ≈ values · scale and the largest element keeps its full precision. A row of zeros has scale 0, and so has
+one whose scale would be subnormal.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from quire.kernels.cpu.simd import (
     select,
     splat,
 )
+
+SMALLEST_SCALE = np.finfo(np.float32).smallest_normal
 
 
 class Write(NamedTuple):
@@ -70,11 +73,18 @@ def write_row(cfg: Any, token: int, head: int, page: int, offset: int, to: Write
     scale = np.float32(1.0)
     if to.scale:
         scale = largest_element(cfg, source) / np.float32(cfg.kv_largest)
+        if scale < SMALLEST_SCALE:
+            scale = np.float32(0.0)
         store_f32(to.scale + head * to.scale_head + page * to.scale_page + offset * to.scale_slot, scale)
-        if not scale > np.float32(0.0):
-            scale = np.float32(
-                np.inf
-            )  # an all-zero row, or one with NaN, which the stored scale carries: values 0
+    if scale > np.float32(0.0):
+        store_divided(cfg, source, scale, target)
+    else:  # a NaN in the row is in its scale
+        store_zeros(cfg, target)
+
+
+@part
+def store_divided(cfg: Any, source: int, scale: float, target: int) -> None:
+    """values = x / scale, rounded as they are stored."""
     step, kv_step = LANES * BYTES[cfg.q_dtype], LANES * BYTES[cfg.kv_dtype]
     for i in range(cfg.vectors):
         values = load(cfg.q_dtype, source + i * step)
@@ -82,6 +92,16 @@ def write_row(cfg: Any, token: int, head: int, page: int, offset: int, to: Write
     if cfg.tail:
         values = load_head(cfg.q_dtype, source + cfg.vectors * step, cfg.tail)
         store_head(cfg.kv_dtype, target + cfg.vectors * kv_step, div(values, splat(scale)), cfg.tail)
+
+
+@part
+def store_zeros(cfg: Any, target: int) -> None:
+    """values = 0."""
+    kv_step, zero = LANES * BYTES[cfg.kv_dtype], splat(np.float32(0.0))
+    for i in range(cfg.vectors):
+        store(cfg.kv_dtype, target + i * kv_step, zero)
+    if cfg.tail:
+        store_head(cfg.kv_dtype, target + cfg.vectors * kv_step, zero, cfg.tail)
 
 
 @part

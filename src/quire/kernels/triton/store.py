@@ -21,6 +21,7 @@ def quantise(x, FORMAT: tl.constexpr):
     """Rows of x [heads, dims] as stored elements, and their scales [heads]."""
     largest: tl.constexpr = INT8_MAX if FORMAT == "int8" else (E4M3_MAX if FORMAT == "fp8_e4m3" else E5M2_MAX)
     scale = tl.div_rn(tl.max(tl.abs(x), 1), tl.full([1], largest, tl.float32))
+    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)  # below float32's smallest normal number
     scaled = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
     scaled = tl.where((scale > 0)[:, None], tl.minimum(tl.maximum(scaled, -largest), largest), 0.0)
     has_nan = tl.sum((x != x).to(tl.int32), 1) > 0
