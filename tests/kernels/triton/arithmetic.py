@@ -110,13 +110,11 @@ class FaithfulArithmetic(InterpreterBuilder):
 
     def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
         result = self._float_op(lhs, rhs, op)
-        if op in (np.add, np.subtract, np.multiply) and lhs.dtype.scalar.is_int():
+        if op in (np.add, np.subtract, np.multiply) and lhs.data.dtype.kind == "i" and lhs.data.itemsize <= 4:
             self._refuse_overflow(lhs.data, rhs.data, op, result.data)
         return result
 
     def _refuse_overflow(self, lhs: np.ndarray, rhs: np.ndarray, op: Any, result: np.ndarray) -> None:
-        if result.itemsize > 4:
-            return
         exact = op(lhs, rhs, dtype=np.int64)
         wrong = exact != result
         if wrong.any():

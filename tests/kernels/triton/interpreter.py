@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ptx
 import triton
 import triton.language as tl
 from arithmetic import FaithfulArithmetic, FaithfulReduce, KernelFault
@@ -58,6 +59,26 @@ class FaithfulBuilder(FaithfulArithmetic):
         everywhere = np.ones(ptr.data.shape, bool)
         addresses = self.memory.update(ptr.data, everywhere, val.data.itemsize, sem.name.lower())
         return super().create_atomic_cas(TensorHandle(addresses, ptr.dtype), cmp, val, sem, scope)
+
+    def create_inline_asm(
+        self,
+        assembly: str,
+        constraints: str,
+        values: list[TensorHandle],
+        result_types: list[Any],
+        is_pure: bool,
+        pack: int,
+    ) -> Any:
+        if pack != 1 or any(value.data.itemsize != 4 for value in values):
+            raise KernelFault("inline assembly is interpreted for one 32-bit element at a time")
+        words = ptx.run(assembly, [value.data.view(np.uint32) for value in values], constraints.count("="))
+        handles = [
+            TensorHandle(
+                np.broadcast_to(word, values[0].data.shape).view(stock._get_np_dtype(type_)), type_.scalar
+            )
+            for word, type_ in zip(words, result_types, strict=True)
+        ]
+        return types.SimpleNamespace(get_result=handles.__getitem__)
 
     def create_barrier(self) -> None:
         self.memory.barrier()

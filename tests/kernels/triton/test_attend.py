@@ -36,6 +36,13 @@ def judge(batch, **rules):
     return state
 
 
+# The tile tables of these chips, each with three multiprocessors, so that work is shared and split.
+CHIPS = {
+    "here": None,
+    "sm_80": tune.known_chip("cuda", 80, 3),
+    "sm_90": tune.known_chip("cuda", 90, 3),
+    "gfx942": tune.known_chip("hip", 0, 3),
+}
 CASES = every_pair(
     {
         "head_dim": [16, 20, 64, 80, 96, 128, 256],
@@ -49,18 +56,28 @@ CASES = every_pair(
         "causal": [True, False],
         "strided_q": [False, True],
         "share": [0.0, 0.4],
+        "chip": list(CHIPS),
     }
 )
 
 
 def name(case):
     shape = Shape(case["dtype"], case["head_dim"], case["group"], case["kv_dtype"])
-    words = [shape, f"p{case['page_size']}", case["layout"], "+".join(case["asked"]) or "none", case["step"]]
+    words = [
+        case["chip"],
+        shape,
+        f"p{case['page_size']}",
+        case["layout"],
+        "+".join(case["asked"]) or "none",
+        case["step"],
+    ]
     return "-".join(map(str, words)) + ("" if case["causal"] else "-full")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_it_equals_the_reference(case):
+def test_it_equals_the_reference(case, monkeypatch):
+    if CHIPS[case["chip"]]:
+        monkeypatch.setattr(tune, "chip_of", lambda _: CHIPS[case["chip"]])
     heads = 1 if case["group"] > 4 else 2
     shape = Shape(case["dtype"], case["head_dim"], case["group"], case["kv_dtype"], num_kv_heads=heads)
     how = {key: case[key] for key in ("page_size", "layout", "share", "strided_q")}
