@@ -93,6 +93,30 @@ def test_an_exception_inside_a_step_frees_all_pages_and_loses_no_request(interru
         assert outputs[request_id].token_ids == engine.model.continuation(prompt, 12)
 
 
+def test_a_token_that_one_request_cannot_accept_loses_no_other_requests_delta():
+    engine = Engine(FakeModel())
+    ids = [engine.add_request([i, 2, 3], SamplingParams(max_tokens=2)) for i in range(3)]
+    engine.step()
+    accept = engine.requests[ids[1]].accept
+
+    def failing(token):
+        accept(token)
+        raise ValueError("no text")
+
+    engine.requests[ids[1]].accept = failing
+    with pytest.raises(ValueError, match="no text"):
+        engine.step()
+    assert all_pages_are_free(engine)
+    assert engine.has_unfinished
+    deltas = engine.step()
+    expected = [engine.model.continuation([i, 2, 3], 2) for i in range(3)]
+    assert [(d.request_id, d.token_ids) for d in deltas] == [
+        (i, e[1:]) for i, e in zip(ids, expected, strict=True)
+    ]
+    assert [d.output.token_ids for d in deltas] == expected
+    assert not engine.has_unfinished
+
+
 def test_sampling_with_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_preemption():
     prompts = [[i, i + 1, i + 2] for i in range(5)]
     params = [SamplingParams(temperature=1.0, top_p=0.9, seed=100 + i, max_tokens=25) for i in range(5)]

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quire.engine.llm import LLM
@@ -66,8 +67,8 @@ def expected(model, prompts) -> list[list[int]]:
     return texts
 
 
-def make_llm(model, *, page_size=4, num_pages=200, backend="reference", **options) -> LLM:
-    paged = PagedModel(model, page_size=page_size, num_pages=num_pages, backend=backend)
+def make_llm(model, *, page_size=4, num_pages=200, backend="reference", compile=False, **options) -> LLM:
+    paged = PagedModel(model, page_size=page_size, num_pages=num_pages, backend=backend, compile=compile)
     paged._cache.poison(range(num_pages))
     return LLM(paged, tokenizer=byte_tokenizer(), **options)
 
@@ -114,6 +115,17 @@ def test_tokens_equal_one_by_one_generate_also_when_pages_run_out(model, prompts
 def test_tokens_equal_one_by_one_generate_with_the_kernels_a_user_gets(model, prompts, expected):
     llm = make_llm(model, backend="auto", num_pages=40, max_batch_tokens=24)
     assert [output.token_ids for output in llm.generate(prompts, GREEDY)] == expected
+
+
+@pytest.mark.xdist_group("torch-compile")
+def test_tokens_equal_one_by_one_generate_also_compiled(model, prompts, expected):
+    llm = make_llm(model, backend="auto", num_pages=18, max_batch_tokens=24, compile=True)
+    compiled = counters["stats"]["unique_graphs"]
+    outputs = llm.generate(prompts, GREEDY)
+    assert [output.token_ids for output in outputs] == expected
+    assert sum(output.preemptions for output in outputs) > 0, "this pool was meant to be too small"
+    assert llm.generate(prompts[1], GREEDY)[0].token_ids == expected[1]
+    assert counters["stats"]["unique_graphs"] == compiled, "a step was compiled anew"
 
 
 def test_draws_with_a_seed_are_the_same_alone_together_and_when_pages_run_out(model, prompts):

@@ -23,7 +23,7 @@ from quire.pages import PageAllocator, PageTable
 if TYPE_CHECKING:
     from quire.hf import PagedModel
 
-DEFAULT_MAX_BATCH_TOKENS = 1024
+DEFAULT_MAX_BATCH_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = 128
 
 Prompt = str | Sequence[int]
@@ -92,11 +92,12 @@ class Engine:
             poison=model.poison if debug_enabled() else None,
         )
         self._request_ids = itertools.count()
+        self._unread: list[Delta] = []  # of a step that failed after it had drawn tokens
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self.requests)
+        return bool(self.requests or self._unread)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queue a prompt.
@@ -120,7 +121,8 @@ class Engine:
         """Run one packed forward over what the scheduler chooses.
 
         Returns:
-            What each request gained that got a token in this step; empty when none did.
+            What each request gained that got a token in this step, or in a failed one before; empty when none
+            did.
         Raises:
             OutOfPages: someone outside this engine holds so many pages that nothing can run.
         """
@@ -128,7 +130,7 @@ class Engine:
             chunks = self._scheduler.schedule()
             if not chunks:
                 self._check_idle()
-                return []
+                return self._take_unread()
             self._count(chunks)
             return self._advance(chunks)
         except BaseException:
@@ -150,14 +152,23 @@ class Engine:
         tokens = sample(logits, complete) if complete else []
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens
-        deltas = []
+        failure: Exception | None = None
         for request, token in zip(complete, tokens, strict=True):
             tokens_seen, chars_seen = len(request.tokens), len(request.text)
-            request.accept(token)
+            try:
+                request.accept(token)
+            except Exception as error:  # the other tokens are drawn: whose they are, they reach
+                failure = failure or error
             if request.finish_reason is not None:
                 self._release(request)
-            deltas.append(request.delta(tokens_seen, chars_seen))
+            self._unread.append(request.delta(tokens_seen, chars_seen))
         self.stats.generated_tokens += len(tokens)
+        if failure is not None:
+            raise failure
+        return self._take_unread()
+
+    def _take_unread(self) -> list[Delta]:
+        deltas, self._unread = self._unread, []
         return deltas
 
     def _count(self, chunks: Sequence[Chunk]) -> None:

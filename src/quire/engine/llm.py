@@ -34,7 +34,7 @@ class LLM(Engine):
             LLM then owns; the embedded demo model by default.
         tokenizer: a fast transformers tokenizer; None: the folder's own, and none for a model that
             is no folder, so that prompts and results are token ids.
-        page_size, num_pages, memory_bytes, kv_dtype, backend: the pool and the kernels, as for
+        page_size, num_pages, memory_bytes, kv_dtype, backend, compile: the pool and the kernels, as for
             PagedModel; for a model that is not a PagedModel yet.
         dtype, device: of the weights; for a folder only. Default: float32 on the CPU.
         max_batch_tokens, max_num_seqs: see Engine.
@@ -54,6 +54,7 @@ class LLM(Engine):
         memory_bytes: int | None = None,
         kv_dtype: KVDtype | None = None,
         backend: str | None = None,
+        compile: bool | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
@@ -65,6 +66,7 @@ class LLM(Engine):
             memory_bytes=memory_bytes,
             kv_dtype=kv_dtype,
             backend=backend,
+            compile=compile,
         )
         weights = _given(dtype=dtype, device=device)
         if isinstance(model, (str, PathLike)):

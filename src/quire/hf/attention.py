@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from quire.attention import AttentionPlan, plan
+from quire.custom_op import register
 from quire.errors import UnsupportedError
 from quire.hf.cache import LayerPages, PagedCache, Visibility
 from quire.hf.chunks import split_at_chunks
@@ -95,17 +96,33 @@ def attend_pages(
     Returns:
         [1, tokens, num_qo_heads, value_dim] and no weights.
     """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if not torch.compiler.is_compiling():
+        return _attend(q, k, v, s_aux, scale, softcap or 0.0, module.layer_idx)[None], None  # type: ignore[arg-type]
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    torch.ops.quire.attend_layer(q, k, v, s_aux, scale, softcap or 0.0, module.layer_idx, out)
+    return out[None], None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+    layer_idx: int,
+) -> torch.Tensor:
+    """attend_pages with [tokens, heads, dim] tensors, for the step that is running."""
     running = _running.get()
     if running is None:
         raise UnsupportedError(
             'a model with the attention "quire" must be run by PagedModel.forward; got a direct call. '
             'Fix: model.set_attn_implementation("sdpa") for ordinary use'
         )
-    layer = running.cache.layers[module.layer_idx]  # type: ignore[index]
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    softmax_scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    layer = running.cache.layers[layer_idx]
     q, k, v = (_widen(x, layer.spec.head_dim) for x in (q, k, v))
-
     write_kv(
         k,
         v,
@@ -116,17 +133,33 @@ def attend_pages(
         v_scale=layer.v_scale,
         backend=running.backend,
     )
-    out = running.plan_for(layer).run(
+    out: torch.Tensor = running.plan_for(layer).run(
         q,
         layer.k,
         layer.v,
         softmax_scale=softmax_scale,
-        softcap=softcap or 0.0,
-        sinks=None if s_aux is None else s_aux.float(),
+        softcap=softcap,
+        sinks=None if sinks is None else sinks.float(),
         k_scale=layer.k_scale,
         v_scale=layer.v_scale,
     )
-    return out[None, ..., : layer.value_dim], None
+    return out[..., : layer.value_dim]
+
+
+def _attend_layer_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+    layer_idx: int,
+    out: torch.Tensor,
+) -> None:
+    running = _running.get()
+    tokens = len(q) if running is None else running.step.num_tokens
+    out[:tokens] = _attend(q[:tokens], k[:tokens], v[:tokens], sinks, softmax_scale, softcap, layer_idx)
+    out[tokens:] = 0  # the compiled layers' companion of a single token
 
 
 def _widen(x: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -136,6 +169,13 @@ def _widen(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 AttentionInterface.register(ATTENTION_NAME, attend_pages)
+# For compiled models: the graph holds a layer's number, and the running step brings pages and plan.
+register(
+    "attend_layer",
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, float softmax_scale, float softcap, int layer_idx, "
+    "Tensor(a!) out",
+    _attend_layer_op,
+)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from quire.hf.attention import ATTENTION_NAME, AttentionSwitch, RunningStep, running_step
 from quire.hf.cache import PagedCache
+from quire.hf.compiled import LEAST_TOKENS, CompiledLayers
 from quire.hf.linear import LinearSwitch
 from quire.hf.step import Step
 from quire.kernels import resolve_backend
@@ -40,19 +40,19 @@ class TokenPast:
 
 
 class PackedForward:
-    """Calls a model on packed steps, or on one sequence as anyone would, and takes the logits it returns."""
+    """Calls a model on packed steps, or on one sequence as anyone would, and takes the logits it returns.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    compile: run the steps on pages through CompiledLayers.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
         self.model = model
         self.switch = AttentionSwitch(model)
+        self.linears = LinearSwitch(model)
+        self.compiled = CompiledLayers(model) if compile else None
         self._can_keep_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         text_config = model.config.get_text_config(decoder=True)
         self._scales_by_index = bool(getattr(text_config, "attn_temperature_tuning", False))
-
-    @cached_property
-    def linears(self) -> LinearSwitch:
-        """The model's linear layers, looked up when a step first runs on the CPU kernels."""
-        return LinearSwitch(self.model)
 
     def paged(self, step: Step, cache: PagedCache, backend: str) -> torch.Tensor:
         """Logits fp32 [rows, vocab] of the step's logits_indices, attention on pages.
@@ -60,13 +60,17 @@ class PackedForward:
         Cost: the head runs on the wanted rows only, where the model's forward has `logits_to_keep`.
         """
         device = self.model.device
-        past = TokenPast(step.position_ids.to(device)) if self._scales_by_index else None
+        input_ids, position_ids = step.input_ids, step.position_ids
+        if self.compiled and step.num_tokens < LEAST_TOKENS:
+            input_ids, position_ids = input_ids.repeat(LEAST_TOKENS), position_ids.repeat(LEAST_TOKENS)
+        past = TokenPast(position_ids.to(device)) if self._scales_by_index else None
         own_kernels = resolve_backend(backend, device) == "cpu"
         with (
             running_step(RunningStep(step, cache, backend, device)),
             self.linears.using() if own_kernels else nullcontext(),
+            self.compiled.using() if self.compiled else nullcontext(),
         ):
-            return self.packed(step.input_ids, step.position_ids, step.logits_indices, ATTENTION_NAME, past)
+            return self.packed(input_ids, position_ids, step.logits_indices, ATTENTION_NAME, past)
 
     @torch.inference_mode()
     def packed(
@@ -79,7 +83,7 @@ class PackedForward:
     ) -> torch.Tensor:
         """Logits fp32 [rows, vocab] of the wanted rows of one packed row of tokens."""
         wanted = wanted.to(self.model.device)
-        options: dict[str, Any] = {"position_ids": position_ids.to(self.model.device)[None]}
+        options: dict[str, Any] = {"position_ids": self._row(position_ids)}
         if self._can_keep_rows:
             options["logits_to_keep"] = wanted
         if past is not None:
@@ -95,7 +99,10 @@ class PackedForward:
             return self._logits(input_ids).float()
 
     def _logits(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        row = input_ids.to(self.model.device)[None]
-        output = self.model(input_ids=row, use_cache=False, return_dict=True, **options)
+        output = self.model(input_ids=self._row(input_ids), use_cache=False, return_dict=True, **options)
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _row(self, values: torch.Tensor) -> torch.Tensor:
+        """[1, tokens] on the model's device; a copy, as a compiled graph is bound to the shape of what it views."""
+        return values.to(self.model.device)[None].clone()

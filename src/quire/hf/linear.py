@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import torch
 from torch.nn.functional import linear
+
+from quire.custom_op import register
+from quire.kernels.cpu import linear as kernels
 
 
 class LinearSwitch:
@@ -40,25 +42,42 @@ class LinearSwitch:
 
 
 def _few_token_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    from quire.kernels.cpu import linear as kernels  # loads Numba
-
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight, bias = layer.weight, layer.bias
-        tokens = x.shape[:-1].numel()
-        if not 0 < tokens <= kernels.FEW_TOKENS.get(x.dtype, 0) or not _is_served(kernels, x, weight, bias):
+        compiling = (
+            torch.compiler.is_compiling()
+        )  # then the number of tokens is open, and the operator decides
+        if type(weight) is not torch.nn.Parameter or not (compiling or _is_faster(x, weight, bias)):
             return linear(x, weight, bias)
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        kernels.linear(x.reshape(tokens, -1), weight, bias, out.view(tokens, -1))
-        return out
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows.new_empty(rows.shape[0], weight.shape[0])
+        if compiling:
+            torch.ops.quire.linear(rows, weight, bias, out)
+        else:
+            kernels.linear(rows, weight, bias, out)
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     return forward
 
 
-def _is_served(kernels: ModuleType, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _is_faster(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the kernel takes these tensors, and is faster than torch at it."""
     return (
-        type(weight) is torch.nn.Parameter  # no subclass
+        0 < x.shape[:-1].numel() <= kernels.FEW_TOKENS.get(x.dtype, 0)
         and weight.dtype == x.dtype
         and weight.stride(1) == 1
         and weight.shape[0] >= kernels.LEAST_ROWS
         and (bias is None or bias.dtype == x.dtype)
     )
+
+
+def _linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if _is_faster(x, weight, bias):
+        kernels.linear(x, weight, bias, out)
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+register("linear", "Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out", _linear_op)

@@ -12,8 +12,10 @@ from quire.errors import ArgumentError
 from quire.hf import guard, limits
 from quire.hf.cache import PagedCache, bytes_per_page, pages_within
 from quire.hf.forward import PackedForward
+from quire.hf.huge_pages import collapse_to_huge_pages
 from quire.hf.load import load_model
 from quire.hf.step import Step
+from quire.kernels import resolve_backend
 from quire.spec import KVDtype
 
 DEFAULT_CPU_POOL_BYTES = 1 << 30
@@ -34,10 +36,14 @@ class PagedModel:
         memory_bytes: take as many pages as fit.
         kv_dtype: None keeps pages in the model's dtype; "int8", "fp8_e4m3", "fp8_e5m2" quantise them.
         backend: "auto", "cpu", "triton" or "reference".
+        compile: run the model's layers compiled by torch, which takes a C++ compiler and, once, the time to
+            compile; see docs/performance.md for what both come to.
     Raises:
-        UnsupportedError: the model would not compute the same on pages; the sentence says why (see guard.py).
+        UnsupportedError: the model would not compute the same on pages, or cannot be compiled as asked; the
+            sentence says why (see guard.py, compiled.py).
         ArgumentError: sizes that do not fit, or both num_pages and memory_bytes.
-    Cost: six forwards of a few tokens to check the model, and the pool.
+    Cost: six forwards of a few tokens to check the model, and the pool; on the CPU the weights are moved into
+        huge pages, at about 1 GB/s.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class PagedModel:
         memory_bytes: int | None = None,
         kv_dtype: KVDtype | None = None,
         backend: str = "auto",
+        compile: bool = False,
     ) -> None:
         if num_pages is not None and memory_bytes is not None:
             raise ArgumentError(
@@ -56,7 +63,7 @@ class PagedModel:
                 "Fix: leave one of them None"
             )
         guard.check_config(model)
-        self._forward = PackedForward(model)
+        self._forward = PackedForward(model, compile=compile)
         shapes = guard.layer_shapes(model, self._forward)
         self.bytes_per_page = bytes_per_page(shapes, page_size, kv_dtype)
         guard.check_logits(model, self._forward, shapes, page_size, backend)
@@ -68,6 +75,8 @@ class PagedModel:
             num_pages = pages_within(budget, self.bytes_per_page)
         self.max_seq_len = limits.max_seq_len(model.config)
         self._backend = backend
+        if resolve_backend(backend, model.device) == "cpu":
+            collapse_to_huge_pages(model.parameters())
         self._cache = PagedCache(
             shapes, page_size=page_size, num_pages=num_pages, kv_dtype=kv_dtype, device=model.device
         )
@@ -84,6 +93,7 @@ class PagedModel:
         memory_bytes: int | None = None,
         kv_dtype: KVDtype | None = None,
         backend: str = "auto",
+        compile: bool = False,
     ) -> PagedModel:
         """Load a local folder in the Hugging Face format: config.json and *.safetensors.
 
@@ -100,6 +110,7 @@ class PagedModel:
             memory_bytes=memory_bytes,
             kv_dtype=kv_dtype,
             backend=backend,
+            compile=compile,
         )
 
     def forward(self, step: Step) -> torch.Tensor:

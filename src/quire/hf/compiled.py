@@ -1,0 +1,84 @@
+"""The model's layers compiled by torch around Quire's operators.
+
+Between two products a layer computes norms, rotations, gates and sums: two dozen small operators, each a pass
+over memory and a trip through Python. Compiled, they are a few loops. Attention and the linear layers stay
+operators of their own, opaque to the compiler, so one graph serves every step: it is compiled once, for any
+number of tokens from two on. (torch compiles a dimension of size one anew; a single token is run as two.)
+
+The head stays outside: it runs on the wanted rows only, whose number would be a second dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quire.errors import UnsupportedError
+
+LEAST_TOKENS = 2
+
+
+class CompiledLayers:
+    """Lets a model's decoder run compiled for a while; outside, it stays the ordinary module it was.
+
+    Compiled on first use, which takes from seconds to a minute; torch keeps the result on disk, by which
+    later processes need about half.
+
+    Args:
+        model: its decoder, all between the token ids and the head, becomes one graph.
+    Raises:
+        UnsupportedError: the model has no decoder apart from its head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder = model.get_decoder()
+        if decoder is None or decoder is model:
+            raise UnsupportedError(
+                f"to be compiled, a model must have a decoder apart from its head; got "
+                f"{model.config.model_type} without. Fix: compile=False"
+            )
+        # A graph of one model must not count against another's, where torch can tell them apart.
+        options: dict[str, Any] = (
+            {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_OPTIONS else {}
+        )
+        self._compiled: Callable[..., Any] = torch.compile(
+            decoder.forward, fullgraph=True, dynamic=True, **options
+        )
+        self._attributes = vars(decoder)
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Within the block the decoder runs compiled."""
+        self._attributes["forward"] = self._run
+        try:
+            yield
+        finally:
+            del self._attributes["forward"]
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise _refusal(error) from error
+
+
+_COMPILE_OPTIONS = inspect.signature(torch.compile).parameters
+
+
+def _refusal(error: Exception) -> UnsupportedError:
+    cause = getattr(error, "inner_exception", error)  # what a compiler raised, or torch's own objection
+    reason = str(cause).strip().split("\n")[0]
+    if "C++ compiler" in reason:
+        return UnsupportedError(
+            f"compile=True needs a C++ compiler; got {type(cause).__name__}: {reason}. "
+            "Fix: install g++, or compile=False"
+        )
+    return UnsupportedError(
+        f"to be compiled, a model must be one graph for torch.compile; got {type(cause).__name__}: {reason}. "
+        "Fix: compile=False"
+    )
