@@ -37,18 +37,16 @@ CASES = [
 # Bytes of registers that a thread spills to memory, where it is more than none. They may only go down.
 SPILLS = {
     "sm_80-bfloat16-same-d128-g4-prefill": 8,
-    "sm_90-bfloat16-same-d128-g4-prefill": 72,
     "sm_100-bfloat16-same-d128-g4-prefill": 120,
     "sm_80-bfloat16-int8-d128-g4-prefill": 96,
     "sm_89-bfloat16-int8-d128-g4-prefill": 8,
-    "sm_90-bfloat16-int8-d128-g4-prefill": 112,
+    "sm_90-bfloat16-int8-d128-g4-prefill": 56,
     "sm_100-bfloat16-int8-d128-g4-prefill": 32,
     "sm_80-float32-same-d128-g1-prefill": 840,
-    "sm_90-float32-same-d128-g1-prefill": 336,
+    "sm_90-float32-same-d128-g1-prefill": 232,
     "sm_100-float32-same-d128-g1-prefill": 824,
-    "sm_90-bfloat16-fp8_e4m3-d128-g4-prefill": 88,
-    "sm_90-float16-same-d80-g1-prefill": 40,
-    "sm_90-bfloat16-same-d256-g2-prefill": 904,
+    "sm_90-bfloat16-fp8_e4m3-d128-g4-prefill": 16,
+    "sm_90-bfloat16-same-d256-g2-prefill": 256,
 }
 
 
@@ -79,19 +77,7 @@ def name(case):
     return "-".join(map(str, case))
 
 
-UNREACHED = {
-    "sm_89-float32-same-d128-g1-prefill": "needs more shared memory than the chip has",
-    "gfx942-float32-same-d128-g1-decode": "asks for tf32, which AMD's compiler does not split in three",
-    "gfx942-float32-same-d128-g1-prefill": "asks for tf32, which AMD's compiler does not split in three",
-}
-
-
-def expected(case):
-    marks = pytest.mark.xfail(reason=UNREACHED[name(case)]) if name(case) in UNREACHED else ()
-    return pytest.param(case, id=name(case), marks=marks)
-
-
-@pytest.mark.parametrize("case", map(expected, CASES))
+@pytest.mark.parametrize("case", CASES, ids=name)
 def test_attention_fits_its_chip_and_loads_whole_vectors(case):
     chip, shape, step = case
     code = read_machine_code(compile_attention(chip, shape, Q_LENS[step]))

@@ -13,13 +13,14 @@ import torch
 from quire.kernels.triton import tune
 from quire.kernels.triton.attend import attend as attend_kernel
 from quire.kernels.triton.device_plan import ITEM_COLUMNS, DeviceWork, move_to_device
-from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Form, Options, addresses_of
+from quire.kernels.triton.launch import INTERPRETED, Form, Options, addresses_of
 from quire.kernels.triton.store import write
 from quire.spec import QUANTIZED_DTYPES, AttentionSpec
 from quire.work import AttentionCall, StepPlan, TileShape, Tiling
 
 _FORMATS = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
 WORD = 4  # one-byte elements to an int32
+_FOLD_ROWS = 32  # of a prefill tile that a worker folds at a time
 _FOLD_ELEMENTS = 4096  # of partial results that a worker folds at a time
 _STORE_ELEMENTS = 4096  # of one token that a program of write_kv holds at a time
 
@@ -134,7 +135,7 @@ def constants(
 ) -> Constants:
     """What a step of this spec compiles the kernel for, a call of plain scores on a pool's pages given."""
     window, block_d = step.window_left >= 0, tune.block_dim(spec.head_dim)
-    fold_rows = tile.rows if phases == 2 else tune.power_of_two(spec.group_size)
+    fold_rows = min(tile.rows, _FOLD_ROWS) if phases == 2 else tune.power_of_two(spec.group_size)
     return Constants(
         group=spec.group_size,
         head_dim=spec.head_dim,
@@ -156,7 +157,7 @@ def constants(
         nvidia=chip.name == "cuda",
         phases=1 if window else phases,
         # Three products of tf32 halves carry float32's precision on the matrix units.
-        precision="tf32x3" if spec.dtype == torch.float32 else "tf32",
+        precision="ieee" if spec.dtype == torch.float32 and chip.name == "hip" else "tf32x3",
         num_stages=tile.num_stages,
     )
 
@@ -168,7 +169,7 @@ def attend(prepared: _Prepared, call: AttentionCall) -> None:
         call.q, call.k_pages, call.v_pages, call.out, call.lse, scale, call.v_scale,
         call.alibi_slopes, call.sinks, mask,
     )  # fmt: skip
-    addresses, aligned = addresses_of(tensors)
+    addresses, granted = addresses_of(tensors)
     numbers = (
         factor, softcap, prepared.table_row, prepared.window_left,
         0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
@@ -177,7 +178,7 @@ def attend(prepared: _Prepared, call: AttentionCall) -> None:
         call.q.stride(), call.k_pages.stride(), call.v_pages.stride(), call.out.stride(),
         None if call.lse is None else call.lse.stride(0), None if scale is None else scale.stride(),
         call.alibi_slopes is None, call.sinks is None, mask is None, softcap > 0, factor > 0,
-        aligned or tuple([address is None or address % ALIGNMENT for address in addresses]),
+        granted,
     )  # fmt: skip
     for part in prepared.launches:
         ready = part.forms.get(form)
@@ -239,11 +240,11 @@ def write_kv(
     if not tokens:
         return
     tensors = (k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping)
-    addresses, aligned = addresses_of(tensors)
+    addresses, granted = addresses_of(tensors)
     key = (
         k.dtype, k_pages.dtype, k_pages.shape[2], heads, head_dim, k.device, slot_mapping.stride(0),
         k.stride(), v.stride(), k_pages.stride(), v_pages.stride(), None if k_scale is None else k_scale.stride(),
-        aligned or tuple([address is None or address % ALIGNMENT for address in addresses]),
+        granted,
     )  # fmt: skip
     form = _writers.get(key)
     if form is None:

@@ -17,6 +17,7 @@ from quire.kernels.triton.tune import Tile
 
 INTERPRETED = triton.knobs.runtime.interpret
 ALIGNMENT = 16  # bytes: what the compiler must know of an address to load 128 bits at once
+SMALL_STORAGE = 2**31  # bytes: AMD's compiler addresses smaller ones with 32 bits
 
 
 class Options(NamedTuple):
@@ -81,14 +82,20 @@ class Form(NamedTuple):
         )  # fmt: skip
 
 
-def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[int | None], bool]:
-    """Where tensors lie, and whether all of them are aligned."""
+def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[int | None], Any]:
+    """Where tensors lie, and what compiled code takes for granted of that: alignment, and on AMD small storages."""
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     ends = 0
     for address in addresses:
         if address is not None:
             ends |= address
-    return addresses, ends % ALIGNMENT == 0
+    granted: Any = ends % ALIGNMENT == 0 or tuple(
+        [address and address % ALIGNMENT == 0 for address in addresses]
+    )
+    if torch.version.hip is not None:
+        small = [t is None or t.untyped_storage().nbytes() < SMALL_STORAGE for t in tensors]
+        granted = (granted, *small)
+    return addresses, granted
 
 
 def as_bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -72,18 +72,24 @@ def power_of_two(n: int) -> int:
 
 
 def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
-    """Few rows, bound by memory: two workers share a multiprocessor, so that one loads while the other computes."""
+    """Few rows, bound by memory: enough bytes in flight, and on Hopper as measured (docs/performance.md).
+
+    One worker of large blocks per multiprocessor loses nothing to two of small ones and splits tiles half as
+    often. Quantised blocks cost arithmetic instead: there several workers of two warps wait for one another least.
+    """
     rows = max(MIN_ROWS, power_of_two(spec.group_size))
     token_bytes = 2 * block_dim(spec.head_dim) * spec.storage_dtype.itemsize
-    kv_tokens = min(64, max(32, 32 * KIB // token_bytes))
     if chip.name == "hip":
-        return Tile(rows, min(64, kv_tokens), num_warps=4, num_stages=2, workers_per_sm=2)
-    stage_bytes = kv_tokens * token_bytes
-    num_stages = 3
-    while num_stages > 1 and num_stages * stage_bytes > chip.shared_bytes * 0.9:
-        num_stages -= 1
-    workers = max(1, min(2, chip.shared_bytes // (num_stages * stage_bytes + 8 * KIB)))
-    return Tile(rows, kv_tokens, num_warps=4, num_stages=num_stages, workers_per_sm=workers)
+        return Tile(
+            rows, min(64, max(16, 16 * KIB // token_bytes)), num_warps=4, num_stages=2, workers_per_sm=2
+        )
+    if spec.quantized:
+        return Tile(rows, 64, num_warps=2 if rows == MIN_ROWS else 4, num_stages=3, workers_per_sm=4)
+    # Of three stages two are in shared memory at a time. float32 takes three products' registers, so half the keys.
+    large = chip.shared_bytes > 2 * 64 * KIB and spec.dtype != torch.float32
+    stage_bytes = 64 * KIB if large else 32 * KIB
+    kv_tokens = min(128, max(16, stage_bytes // token_bytes))
+    return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1)
 
 
 def prefill_tile(spec: AttentionSpec, chip: Chip) -> Tile:
@@ -91,7 +97,9 @@ def prefill_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     wide, slow = block_dim(spec.head_dim) > 128, spec.dtype == torch.float32
     rows = max(64 if wide or slow or chip.name == "hip" else 128, power_of_two(spec.group_size))
     if slow:
-        return Tile(rows, 32, num_warps=4, num_stages=2 if chip.name == "cuda" else 1, workers_per_sm=1)
+        return Tile(
+            rows, 32, num_warps=4, num_stages=2 if chip.shared_bytes > 128 * KIB else 1, workers_per_sm=1
+        )
     if chip.name == "hip":
         return Tile(rows, 32 if wide else 64, num_warps=4, num_stages=1, workers_per_sm=1)
     small = chip.shared_bytes < 128 * KIB
