@@ -284,6 +284,56 @@ def test_a_tensor_without_data_is_refused_before_torch_takes_the_call_for_a_trac
     assert (out == 7.0).all()
 
 
+BAD = {
+    "q of another dtype": lambda given: {"q": given["q"].double()},
+    "fewer queries": lambda given: {"q": given["q"][1:]},
+    "q with gaps between elements": lambda given: {"q": given["q"].repeat_interleave(2, -1)[..., ::2]},
+    "q with a gradient": lambda given: {"q": given["q"].clone().requires_grad_()},
+    "v_pages of a smaller pool": lambda given: {"v_pages": given["v_pages"][:, 1:]},
+    "k_pages of another dtype": lambda given: {"k_pages": given["k_pages"].half()},
+    "pages of another size": lambda given: {n: given[n][:, :, 1:] for n in ("k_pages", "v_pages")},
+    "k_pages of another head_dim": lambda given: {"k_pages": given["k_pages"][..., 1:]},
+    "k_pages that are no tensor": lambda given: {"k_pages": None},
+    "out of another shape": lambda given: {"out": given["out"][..., 1:]},
+    "out without memory of its own": lambda given: {"out": given["out"][:1].expand(given["q"].shape)},
+    "out on meta": lambda given: {"out": given["out"].to("meta")},
+    "sinks of another dtype": lambda given: {"sinks": torch.zeros(4).double()},
+    "too few slopes": lambda given: {"alibi_slopes": torch.zeros(3)},
+    "a narrow mask": lambda given: {"tree_mask": torch.ones(13, 5, dtype=torch.bool)},
+    "scales for pages without": lambda given: {"k_scale": torch.ones(given["k_pages"].shape[:3])},
+    "an infinite scale": lambda given: {"softmax_scale": math.inf},
+    "no number": lambda given: {"softcap": math.nan},
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_plan_that_accepted_a_layer_still_refuses_another(bad):
+    batch = mixed()
+    plan = plan_for(batch)
+    given = {"q": batch.q, "k_pages": batch.k_pages, "v_pages": batch.v_pages, "out": untouched(batch)}
+    for _ in range(2):
+        close(plan.run(**given), batch)
+    given["out"] = untouched(batch)
+    with pytest.raises(quire.QuireError, match="Fix:"):
+        plan.run(**{**given, **BAD[bad](given)})
+    assert (given["out"] == 7.0).all()
+    close(plan.run(**given), batch)
+
+
+def test_layers_of_one_plan_may_lie_differently_in_memory_and_score_differently():
+    """What a plan keeps of a call it accepted is never taken for another's."""
+    plan = plan_for(mixed())
+    sinks, slopes = torch.randn(4), torch.rand(4)
+    for rules in ({}, {"softmax_scale": 0.3}, {"softcap": 2.0}, {"sinks": sinks}, {"alibi_slopes": slopes}):
+        for how in ({}, {"layout": "nhd"}, {"layout": "gaps"}, {"layout": "apart"}, {"strided_q": True}):
+            batch = mixed(**how)
+            for return_state in (True, False):
+                result = plan.run(*batch.pages, return_state=return_state, **rules)
+                close(result.out if return_state else result, batch, **rules)
+            around = torch.full((13, 6, 20), 7.0)
+            close(plan.run(*batch.pages, out=around[:, 1:5, 2:18], **rules), batch, **rules)
+
+
 # --- debug runs --------------------------------------------------------------------------------------------
 
 

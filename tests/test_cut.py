@@ -65,3 +65,40 @@ def test_the_visible_range_is_the_union_over_the_tiles_queries(
         begin, end = function(seq_len, q_position, q_len, causal, window_left)
         assert 0 <= begin <= end <= seq_len
         assert list(range(begin, end)) == sorted(set(seen))
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 20)), max_size=5),
+    decode_max_q_len=st.integers(0, 4),
+    whole_tiles=st.booleans(),
+    kv_split=st.sampled_from([0, 32]),
+)
+def test_a_steps_two_lists_are_those_of_its_two_kinds_of_sequence(
+    lengths, decode_max_q_len, whole_tiles, kv_split
+):
+    seq_lens = np.array([n for n, _ in lengths], np.int64)
+    starts = np.array([0, *np.cumsum([q for _, q in lengths])], np.int64)
+    rules = (whole_tiles, 2, True, -1)  # 2 KV heads, causal, no window
+
+    *lists, longest = cut.share_step(
+        seq_lens, starts, decode_max_q_len, 4, 16, 0, 0, 8, 32, 5, 64, kv_split, *rules, 3
+    )
+
+    decode = cut.share_work(seq_lens, starts, 1, decode_max_q_len, 4, 16, kv_split, 0, *rules, 3)
+    prefill = cut.share_work(seq_lens, starts, decode_max_q_len + 1, 99, 8, 32, kv_split, 64, *rules, 5)
+    for got, wanted in zip(lists, (decode, prefill), strict=True):
+        for array, wanted_array in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(array, wanted_array)
+    assert longest == max((q for _, q in lengths), default=0)
+
+
+@given(
+    seq_lens=st.lists(st.integers(-2, 12), max_size=4),
+    starts=st.lists(st.integers(-1, 5), min_size=5, max_size=5),
+    ordered=st.booleans(),
+)
+def test_a_step_has_lengths_within_its_table_and_starts_that_only_grow(seq_lens, starts, ordered):
+    starts = [0, *sorted(starts)][: len(seq_lens) + 1] if ordered else starts[: len(seq_lens) + 1]
+    wanted = starts[0] == 0 and sorted(starts) == starts and all(0 <= n <= 10 for n in seq_lens)
+    arrays = np.array(seq_lens, np.int64), np.array(starts, np.int64)
+    assert cut.is_step(*arrays, 10) == cut.is_step.py_func(*arrays, 10) == wanted

@@ -296,6 +296,43 @@ def test_a_strange_element_is_not_lost_by_quantisation(kv_dtype, strange):
     torch.testing.assert_close(restored["cpu"][0, 0], restored["reference"][0, 0], rtol=0, atol=0)
 
 
+BAD = {
+    "k of another dtype": lambda given: {"k": given["k"].double()},
+    "fewer values": lambda given: {"v": given["v"][1:]},
+    "k with gaps between elements": lambda given: {"k": given["k"].repeat_interleave(2, -1)[..., ::2]},
+    "v_pages of a smaller pool": lambda given: {"v_pages": given["v_pages"][:, 1:]},
+    "pages of another head_dim": lambda given: {"k_pages": given["k_pages"][..., 1:]},
+    "pages that overlap themselves": lambda given: {
+        "v_pages": given["v_pages"][:, :1].expand(-1, PAGES, -1, -1)
+    },
+    "int32 slots": lambda given: {"slot_mapping": given["slot_mapping"].int()},
+    "a slot too many": lambda given: {"slot_mapping": torch.arange(4)},
+    "slots on meta": lambda given: {"slot_mapping": given["slot_mapping"].to("meta")},
+    "no slots": lambda given: {"slot_mapping": None},
+    "scales for pages without": lambda given: {"k_scale": torch.ones(HEADS, PAGES, PAGE)},
+    "no backend": lambda given: {"backend": "none"},
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_was_accepted_once_does_not_excuse_another(bad):
+    k, v = new_tokens(3)
+    given = {
+        "k": k,
+        "v": v,
+        "k_pages": untouched_pages(),
+        "v_pages": untouched_pages(),
+        "slot_mapping": torch.arange(3),
+    }
+    for _ in range(2):
+        quire.write_kv(**given)
+    given |= {"k_pages": untouched_pages(), "v_pages": untouched_pages()}
+    with pytest.raises(quire.QuireError, match="Fix:"):
+        quire.write_kv(**{**given, **BAD[bad](given)})
+    assert (given["k_pages"] == UNTOUCHED).all()
+    assert (given["v_pages"] == UNTOUCHED).all()
+
+
 def test_pages_that_overlap_themselves_are_refused():
     rows = torch.randn(1, 2, 16)
     pages = torch.zeros(2, 1, 4, 16).expand(2, 3, 4, 16)

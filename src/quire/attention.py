@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
-from quire import checks
+from quire import checks, step_checks
 from quire.custom_op import register
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError
@@ -26,7 +28,7 @@ from quire.spec import AttentionSpec
 from quire.state import SoftmaxState
 from quire.work import AttentionCall, StepPlan
 
-_plan_numbers = itertools.count()
+_plan_numbers, _layout_numbers = itertools.count(), itertools.count()
 _plans: weakref.WeakValueDictionary[int, AttentionPlan] = weakref.WeakValueDictionary()
 
 
@@ -39,16 +41,16 @@ class AttentionPlan:
     device: torch.device
     step: StepPlan
     num_tokens: int
-    max_q_len: int
     _kernels: ModuleType = field(repr=False)
     _prepared: Any = field(repr=False)
     # A tensor, so that a compiled graph takes each step's plan as an input instead of being compiled anew.
-    _number: torch.Tensor = field(init=False, repr=False)
+    _number: torch.Tensor = field(repr=False)
+    _layouts: dict[Hashable, int] = field(repr=False)  # of calls that were checked, numbered
 
-    def __post_init__(self) -> None:
-        number = next(_plan_numbers)
-        object.__setattr__(self, "_number", torch.tensor(number, device="cpu"))
-        _plans[number] = self
+    @property
+    def max_q_len(self) -> int:
+        """Query tokens of the sequence that has most."""
+        return self.step.max_q_len
 
     @property
     def page_indptr(self) -> torch.Tensor:
@@ -109,11 +111,7 @@ class AttentionPlan:
         Cost: no host sync; no allocation when ``out`` is given.
         Source: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867.
         """
-        checks.check_queries(q)
-        checks.check_devices(
-            "q", q.device, k_pages=k_pages, v_pages=v_pages, alibi_slopes=alibi_slopes, sinks=sinks,
-            tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, out=out,
-        )  # fmt: skip
+        _check_door(q, k_pages, v_pages, out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
         checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
         out, lse = _outputs(q, out, return_state)
         torch.ops.quire.run_plan(
@@ -126,14 +124,25 @@ class AttentionPlan:
         """The plan in words: kernels, items, splits, bytes to read and balance, a line each."""
         return explain(self.spec, self.backend, self.step)
 
-    def attend(self, call: AttentionCall) -> None:
-        """Check one layer's arguments and dispatch them to the backend."""
+    def attend(self, *arguments: Any) -> None:
+        """Check one layer's arguments, those of an ``AttentionCall``, and dispatch them to the backend."""
+        q, k_pages, v_pages, out, lse, softmax_scale, softcap, *optional = arguments
+        records_gradient = q.requires_grad and torch.is_grad_enabled()
+        tensors = checks.layout_of(q, k_pages, v_pages, out, lse, *optional)
+        layout = tensors, softmax_scale, softcap, records_gradient
+        number = self._layouts.get(layout)
+        if number is None:
+            self._check(AttentionCall(*arguments))
+            number = self._layouts.setdefault(layout, next(_layout_numbers))
+        self._kernels.attend(self._prepared, AttentionCall(*arguments, number))  # type: ignore[call-arg]
+
+    def _check(self, call: AttentionCall) -> None:
+        """All that can be wrong with a call, which its layout decides: one check serves all layers alike."""
         checks.check_call(self.spec, self.num_tokens, self.device, call)
         checks.check_tree_mask(call.tree_mask, self.num_tokens, self.max_q_len)
         if debug_enabled():
-            num_pages = call.k_pages.shape[1]
-            checks.check_page_ids(self.step.page_table, self.step.seq_lens, self.spec.page_size, num_pages)
-        self._kernels.attend(self._prepared, call)
+            step, num_pages = self.step, call.k_pages.shape[1]
+            step_checks.check_page_ids(step.page_table, step.seq_lens, step.page_size, num_pages)
 
 
 def plan(
@@ -171,13 +180,12 @@ def plan(
     Cost: host only, tens of microseconds; tensors on a device are copied to the host once.
     Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
     """
-    checks.check_rules(causal, window_left, batch_invariant, backend)
+    step_checks.check_rules(causal, window_left, batch_invariant, backend)
     if not isinstance(spec, AttentionSpec):
         raise ArgumentError(
             f"spec must be an AttentionSpec; got {checks.describe(spec)}. Fix: quire.AttentionSpec(...)"
         )
-    checks.check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
-    table, lens, starts = checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
+    table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
     where = page_table.device if device is None else torch.empty(0, device=device).device
     name = resolve_backend(backend, where)
     kernels = load_backend(name, spec, where)
@@ -194,16 +202,20 @@ def plan(
         window_left=window_left,
         tiling=tiling,
     )
-    return AttentionPlan(
-        spec=spec,
-        backend=name,
-        device=where,
-        step=step,
-        num_tokens=int(starts[-1]),
-        max_q_len=int((starts[1:] - starts[:-1]).max(initial=0)),
-        _kernels=kernels,
-        _prepared=kernels.prepare(spec, step, where),
+    number = next(_plan_numbers)
+    made = AttentionPlan(
+        spec,
+        name,
+        where,
+        step,
+        int(starts[-1]),
+        kernels,
+        kernels.prepare(spec, step, where),
+        torch.from_numpy(np.array(number)),
+        {},
     )
+    _plans[number] = made
+    return made
 
 
 def paged_attention(
@@ -235,14 +247,10 @@ def paged_attention(
     Cost: one plan per call. Where several layers share a step, plan it once instead.
     Source: PagedAttention, arXiv:2309.06180 §4.1.
     """
-    checks.check_queries(q)
-    checks.check_devices(
-        "q", q.device, k_pages=k_pages, v_pages=v_pages, alibi_slopes=alibi_slopes, sinks=sinks,
-        tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, out=out,
-    )  # fmt: skip
+    _check_door(q, k_pages, v_pages, out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
     checks.check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
-    checks.check_rules(causal, window_left, batch_invariant, backend)
+    step_checks.check_rules(causal, window_left, batch_invariant, backend)
     out, lse = _outputs(q, out, return_state)
     torch.ops.quire.paged_attention(
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse,
@@ -250,6 +258,23 @@ def paged_attention(
         softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
     )  # fmt: skip
     return out if lse is None else SoftmaxState(out, lse)
+
+
+def _check_door(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, tree_mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """What torch would take for something else than a call of the operator; the operator checks the rest."""
+    if checks.hold_data((q, k_pages, v_pages), (out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)):
+        return
+    checks.check_queries(q)
+    checks.check_pages("k_pages", k_pages)
+    checks.check_pages("v_pages", v_pages)
+    checks.check_devices(
+        "q", q.device, k_pages=k_pages, v_pages=v_pages, out=out, alibi_slopes=alibi_slopes, sinks=sinks,
+        tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
 
 
 def _outputs(
@@ -275,17 +300,18 @@ def _paged_attention_op(
     backend: str,
     *scoring: Any,
 ) -> None:
+    checks.check_queries(q)
     checks.check_pages("k_pages", k_pages)
     spec = checks.infer_spec(q, k_pages)
     step = plan(
         page_table, seq_lens, cu_seqlens_q, spec,
         causal=causal, window_left=window_left, batch_invariant=batch_invariant, backend=backend, device=q.device,
     )  # fmt: skip
-    step.attend(AttentionCall(q, k_pages, v_pages, out, lse, *scoring))
+    step.attend(q, k_pages, v_pages, out, lse, *scoring)
 
 
 def _run_plan_op(plan_number: torch.Tensor, *call: Any) -> None:
-    _plans[int(plan_number)].attend(AttentionCall(*call))
+    _plans[int(plan_number)].attend(*call)
 
 
 _SCORING = (

@@ -1,20 +1,19 @@
-"""Argument errors, the same for every backend: name, expected, got, fix.
+"""Errors of one layer's tensors, the same for every backend: name, expected, got, fix.
 
-Everything is read on the host from shapes, strides, dtypes and host tensors: no check waits for a device.
+Everything is read on the host from shapes, strides and dtypes: no check waits for a device. Those of a step's
+lengths and tables are in ``step_checks``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from quire.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype
-from quire.work import AttentionCall, Ints
+from quire.work import AttentionCall
 
 _KV_NAMES: dict[torch.dtype, KVDtype] = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}  # type: ignore[misc]
 
@@ -46,6 +45,21 @@ def check_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
             f"{name} must have a contiguous last dimension; got strides {list(value.stride())}. "
             f"Fix: {name}.contiguous()"
         )
+
+
+def hold_data(needed: tuple[object, ...], optional: tuple[object, ...]) -> bool:
+    """Whether torch hands a call with these to an operator's implementation, which checks everything else.
+
+    Tracing asks too, with tensors that only pretend: nothing here depends on a shape.
+    """
+    for value in needed:
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            return False
+    # A generator would cost as much as all else here.
+    for value in optional:  # noqa: SIM110
+        if value is not None and (not isinstance(value, torch.Tensor) or value.is_meta):
+            return False
+    return True
 
 
 def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
@@ -134,79 +148,6 @@ def infer_spec(q: torch.Tensor, k_pages: torch.Tensor) -> AttentionSpec:
     return AttentionSpec(q.shape[1], num_kv_heads, head_dim, page_size, q.dtype, _KV_NAMES.get(k_pages.dtype))
 
 
-def check_step(
-    page_table: object, seq_lens: object, cu_seqlens_q: object | None, page_size: int
-) -> tuple[NDArray[np.int32], Ints, Ints]:
-    """A step's page table and lengths as host arrays.
-
-    Returns:
-        page_table int32 [batch, max_pages], seq_lens int64 [batch], cu_seqlens_q int64 [batch + 1].
-    """
-    table = check_tensor("page_table", page_table, 2, "int32 [batch, max_pages]")
-    if table.dtype != torch.int32:
-        raise DtypeError(
-            f"page_table must be int32 [batch, max_pages]; got {describe(table)}. Fix: page_table.to(torch.int32)"
-        )
-    lens = _host_lengths("seq_lens", seq_lens, "[batch]")
-    batch = table.shape[0]
-    if len(lens) != batch:
-        raise ShapeError(
-            f"seq_lens must be [batch] with batch={batch}, the rows of page_table; got [{len(lens)}]. "
-            "Fix: one length per row"
-        )
-    if batch and lens.min() < 0:
-        raise ArgumentError(
-            f"seq_lens must not be negative; got {lens.min()}. Fix: use 0 for an empty sequence"
-        )
-    capacity = table.shape[1] * page_size
-    if batch and lens.max() > capacity:
-        row = int(lens.argmax())
-        raise ShapeError(
-            f"page_table must have {-(-int(lens[row]) // page_size)} columns for seq_lens[{row}]={lens[row]} at "
-            f"page_size {page_size}; got {table.shape[1]}. Fix: append the tokens to the page table first"
-        )
-    if cu_seqlens_q is None:
-        starts: Ints = np.arange(batch + 1, dtype=np.int64)
-    else:
-        starts = _host_lengths("cu_seqlens_q", cu_seqlens_q, "[batch + 1]")
-        if len(starts) != batch + 1:
-            raise ShapeError(
-                f"cu_seqlens_q must be [batch + 1] = [{batch + 1}]; got [{len(starts)}]. "
-                "Fix: start with 0 and end with the number of query tokens"
-            )
-        if starts[0] != 0 or (np.diff(starts) < 0).any():
-            raise ArgumentError(
-                f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
-                "Fix: the cumulative sum of query lengths, with a leading 0"
-            )
-    return (table if table.stride(1) == 1 else table.contiguous()).cpu().numpy(), lens, starts
-
-
-def _host_lengths(name: str, value: object, layout: str) -> Ints:
-    tensor = check_tensor(name, value, 1, f"int32 {layout}")
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise DtypeError(
-            f"{name} must be int32 {layout}; got {describe(tensor)}. Fix: {name}.to(torch.int32)"
-        )
-    return tensor.cpu().numpy().astype(np.int64)
-
-
-def check_rules(causal: object, window_left: object, batch_invariant: object, backend: object) -> None:
-    """causal and batch_invariant are bools, window_left an int of at least −1, backend a name."""
-    if not isinstance(causal, bool):
-        raise ArgumentError(f"causal must be True or False; got {causal!r}. Fix: causal=True")
-    if not isinstance(batch_invariant, bool):
-        raise ArgumentError(
-            f"batch_invariant must be True or False; got {batch_invariant!r}. Fix: batch_invariant=False"
-        )
-    if not isinstance(window_left, int) or isinstance(window_left, bool) or window_left < -1:
-        raise ArgumentError(
-            f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"
-        )
-    if not isinstance(backend, str):
-        raise ArgumentError(f'backend must be a name; got {backend!r}. Fix: backend="auto"')
-
-
 def check_numbers(**numbers: object) -> None:
     """Python numbers, before torch compares them with the operator's schema; check_call says which."""
     for name, value in numbers.items():
@@ -222,18 +163,6 @@ def check_own_memory(name: str, tensor: torch.Tensor) -> None:
         raise ShapeError(
             f"{name} must have memory of its own for every row; got strides {list(tensor.stride())}. "
             f"Fix: {name}.clone()"
-        )
-
-
-def check_page_ids(page_table: NDArray[np.int32], seq_lens: Ints, page_size: int, num_pages: int) -> None:
-    """Debug mode: every page a sequence uses exists in the pool."""
-    used = np.arange(page_table.shape[1]) < -(-seq_lens // page_size)[:, None]
-    bad = used & ((page_table < 0) | (page_table >= num_pages))
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        raise ArgumentError(
-            f"page_table must hold page ids from 0 to {num_pages - 1}; got {page_table[row, column]} at "
-            f"[{row}, {column}]. Fix: use the ids that PageTable handed out for this pool"
         )
 
 
@@ -264,9 +193,21 @@ def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: 
     check_last_dim_contiguous("tree_mask", tree_mask)
 
 
+def layout_of(*tensors: torch.Tensor | None) -> Hashable:
+    """All that checks and kernels can read of tensors but addresses and values.
+
+    Arguments that were accepted once need no check when they come again in the same layout.
+    """
+    return tuple([t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+
+
 def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:
     """One layer's arguments against the plan they are run with."""
     _check_planned_queries(spec, num_tokens, device, call.q)
+    check_devices(
+        "q", call.q.device, k_pages=call.k_pages, v_pages=call.v_pages, out=call.out, alibi_slopes=call.alibi_slopes,
+        sinks=call.sinks, tree_mask=call.tree_mask, k_scale=call.k_scale, v_scale=call.v_scale,
+    )  # fmt: skip
     for name, pages in (("k_pages", call.k_pages), ("v_pages", call.v_pages)):
         check_pages(name, pages)
         heads, _, page_size, head_dim = pages.shape

@@ -23,6 +23,15 @@ ITEM_OVERHEAD = 16
 
 
 @compiled
+def is_step(seq_lens: Any, starts: Any, capacity: int) -> bool:
+    """Whether lengths lie in 0 … capacity, and starts begin with 0 and never decrease."""
+    fits = starts[0] == 0
+    for i in range(len(seq_lens)):
+        fits = fits and 0 <= seq_lens[i] <= capacity and starts[i] <= starts[i + 1]
+    return bool(fits)
+
+
+@compiled
 def visible_range(
     seq_len: int, q_position: int, q_len: int, causal: bool, window_left: int
 ) -> tuple[int, int]:
@@ -91,6 +100,28 @@ def own_parts(
     if longest <= min(own, straddled):
         return int(-(-max(longest, 1) // kv_tokens) * kv_tokens)
     return int(fewest * kv_tokens) if own <= straddled else 0
+
+
+@compiled
+def share_step(
+    seq_lens: Any, starts: Any, decode_max_q_len: int,
+    decode_q_tokens: int, decode_kv_tokens: int, decode_workers: int, decode_part_cost: int,
+    prefill_q_tokens: int, prefill_kv_tokens: int, prefill_workers: int, prefill_part_cost: int,
+    kv_split: int, whole_tiles: bool, num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
+) -> tuple[Any, Any, int]:  # fmt: skip
+    """``share_work`` of a step's decode and of its prefill, and the step's longest q_len."""
+    longest = 0
+    for i in range(len(seq_lens)):
+        longest = max(longest, starts[i + 1] - starts[i])
+    few = share_work(
+        seq_lens, starts, 1, decode_max_q_len, decode_q_tokens, decode_kv_tokens, kv_split, decode_part_cost,
+        whole_tiles, num_kv_heads, causal, window_left, decode_workers or num_workers,
+    )  # fmt: skip
+    many = share_work(
+        seq_lens, starts, decode_max_q_len + 1, longest, prefill_q_tokens, prefill_kv_tokens, kv_split,
+        prefill_part_cost, whole_tiles, num_kv_heads, causal, window_left, prefill_workers or num_workers,
+    )  # fmt: skip
+    return few, many, longest
 
 
 @compiled

@@ -14,10 +14,14 @@ Sources: PagedAttention, arXiv:2309.06180 §4; FlashDecoding (KV split); Stream-
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.work import Ints, StepPlan, TileShape, Tiling, WorkList
+from quire.work import Ints, StepPlan, Tiling, WorkList
 
 
 def plan_step(
@@ -39,27 +43,20 @@ def plan_step(
         tiling: how the backend wants it cut.
     Cost: a microsecond per hundred items; the first plan of a process loads Numba.
     """
-    # Imported here: `import quire` must stay light, and Numba is not.
-    from quire.cut import share_work
-
-    def work(least_q: int, most_q: int, tile: TileShape) -> WorkList:
-        return WorkList(
-            *share_work(
-                seq_lens, cu_seqlens_q, least_q, most_q, tile.q_tokens, tile.kv_tokens, tiling.kv_split,
-                tile.part_cost, tiling.whole_tiles, num_kv_heads, causal, window_left,
-                tile.num_workers or tiling.num_workers,
-            )
-        )  # fmt: skip
-
-    longest_decode = tiling.decode_max_q_len
+    decode, prefill, max_q_len = _arithmetic()(
+        seq_lens, cu_seqlens_q, tiling.decode_max_q_len, *tiling.decode, *tiling.prefill, tiling.kv_split,
+        tiling.whole_tiles, num_kv_heads, causal, window_left, tiling.num_workers,
+    )  # fmt: skip
     return StepPlan(
-        page_table=page_table,
-        seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        page_size=page_size,
-        causal=causal,
-        window_left=window_left,
-        decode=work(1, longest_decode, tiling.decode),
-        prefill=work(longest_decode + 1, np.iinfo(np.int64).max, tiling.prefill),
-        kv_split=tiling.kv_split,
-    )
+        page_table, seq_lens, cu_seqlens_q, page_size, causal, window_left,
+        WorkList(*decode), WorkList(*prefill), tiling.kv_split, max_q_len,
+    )  # fmt: skip
+
+
+@functools.cache
+def _arithmetic() -> Callable[..., Any]:
+    # Imported late: `import quire` must stay light, and Numba is not.
+    from quire.cut import share_step
+
+    arithmetic: Callable[..., Any] = share_step
+    return arithmetic

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from types import ModuleType
+
 import torch
 
 from quire import checks
@@ -37,23 +40,29 @@ def write_kv(
     Cost: reads and writes each element once; no host sync.
     Source: the reshape-and-cache step of PagedAttention, arXiv:2309.06180 §4.
     """
-    checks.check_pages("k_pages", k_pages)
+    if not checks.hold_data((k, v, k_pages, v_pages, slot_mapping), (k_scale, v_scale)):
+        checks.check_pages("k_pages", k_pages)
+        _check_devices(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+    torch.ops.quire.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend)
+
+
+def _check_devices(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+) -> None:  # fmt: skip
     checks.check_devices(
         "k_pages", k_pages.device, k=k, v=v, v_pages=v_pages, slot_mapping=slot_mapping,
         k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
-    torch.ops.quire.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend)
 
 
 def _check(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+) -> None:  # fmt: skip
+    checks.check_tensor("slot_mapping", slot_mapping, 1, "int64 [tokens]")
+    checks.check_pages("k_pages", k_pages)
+    _check_devices(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
     layout = "[tokens, num_kv_heads, head_dim]"
     for name, rows, pages_name, pages in (("k", k, "k_pages", k_pages), ("v", v, "v_pages", v_pages)):
         checks.check_tensor(name, rows, 3, layout)
@@ -104,22 +113,24 @@ def _check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
         )
 
 
+_kernels: dict[Hashable, ModuleType] = {}  # of the calls accepted so far, by all that was checked of them
+_MOST_LAYOUTS = 1024  # a new number of tokens is a new layout
+
+
 def _write_kv_op(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    backend: str,
-) -> None:
-    checks.check_tensor("slot_mapping", slot_mapping, 1, "int64 [tokens]")
-    _check(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    layout = backend, checks.layout_of(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+    kernels = _kernels.get(layout)
+    if kernels is None:
+        _check(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+        kernels = load_backend(resolve_backend(backend, k.device), checks.infer_spec(k, k_pages), k.device)
+        if len(_kernels) >= _MOST_LAYOUTS:
+            _kernels.clear()
+        _kernels[layout] = kernels
     if debug_enabled():
         _check_slots(slot_mapping, k_pages.shape[1] * k_pages.shape[2])
-    name = resolve_backend(backend, k.device)
-    kernels = load_backend(name, checks.infer_spec(k, k_pages), k.device)
     kernels.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
 
 

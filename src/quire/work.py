@@ -5,8 +5,9 @@ The planner builds these and the backends read them, so that neither has to know
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ MERGE_COLUMNS = ("kv_head", "q_begin", "q_len", "first_partial", "num_partials")
 INVARIANT_KV_SPLIT = 2048
 
 
-@dataclass(frozen=True)
-class TileShape:
+class TileShape(NamedTuple):
     """What one kernel works on at a time: query tokens by KV tokens.
 
     Blocks of ``kv_tokens`` keys, counted from the sequence's first, are the grain at which a tile may be split.
@@ -40,8 +40,7 @@ class TileShape:
     part_cost: int = 0  # what splitting a tile costs, in KV tokens; 0: so little that equal shares are best
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """How a backend wants the work cut: its workers and the tile of each of its two kernels.
 
     Sequences with at most ``decode_max_q_len`` query tokens are decode work; 0 sends all to prefill.
@@ -72,11 +71,10 @@ class Tiling:
                 'Fix: backend="auto", or batch_invariant=False'
             )
         grain = self.prefill.kv_tokens
-        return replace(self, decode_max_q_len=0, kv_split=-(-INVARIANT_KV_SPLIT // grain) * grain)
+        return self._replace(decode_max_q_len=0, kv_split=-(-INVARIANT_KV_SPLIT // grain) * grain)
 
 
-@dataclass(frozen=True)
-class WorkList:
+class WorkList(NamedTuple):
     """Work of one kernel, cut into one share per worker.
 
     ``items[worker_indptr[w]:worker_indptr[w + 1]]`` is the share of worker w. ``q_begin`` counts packed
@@ -102,9 +100,9 @@ class WorkList:
         return tokens
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: that would cost a microsecond of every plan
 class StepPlan:
-    """One step's lengths, page table and work, shared by all layers of one attention shape.
+    """One step's lengths, page table and work, shared by all layers of one attention shape. Not to be changed.
 
     ``decode`` holds the sequences with a single query token, ``prefill`` the others: two groups with their
     own tile shapes, because one kernel that branches between them is good at neither.
@@ -119,6 +117,7 @@ class StepPlan:
     decode: WorkList
     prefill: WorkList
     kv_split: int = 0  # as in Tiling: above 0 the step is batch-invariant
+    max_q_len: int = 0  # query tokens of the sequence that has most
 
     @cached_property
     def pages_per_sequence(self) -> Ints:
@@ -153,11 +152,12 @@ class StepPlan:
         return valid
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """Checked arguments of one layer's attention, in the shapes of ``quire.paged_attention``.
 
     ``out`` is written whole. ``lse``, fp32 [tokens, num_qo_heads], is written where it is not None.
+    ``layout`` stands for all that is not an address: two calls of one plan with the same number have every
+    shape, stride, dtype, device and number in common. A backend may keep what it computed from them by it.
     """
 
     q: torch.Tensor
@@ -172,6 +172,7 @@ class AttentionCall:
     tree_mask: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    layout: int | None = None
 
     @property
     def scale(self) -> float:

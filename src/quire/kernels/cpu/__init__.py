@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from quire.kernels.cpu import decode as decoding
 from quire.kernels.cpu import prefill as prefilling
-from quire.kernels.cpu.launch import DTYPE_CODES, Config, num_threads, run
+from quire.kernels.cpu.launch import DTYPE_CODES, Config, addresses, num_threads, run
 from quire.kernels.cpu.merge import merge
 from quire.kernels.cpu.products import BLOCK, MAX_HEADS
 from quire.kernels.cpu.rows import Call, Step
@@ -29,91 +29,124 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
 
 def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
     """One share per thread; a prefill tile holds as many tokens as fit its rows with their whole group."""
+    return _tiling(spec, num_threads())
+
+
+@functools.cache
+def _tiling(spec: AttentionSpec, threads: int) -> Tiling:
     return Tiling(
-        num_workers=num_threads(),
+        num_workers=threads,
         decode=TileShape(q_tokens=1, kv_tokens=BLOCK),
-        prefill=TileShape(q_tokens=max(1, ROWS // spec.group_size), kv_tokens=prefilling.BLOCK),
+        prefill=TileShape(q_tokens=_prefill_tokens(spec), kv_tokens=prefilling.BLOCK),
         rows_stand_alone=True,
     )
 
 
-@dataclass(frozen=True)
+def _prefill_tokens(spec: AttentionSpec) -> int:
+    return max(1, ROWS // spec.group_size)
+
+
+class _Kernel(NamedTuple):
+    """One of the two kernels, for a spec."""
+
+    function: Any
+    config: Config
+    partial_rows: int
+    scratch_bytes: int  # per worker
+
+
+@functools.cache
+def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
+    """Decode and prefill."""
+    q_dtype, kv_dtype = DTYPE_CODES[spec.dtype], DTYPE_CODES[spec.storage_dtype]
+    tiles = -(-spec.group_size // MAX_HEADS)
+    return (
+        _Kernel(
+            decoding.decode,
+            Config(q_dtype, kv_dtype, spec.head_dim, heads=-(-spec.group_size // tiles)),
+            spec.group_size,
+            _apart(decoding.scratch_bytes(spec.head_dim, spec.group_size)),
+        ),
+        _Kernel(
+            prefilling.prefill,
+            Config(q_dtype, kv_dtype, spec.head_dim),
+            _prefill_tokens(spec) * spec.group_size,
+            _apart(prefilling.scratch_bytes(spec.head_dim)),
+        ),
+    )
+
+
+def _apart(nbytes: int) -> int:
+    """Bytes from one worker's scratch to the next: whole cache lines and an odd number of them.
+
+    At a power of two the same row of every worker would fight for the same set of a shared cache.
+    """
+    return (-(-nbytes // PAGE_ALIGNMENT_BYTES) | 1) * PAGE_ALIGNMENT_BYTES
+
+
 class _Launch:
     """One kernel's part of a plan, ready to be called for each layer."""
 
-    kernel: Any
-    config: Config
-    work: WorkList
-    step: Step
-    scratch_bytes: int  # of all workers and partial states together
+    def __init__(self, kernel: _Kernel, spec: AttentionSpec, plan: StepPlan, work: WorkList) -> None:
+        items, worker_indptr, merges, page_table, seq_lens, cu_seqlens_q = addresses(
+            work.items, work.worker_indptr, work.merges, plan.page_table, plan.seq_lens, plan.cu_seqlens_q
+        )
+        self._function, self._config = kernel.function, kernel.config
+        self._workers, self._merges = len(work.worker_indptr) - 1, len(work.merges)
+        self._partial_out = self._workers * kernel.scratch_bytes
+        rows = work.num_partials * kernel.partial_rows
+        self._partial_softmax = self._partial_out + rows * kernel.config.row_bytes
+        self._nbytes = self._partial_softmax + rows * 8
+        self._step = Step(
+            items=items,
+            worker_indptr=worker_indptr,
+            merges=merges,
+            page_table=page_table,
+            page_table_row=plan.page_table.strides[0],
+            seq_lens=seq_lens,
+            cu_seqlens_q=cu_seqlens_q,
+            page_size=plan.page_size,
+            group=spec.group_size,
+            causal=int(plan.causal),
+            window_left=plan.window_left,
+            partial_rows=kernel.partial_rows,
+            partial_out=0,
+            partial_softmax=0,
+            scratch=0,
+            scratch_bytes=kernel.scratch_bytes,
+        )
 
     def __call__(self, call: Call) -> None:
-        threads, workers = num_threads(), len(self.work.worker_indptr) - 1
-        scratch = borrow_scratch(self.scratch_bytes)
-        partial_out = scratch + workers * self.step.scratch_bytes
-        partial_softmax = (
-            partial_out + self.work.num_partials * self.step.partial_rows * self.config.row_bytes
-        )
-        step = self.step._replace(scratch=scratch, partial_out=partial_out, partial_softmax=partial_softmax)
-        run(self.kernel, self.config, threads, workers, step, call)
-        if len(self.work.merges):
-            run(merge, self.config, threads, len(self.work.merges), step, call)
+        threads, step = num_threads(), self._in_scratch(borrow_scratch(self._nbytes))
+        run(self._function, self._config, threads, self._workers, step, call)
+        if self._merges:
+            run(merge, self._config, threads, self._merges, step, call)
+
+    def _in_scratch(self, scratch: int) -> Step:
+        """The step with its places in scratch memory, which lies where it did for the layer before."""
+        step = self._step
+        if step.scratch != scratch:
+            step = self._step = step._replace(
+                scratch=scratch,
+                partial_out=scratch + self._partial_out,
+                partial_softmax=scratch + self._partial_softmax,
+            )
+        return step
 
 
-def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> list[_Launch]:
+class _Prepared(NamedTuple):
+    """The host arrays that launches hold the addresses of, the launches, and strides by a call's layout."""
+
+    step: StepPlan
+    launches: list[_Launch]
+    strides: dict[int | None, tuple[int | float, ...]]
+
+
+def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepared:
     """The launches of a plan: decode, prefill or both."""
-    q_dtype, kv_dtype = DTYPE_CODES[spec.dtype], DTYPE_CODES[spec.storage_dtype]
-    tiles = -(-spec.group_size // MAX_HEADS)
-    decode_config = Config(q_dtype, kv_dtype, spec.head_dim, heads=-(-spec.group_size // tiles))
-    prefill_config = Config(q_dtype, kv_dtype, spec.head_dim)
-    prefill_rows = tiling(spec, device).prefill.q_tokens * spec.group_size
-    decode_scratch = decoding.scratch_bytes(spec.head_dim, spec.group_size)
-    candidates = (
-        (decoding.decode, decode_config, step.decode, spec.group_size, decode_scratch),
-        (
-            prefilling.prefill,
-            prefill_config,
-            step.prefill,
-            prefill_rows,
-            prefilling.scratch_bytes(spec.head_dim),
-        ),
-    )
-    return [_launch(spec, step, *candidate) for candidate in candidates if len(candidate[2].items)]
-
-
-def _launch(
-    spec: AttentionSpec,
-    step: StepPlan,
-    kernel: Any,
-    config: Config,
-    work: WorkList,
-    partial_rows: int,
-    scratch: int,
-) -> _Launch:
-    # Workers' scratch starts on its own cache lines, an odd number of them apart: at a power of two
-    # the same row of every worker would fight for the same set of a shared cache.
-    lines = -(-scratch // PAGE_ALIGNMENT_BYTES) | 1
-    native = Step(
-        items=work.items.ctypes.data,
-        worker_indptr=work.worker_indptr.ctypes.data,
-        merges=work.merges.ctypes.data,
-        page_table=step.page_table.ctypes.data,
-        page_table_row=step.page_table.strides[0],
-        seq_lens=step.seq_lens.ctypes.data,
-        cu_seqlens_q=step.cu_seqlens_q.ctypes.data,
-        page_size=step.page_size,
-        group=spec.group_size,
-        causal=int(step.causal),
-        window_left=step.window_left,
-        partial_rows=partial_rows,
-        partial_out=0,
-        partial_softmax=0,
-        scratch=0,
-        scratch_bytes=lines * PAGE_ALIGNMENT_BYTES,
-    )
-    workers = len(work.worker_indptr) - 1
-    partials = work.num_partials * partial_rows * (config.row_bytes + 8)
-    return _Launch(kernel, config, work, native, workers * native.scratch_bytes + partials)
+    work = zip(_kernels(spec), (step.decode, step.prefill), strict=True)
+    launches = [_Launch(kernel, spec, step, shares) for kernel, shares in work if len(shares.items)]
+    return _Prepared(step, launches, {})
 
 
 _borrowed = threading.local()
@@ -127,48 +160,35 @@ def borrow_scratch(nbytes: int) -> int:
     return buffer.data_ptr()
 
 
-def attend(launches: list[_Launch], call: AttentionCall) -> None:
+def attend(prepared: _Prepared, call: AttentionCall) -> None:
     """Run a plan's launches on one layer's tensors."""
-    native = _native_call(call)
-    for launch in launches:
+    strides = prepared.strides.get(call.layout)
+    if strides is None:
+        strides = _strides(call)
+        if call.layout is not None:
+            prepared.strides[call.layout] = strides
+    native = Call._make((
+        call.q.data_ptr(), call.k_pages.data_ptr(), call.v_pages.data_ptr(), call.out.data_ptr(), _address(call.lse),
+        _address(call.k_scale), _address(call.v_scale), _address(call.alibi_slopes), _address(call.sinks),
+        _address(call.tree_mask), *strides,
+    ))  # fmt: skip
+    for launch in prepared.launches:
         launch(native)
 
 
-def _native_call(call: AttentionCall) -> Call:
+def _strides(call: AttentionCall) -> tuple[int | float, ...]:
+    """All of ``Call`` that is no address."""
     element, kv_element = call.q.element_size(), call.k_pages.element_size()
-    q_token, q_head, _ = call.q.stride()
-    out_token, out_head, _ = call.out.stride()
-    k_head, k_page, k_slot, _ = call.k_pages.stride()
-    v_head, v_page, v_slot, _ = call.v_pages.stride()
-    scale_head, scale_page, scale_slot = (0, 0, 0) if call.k_scale is None else call.k_scale.stride()
-    return Call(
-        q=call.q.data_ptr(),
-        q_token=q_token * element,
-        q_head=q_head * element,
-        k=call.k_pages.data_ptr(),
-        k_head=k_head * kv_element,
-        k_page=k_page * kv_element,
-        k_slot=k_slot * kv_element,
-        v=call.v_pages.data_ptr(),
-        v_head=v_head * kv_element,
-        v_page=v_page * kv_element,
-        v_slot=v_slot * kv_element,
-        out=call.out.data_ptr(),
-        out_token=out_token * element,
-        out_head=out_head * element,
-        lse=_address(call.lse),
-        lse_token=0 if call.lse is None else call.lse.stride(0) * 4,
-        k_scale=_address(call.k_scale),
-        v_scale=_address(call.v_scale),
-        scale_head=scale_head * 4,
-        scale_page=scale_page * 4,
-        scale_slot=scale_slot * 4,
-        alibi_slopes=_address(call.alibi_slopes),
-        sinks=_address(call.sinks),
-        tree_mask=_address(call.tree_mask),
-        tree_mask_row=0 if call.tree_mask is None else call.tree_mask.stride(0),
-        softmax_scale=float(call.scale),
-        softcap=float(call.softcap),
+    return (
+        *(stride * element for stride in call.q.stride()[:2]),
+        *(stride * kv_element for stride in call.k_pages.stride()[:3]),
+        *(stride * kv_element for stride in call.v_pages.stride()[:3]),
+        *(stride * element for stride in call.out.stride()[:2]),
+        0 if call.lse is None else call.lse.stride(0) * 4,
+        *((0, 0, 0) if call.k_scale is None else (stride * 4 for stride in call.k_scale.stride())),
+        0 if call.tree_mask is None else call.tree_mask.stride(0),
+        float(call.scale),
+        float(call.softcap),
     )
 
 

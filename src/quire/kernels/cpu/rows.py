@@ -56,32 +56,33 @@ class Step(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One layer's tensors: addresses, and strides in bytes. An address of 0 means: not given."""
+    """One layer's tensors: addresses, then strides in bytes and numbers. An address of 0 means: not given."""
 
     q: int
-    q_token: int
-    q_head: int
     k: int
-    k_head: int
-    k_page: int
-    k_slot: int
     v: int
-    v_head: int
-    v_page: int
-    v_slot: int
     out: int
-    out_token: int
-    out_head: int
     lse: int
-    lse_token: int
     k_scale: int
     v_scale: int
-    scale_head: int
-    scale_page: int
-    scale_slot: int
     alibi_slopes: int
     sinks: int
     tree_mask: int
+
+    q_token: int
+    q_head: int
+    k_head: int
+    k_page: int
+    k_slot: int
+    v_head: int
+    v_page: int
+    v_slot: int
+    out_token: int
+    out_head: int
+    lse_token: int
+    scale_head: int
+    scale_page: int
+    scale_slot: int
     tree_mask_row: int
     softmax_scale: float
     softcap: float

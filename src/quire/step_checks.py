@@ -1,0 +1,120 @@
+"""Errors of a step's lengths, tables and rules, the same for every backend: name, expected, got, fix.
+
+They are read on the host, before anything is launched.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quire.checks import check_host, check_tensor, describe
+from quire.errors import ArgumentError, DtypeError, ShapeError
+from quire.work import Ints
+
+
+def check_step(
+    page_table: object, seq_lens: object, cu_seqlens_q: object | None, page_size: int
+) -> tuple[NDArray[np.int32], Ints, Ints]:
+    """A step's page table and lengths as host arrays.
+
+    Returns:
+        page_table int32 [batch, max_pages], seq_lens int64 [batch], cu_seqlens_q int64 [batch + 1].
+    """
+    table = check_tensor("page_table", page_table, 2, "int32 [batch, max_pages]")
+    if table.dtype != torch.int32:
+        raise DtypeError(
+            f"page_table must be int32 [batch, max_pages]; got {describe(table)}. Fix: page_table.to(torch.int32)"
+        )
+    if table.is_meta:
+        check_host(page_table=table)
+    lens = _host_lengths("seq_lens", seq_lens, "[batch]")
+    batch = table.shape[0]
+    if len(lens) != batch:
+        raise ShapeError(
+            f"seq_lens must be [batch] with batch={batch}, the rows of page_table; got [{len(lens)}]. "
+            "Fix: one length per row"
+        )
+    if cu_seqlens_q is None:
+        starts: Ints = np.arange(batch + 1, dtype=np.int64)
+    else:
+        starts = _host_lengths("cu_seqlens_q", cu_seqlens_q, "[batch + 1]")
+        if len(starts) != batch + 1:
+            raise ShapeError(
+                f"cu_seqlens_q must be [batch + 1] = [{batch + 1}]; got [{len(starts)}]. "
+                "Fix: start with 0 and end with the number of query tokens"
+            )
+    if not _arithmetic().is_step(lens, starts, table.shape[1] * page_size):
+        _refuse_step(table, lens, starts, page_size)
+    return (table if table.stride(1) == 1 else table.contiguous()).cpu().numpy(), lens, starts
+
+
+@functools.cache
+def _arithmetic() -> ModuleType:
+    # Imported late: `import quire` must stay light, and Numba is not.
+    from quire import cut
+
+    return cut
+
+
+def _refuse_step(table: torch.Tensor, lens: Ints, starts: Ints, page_size: int) -> NoReturn:
+    """Say which number of a step is wrong."""
+    if len(lens) and lens.min() < 0:
+        raise ArgumentError(
+            f"seq_lens must not be negative; got {lens.min()}. Fix: use 0 for an empty sequence"
+        )
+    capacity = table.shape[1] * page_size
+    if len(lens) and lens.max() > capacity:
+        row = int(lens.argmax())
+        raise ShapeError(
+            f"page_table must have {-(-int(lens[row]) // page_size)} columns for seq_lens[{row}]={lens[row]} at "
+            f"page_size {page_size}; got {table.shape[1]}. Fix: append the tokens to the page table first"
+        )
+    raise ArgumentError(
+        f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
+        "Fix: the cumulative sum of query lengths, with a leading 0"
+    )
+
+
+def _host_lengths(name: str, value: object, layout: str) -> Ints:
+    tensor = check_tensor(name, value, 1, f"int32 {layout}")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(
+            f"{name} must be int32 {layout}; got {describe(tensor)}. Fix: {name}.to(torch.int32)"
+        )
+    if tensor.is_meta:
+        check_host(**{name: tensor})
+    return tensor.cpu().numpy().astype(np.int64)
+
+
+def check_rules(causal: object, window_left: object, batch_invariant: object, backend: object) -> None:
+    """causal and batch_invariant are bools, window_left an int of at least −1, backend a name."""
+    if not isinstance(causal, bool):
+        raise ArgumentError(f"causal must be True or False; got {causal!r}. Fix: causal=True")
+    if not isinstance(batch_invariant, bool):
+        raise ArgumentError(
+            f"batch_invariant must be True or False; got {batch_invariant!r}. Fix: batch_invariant=False"
+        )
+    if not isinstance(window_left, int) or isinstance(window_left, bool) or window_left < -1:
+        raise ArgumentError(
+            f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"
+        )
+    if not isinstance(backend, str):
+        raise ArgumentError(f'backend must be a name; got {backend!r}. Fix: backend="auto"')
+
+
+def check_page_ids(page_table: NDArray[np.int32], seq_lens: Ints, page_size: int, num_pages: int) -> None:
+    """Debug mode: every page a sequence uses exists in the pool."""
+    used = np.arange(page_table.shape[1]) < -(-seq_lens // page_size)[:, None]
+    bad = used & ((page_table < 0) | (page_table >= num_pages))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ArgumentError(
+            f"page_table must hold page ids from 0 to {num_pages - 1}; got {page_table[row, column]} at "
+            f"[{row}, {column}]. Fix: use the ids that PageTable handed out for this pool"
+        )
