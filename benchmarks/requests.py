@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cases import number
+
 _GROUP = re.compile(r"(\d+)x(\d+k?)(?:-(\d+k?))?:(\d+k?)")
 _FORM = "requests must look like 8x16-256:64 or 4x128:32+1x1k:32, all with the same number of new tokens"
 
@@ -71,11 +73,6 @@ def parse_requests(text: str) -> Requests:
     return Requests(text, tuple(lens), budgets.pop())
 
 
-def number(text: str) -> int:
-    """`512` or `2k`."""
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
-
-
 def model_folder(shape: ModelShape, parent: Path, seed: int = 0) -> Path:
     """The random model as a Hugging Face folder, written where it is not there yet.
 
@@ -84,12 +81,10 @@ def model_folder(shape: ModelShape, parent: Path, seed: int = 0) -> Path:
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils import logging
 
     folder = parent / str(shape).replace("/", "-") / f"seed{seed}"
     if (folder / "model.safetensors").exists():
         return folder
-    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=shape.vocab,

@@ -16,7 +16,21 @@ Turn = Callable[[], float]  # computes the case once and returns the seconds it 
 
 
 class Absent(Exception):
-    """A peer that cannot take part; the text says why. It is listed, never estimated."""
+    """A peer that cannot take part, or no longer. It is listed with the reason, never estimated.
+
+    Args:
+        note: why.
+        status: `unavailable` for what is not there or not supported, `failed` for what broke.
+    """
+
+    def __init__(self, note: str, status: str = "unavailable") -> None:
+        super().__init__(note)
+        self.status = status
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """As columns of a row."""
+        return {"status": self.status, "note": str(self)}
 
 
 @dataclass(frozen=True)
@@ -71,15 +85,22 @@ def stopwatch(call: Callable[[], Any], *, warm: bool = True) -> Turn:
 
 def time_in_turns(
     turns: Mapping[str, Turn], rounds: int, tick: Callable[[], Any] = lambda: None
-) -> dict[str, Spread]:
+) -> tuple[dict[str, Spread], dict[str, Absent]]:
     """Each name's seconds over so many rounds.
 
     Args:
         tick: called after each turn, to move a progress bar.
+    Returns:
+        The spreads, and why those without one dropped out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
+    gone: dict[str, Absent] = {}
     for _ in range(rounds):
         for name, turn in turns.items():
-            seconds[name].append(turn())
+            if name not in gone:
+                try:
+                    seconds[name].append(turn())
+                except Absent as reason:
+                    gone[name] = reason
             tick()
-    return {name: Spread.of(times) for name, times in seconds.items()}
+    return {name: Spread.of(times) for name, times in seconds.items() if name not in gone}, gone

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import quire
-from benchmarks.gpu.judge import attention, visible_keys
 from benchmarks.gpu.layers import gather
+from benchmarks.judge import attention, visible_keys
 from quire.kernels import reference
 from quire.plan import plan_step
 from quire.work import AttentionCall, TileShape, Tiling

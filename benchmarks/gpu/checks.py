@@ -15,8 +15,8 @@ from benchmarks.cases import Case
 from benchmarks.gpu.batches import Batch, exact, largest_value, make_batch, plain
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.jobs import Row, Setting
-from benchmarks.gpu.judge import Verdict, judge
 from benchmarks.gpu.speed import describe, parse_spec
+from benchmarks.judge import Verdict, judge
 from quire.kernels import reference
 
 Lengths = list[tuple[int, int]]  # (seq_len, q_len) of each sequence

@@ -9,7 +9,7 @@ import torch
 
 import quire
 from benchmarks.cases import Case
-from benchmarks.gpu.judge import Verdict, attention, judge, visible_keys
+from benchmarks.judge import Verdict, attention, judge, visible_keys
 
 MOST_LAYERS = 32
 CACHES_FULL = 12  # bytes of all layers over those of the last-level cache

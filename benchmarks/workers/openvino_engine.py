@@ -27,6 +27,7 @@ def load(request: dict[str, Any]) -> tuple[Answer, Any]:
     pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
     config = genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos, config.do_sample = request["max_tokens"], True, False
+    config.set_eos_token_id(0)  # it insists on one, to be ignored
     prompts = [openvino.Tensor(np.array([prompt], dtype=np.int64)) for prompt in request["prompts"]]
 
     def turn() -> Answer:

@@ -1,6 +1,6 @@
 """The worker's end of benchmarks/foreign.py; nothing but the standard library.
 
-The first line asked says what to load, each later one asks for a turn. Answers are lines of JSON.
+Asked in lines of JSON to load something under a name, or to take a turn at it; answers are such lines too.
 """
 
 from __future__ import annotations
@@ -14,24 +14,30 @@ from typing import Any
 Answer = dict[str, Any]
 
 
-def serve(load: Callable[[dict[str, Any]], tuple[Answer, Callable[[], Answer]]]) -> None:
+Load = Callable[[dict[str, Any]], tuple[Answer, Callable[[], Answer]]]
+
+
+def serve(load: Load) -> None:
     """Answer until nobody asks any more.
 
     Args:
-        load: from the first request to its answer and to what a turn does; a turn's answer holds "seconds".
+        load: from a request to its answer and to what a turn does; a turn's answer holds "seconds".
     """
     # Libraries print to standard output: what they say goes to standard error, and the line stays ours.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    turn: Callable[[], Answer] | None = None
+    turns: dict[str, Callable[[], Answer]] = {}
     for line in sys.stdin:
+        asked = json.loads(line)
         try:
-            if turn is None:
-                answer, turn = load(json.loads(line))
+            if "load" in asked:
+                turns.pop(asked["load"], None)  # its memory is needed for what takes its place
+                answer, turns[asked["load"]] = load(asked["request"])
             else:
-                answer = turn()
+                answer = turns[asked["turn"]]()
         except ImportError as error:
-            answer = {"error": f"not installed: {error}"}
+            answer = {"status": "unavailable", "error": f"not installed: {error}"}
         except Exception as error:  # whatever a foreign library raises becomes a row that says so
-            answer = {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+            reason = " ".join(str(error).split())[:200]
+            answer = {"status": "failed", "error": f"{type(error).__name__}: {reason}"}
         print(json.dumps(answer), file=answers, flush=True)

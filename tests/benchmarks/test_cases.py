@@ -7,7 +7,6 @@ import torch
 
 import quire
 from benchmarks.cases import make_inputs, parse_case
-from benchmarks.peers import PEERS
 
 SPEC = quire.AttentionSpec(4, 2, 16, page_size=4, dtype=torch.float32)
 
@@ -34,12 +33,36 @@ def test_bytes_count_keys_and_values_of_every_sequence():
     assert parse_case("1x5:3+2x4:1", SPEC).kv_bytes == 13 * 2 * 2 * 16 * 4
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_every_peer_computes_the_same(peer):
-    case = parse_case("2x9:1+1x12:12+3x20:6", SPEC)
+def test_scales_of_quantised_pages_are_bytes_to_read_too():
+    case = parse_case("1x5:1@int8", SPEC)
+    assert (case.spec.kv_dtype, case.spec.dtype) == ("int8", torch.float32)
+    assert case.kv_bytes == 5 * 2 * 2 * (16 + 4)
+
+
+def test_a_case_may_name_its_dtype():
+    assert parse_case("1x5:1@bfloat16", SPEC).spec.dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="int8"):
+        parse_case("1x5:1@int3", SPEC)
+
+
+@pytest.mark.parametrize(("text", "decodes"), [("3x9:1", True), ("1x9:9", False), ("1x9:1+1x9:2", False)])
+def test_steps_of_single_queries_are_decodes(text, decodes):
+    assert parse_case(text, SPEC).decodes is decodes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "fp8_e4m3"])
+def test_tokens_are_what_the_pages_hold(dtype):
+    """Gathered and dequantised, the tokens give the reference's attention."""
+    case = parse_case(f"2x9:1+1x12:12@{dtype}", SPEC)
     inputs = make_inputs(case)
-    expected = quire.paged_attention(
-        inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens, inputs.cu_seqlens_q,
-        backend="reference",
-    )  # fmt: skip
-    torch.testing.assert_close(PEERS[peer](case, inputs)(), expected, rtol=1e-5, atol=1e-5)
+    for row, begin in enumerate(inputs.cu_seqlens_q[:-1].tolist()):
+        k, v = inputs.tokens(row)
+        out = quire.paged_attention(
+            inputs.q[begin : begin + case.q_lens[row]], inputs.k_pages, inputs.v_pages,
+            inputs.page_table[row : row + 1], inputs.seq_lens[row : row + 1],
+            torch.tensor([0, case.q_lens[row]], dtype=torch.int32), backend="reference", **inputs.scales,
+        )  # fmt: skip
+        k, v = (x.repeat_interleave(2, 0).double() for x in (k, v))
+        q = inputs.q[begin : begin + case.q_lens[row]].transpose(0, 1).double()
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=case.q_lens[row] > 1)
+        torch.testing.assert_close(out, wanted.transpose(0, 1).float(), rtol=1e-5, atol=1e-5)

@@ -13,9 +13,9 @@ from benchmarks.gpu.batches import FEATURES, LAYOUTS, exact, make_batch, plain
 from benchmarks.gpu.checks import check_attention, check_batch, check_far_pages, check_write_kv
 from benchmarks.gpu.device import Host
 from benchmarks.gpu.jobs import Setting
-from benchmarks.gpu.judge import judge
 from benchmarks.gpu.layers import layers_beyond_cache, make_layers
 from benchmarks.gpu.speed import parse_spec
+from benchmarks.judge import judge
 from quire.kernels import reference
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ page_map.py   ... the picture of who owns which pages
 measure.py    ... on pages, and in a contiguous padded cache
 report.py     ... the table of both
 doctor.py     what this machine has
+bench.py      the benchmarks of a checkout
 console.py    terminals, spinners, silence
 model.py      options → LLM
 

@@ -196,3 +196,42 @@ def doctor() -> None:
     from quire.cli.doctor import run
 
     raise typer.Exit(run())
+
+
+bench = typer.Typer(no_args_is_help=True)
+app.add_typer(bench, name="bench")
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure this machine, Quire beside its peers: correctness first, then time.
+
+    Ceilings are measured in the same run; peers take turns, and those that are not installed are listed as such.
+    Needs a checkout of Quire. Each command has its own [bold]--help[/bold] and the grammar of its cases.
+
+    \b
+    Examples:
+      quire bench attention                            the README's cases
+      quire bench attention 8x2k:1 1x2k:2k@float32     8 decodes; a long prompt
+      quire bench attention 2x8k:512+32x1k:1 --heads 32/8x128 --page-size 16
+      quire bench attention --vllm-python ~/vllm/bin/python --out mine.csv
+      quire bench generation 8x16-256:64               8 prompts, end to end
+      quire bench generation 4x128:32 --engines quire model.generate
+    """
+
+
+@bench.command(context_settings=_PASSED_ON)
+def attention(context: typer.Context) -> None:
+    """Attention on pages, beside SDPA, FlexAttention and vLLM's CPU kernel."""
+    from quire.cli.bench import run
+
+    raise typer.Exit(run("attention", context.args))
+
+
+@bench.command(context_settings=_PASSED_ON)
+def generation(context: typer.Context) -> None:
+    """Tokens per second of whole engines: Quire, transformers, vLLM, openvino-genai."""
+    from quire.cli.bench import run
+
+    raise typer.Exit(run("generation", context.args))

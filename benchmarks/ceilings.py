@@ -1,0 +1,61 @@
+"""What this machine can do at most, measured beside what is compared with it, on as many bytes.
+
+Reading: the faster of two PyTorch reductions that do next to nothing with what they read. Multiplying: a matrix product
+in the case's dtype, and one in float32, whose three matrices together are as large as the case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.turns import Spread, Turn, stopwatch
+
+READ, GEMM, SGEMM = "ceiling: read", "ceiling: gemm", "ceiling: sgemm"
+NAMES = (READ, GEMM, SGEMM)
+SMALLEST, LARGEST = 256, 4096  # rows of a matrix: smaller ones measure the call, larger ones take seconds
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes and FLOPs of one turn of each ceiling of a case, and the turns themselves."""
+
+    turns: dict[str, Turn]
+    bytes_read: int
+    flops: dict[str, int]
+
+    def rates(self, spreads: Mapping[str, Spread]) -> dict[str, float]:
+        """Bytes per second read, FLOPs per second multiplied, from the medians of this run."""
+        read = min(spread.median for name, spread in spreads.items() if name.startswith(READ))
+        rates = {name: flops / spreads[name].median for name, flops in self.flops.items()}
+        return {READ: self.bytes_read / read} | rates
+
+
+def make_ceilings(case: Case) -> Ceilings:
+    """Arrays of the case's size, and what to do with them."""
+    numbers = torch.ones(max(case.kv_bytes, 1 << 16) // 4)
+    turns = {
+        f"{READ} sum": stopwatch(numbers.sum),
+        f"{READ} dot": stopwatch(lambda: torch.dot(numbers, numbers)),
+    }
+    flops = {}
+    for name, dtype in ((GEMM, case.spec.dtype), (SGEMM, torch.float32)):
+        size = gemm_size(case.working_set, dtype)
+        turns[name] = stopwatch(_product(size, dtype))
+        flops[name] = 2 * size**3
+    return Ceilings(turns, numbers.numel() * 4, flops)
+
+
+def gemm_size(nbytes: int, dtype: torch.dtype) -> int:
+    """Rows of three square matrices that are so many bytes together, in whole tiles of 64."""
+    size = math.isqrt(nbytes // (3 * dtype.itemsize)) // 64 * 64
+    return min(max(size, SMALLEST), LARGEST)
+
+
+def _product(size: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    a, b, out = (torch.randn(size, size).to(dtype) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out)
