@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -19,6 +19,16 @@ check: $(READY)  ## Lint, formatting and strict types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Peers in environments of their own: make bench VLLM_PYTHON=~/envs/vllm/bin/python OPENVINO_PYTHON=...
+VLLM := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+OPENVINO := $(if $(OPENVINO_PYTHON),--openvino-python $(OPENVINO_PYTHON))
+RESULTS := benchmarks/results
+
+bench: $(READY)  ## Measure this machine, then remake the README's CPU tables and plots
+	@$(BIN)/python -m benchmarks.attention $(VLLM) --out $(RESULTS)/cpu.csv
+	@$(BIN)/python -m benchmarks.generation $(VLLM) $(OPENVINO) --out $(RESULTS)/cpu-generation.csv
+	@$(BIN)/python -m benchmarks.report
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a minute or two, once) ..."

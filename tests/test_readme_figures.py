@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import pytest
 
-from benchmarks.report import markdown_table
+from benchmarks import report
+from benchmarks.environment import ROOT
 
-ROOT = Path(__file__).parent.parent
 
-
-def test_the_table_in_the_readme_is_made_from_the_committed_csv():
-    assert markdown_table(ROOT / "benchmarks/results/cpu.csv") in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", ["attention", "generation"])
+def test_the_tables_in_the_readme_are_made_from_the_committed_csv(name):
+    readme = (ROOT / "README.md").read_text()
+    assert f"<!-- bench: {name} -->\n\n{report.tables()[name]}\n\n<!-- end -->" in readme

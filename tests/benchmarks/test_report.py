@@ -1,0 +1,116 @@
+"""Tables and plots say what the rows say, of those that are missing too."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import attention, generation, records, report
+from benchmarks.ceilings import GEMM, READ, SGEMM
+from benchmarks.environment import ROOT
+
+
+def timed(case: str, who: str, bound_by: str = "reading", **figures: str) -> records.Row:
+    about = {
+        "machine": "2-core Kind avx512f", "threads": "2", "date": "2026-01-02", "commit": "abc1234",
+        "case": case, "heads": "4/2x16", "page_size": "4", "dtype": "bfloat16", "kv_dtype": "",
+        "bound_by": bound_by, "kv_mb": "1.0", "fits_in": "L2", "who": who,
+    }  # fmt: skip
+    figures = {"status": "ok", **figures}
+    return about | {column: figures.get(column, "") for column in attention.COLUMNS}
+
+
+ROWS = [
+    timed(
+        "8x2k:1", "quire", median_ms="1.2345", p20_ms="1.2", p80_ms="1.3", gb_per_s="12.34", of_read="0.853"
+    ),
+    timed("8x2k:1", "vllm", status="unavailable", note="not installed: give the Python"),
+    timed("8x2k:1", READ, gb_per_s="14.50"),
+    timed(
+        "1x2k:2k",
+        "quire",
+        "multiplying",
+        median_ms="80",
+        p20_ms="79",
+        p80_ms="81",
+        gflop_per_s="412.4",
+        of_gemm="0.2",
+    ),
+    timed("1x2k:2k", "vllm", "multiplying", status="wrong", note="error 1"),
+    timed("1x2k:2k", GEMM, "multiplying", gflop_per_s="2000.0"),
+    timed("1x2k:2k", SGEMM, "multiplying", gflop_per_s="300.0"),
+]
+SPEEDS = {"tokens_per_s": "180.4", "p20_tokens_per_s": "170.2", "p80_tokens_per_s": "190.1"}
+ENGINE = {"machine": "2-core Kind", "threads": "2", "date": "2026-01-02", "commit": "abc1234", "case": "8x16-256:64",
+          "model": "llama", "dtype": "float32"} | dict.fromkeys(generation.COLUMNS, "")  # fmt: skip
+ENGINES = [
+    ENGINE | {"who": "quire", "status": "ok"} | SPEEDS,
+    ENGINE
+    | {"who": "model.generate", "status": "ok"}
+    | SPEEDS
+    | {"tokens_per_s": "90.2", "p20_tokens_per_s": "89.0"},
+    ENGINE | {"who": "openvino-genai", "status": "unavailable", "note": "not installed"},
+]
+
+
+def test_a_line_per_case_with_the_ceiling_that_binds_it():
+    lines = report.attention_table(ROWS).splitlines()
+    assert lines[0] == "| case | fits in | quire | vllm | Quire's rate | ceiling |"
+    assert lines[2] == "| `8x2k:1` | L2 | 1.23 | – | 12.3 GB/s | 85% of reading |"
+    assert lines[3] == "| `1x2k:2k` | L2 | 80.00 | wrong | 412 GFLOP/s | 20% of bfloat16 gemm |"
+
+
+def test_a_line_per_engine_beside_the_padded_batch():
+    lines = report.generation_table(ENGINES).splitlines()
+    assert lines[2] == "| quire | 180 | 170 – 190 | 2.00 |"
+    assert lines[4] == "| openvino-genai | unavailable | | |"
+
+
+def test_a_table_takes_the_place_of_the_one_before():
+    text = "a\n<!-- bench: x -->\nold\n<!-- end -->\nb\n<!-- bench: y -->\nother\n<!-- end -->\n"
+    new = report.put(text, "x", "| new |")
+    assert new == text.replace("old\n", "\n| new |\n\n")
+    assert report.put(new, "x", "| new |") == new
+    with pytest.raises(ValueError, match="must hold <!-- bench: z -->"):
+        report.put(text, "z", "")
+
+
+def test_the_plots_show_every_row_that_was_timed(tmp_path):
+    plots = pytest.importorskip("benchmarks.plots")
+    records.write(tmp_path / "cpu.csv", ROWS)
+    drawn = plots.attention(tmp_path / "cpu.csv")
+    assert drawn == tmp_path / "cpu.svg"
+    text = drawn.read_text()
+    for word in ("8x2k:1", "1x2k:2k", "bfloat16", "(L2)", "quire", "2-core Kind", "ceiling"):
+        assert f">{word}" in text, word
+
+    records.write(tmp_path / "engines.csv", ENGINES)
+    text = plots.generation(tmp_path / "engines.csv").read_text()
+    assert all(f">{word}<" in text for word in ("quire", "model.generate", "180", "90"))
+    assert "openvino" not in text
+
+
+def test_the_same_rows_draw_the_same_plot(tmp_path):
+    plots = pytest.importorskip("benchmarks.plots")
+    records.write(tmp_path / "cpu.csv", ROWS)
+    assert (
+        plots.attention(tmp_path / "cpu.csv").read_bytes()
+        == plots.attention(tmp_path / "cpu.csv").read_bytes()
+    )
+
+
+@pytest.mark.parametrize("path", [report.ATTENTION, report.GENERATION], ids=lambda path: path.stem)
+def test_the_committed_plots_hold_the_committed_rows(path):
+    text = path.with_suffix(".svg").read_text()
+    for row in records.read(path):
+        if row.get("median_ms") or row.get("tokens_per_s"):
+            assert f">{row['who']}<" in text
+        assert f">{row['case'].partition('@')[0].partition('+')[0]}" in text or row["case"] in text
+        assert row["commit"] in text
+
+
+def test_committed_rows_name_where_they_come_from():
+    for path in (report.ATTENTION, report.GENERATION):
+        for row in records.read(path):
+            assert all(row[name] for name in ("date", "machine", "threads", "versions", "commit", "command"))
+            assert row["command"].startswith("python -m benchmarks.")
+            assert str(ROOT) not in row["command"]
