@@ -137,6 +137,23 @@ def test_folds_combine_the_lanes_that_are_equal_modulo_a_period(period):
     assert torch.equal(applied(highest, x), rows.amax(0).repeat(16 // period))
 
 
+def test_transpose_exchanges_vectors_and_lanes():
+    tile, transpose = simd.tile, simd.transpose
+
+    @numba.njit
+    def turned(a, out):
+        rows = tile(16)
+        for i in range(16):
+            rows[i] = load(F32, a + i * 64)
+        transpose(rows)
+        for i in range(16):
+            store(F32, out + i * 64, rows[i])
+
+    a, out = torch.randn(16, 16), torch.zeros(16, 16)
+    turned(a.data_ptr(), out.data_ptr())
+    assert torch.equal(out, a.T)
+
+
 def test_sum_rows_leaves_the_sum_of_vector_i_in_lane_i():
     tile, sum_rows = simd.tile, simd.sum_rows
 

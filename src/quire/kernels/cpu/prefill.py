@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from quire.kernels.cpu.launch import kernel, parallel_for, part
-from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, store, store_f32
+from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, store, store_f32, store_i64
 from quire.kernels.cpu.rows import (
     ITEM_BYTES,
     LOG2_E,
@@ -51,7 +51,7 @@ from quire.kernels.cpu.scores import (
     hide_keys,
     update_softmax,
 )
-from quire.kernels.cpu.simd import LANES, add, fma, mul, splat, tile
+from quire.kernels.cpu.simd import LANES, add, fma, mul, splat, tile, transpose
 
 BLOCK = 64  # tokens per block: K and V as float32 are 64 KiB at head_dim 128
 SCORE_TOKENS, SCORE_VECTORS = 8, 3  # register tile of S: tokens × vectors of rows
@@ -124,14 +124,14 @@ def attend_heads(
         # same blocks whatever tile it is in, and those it cannot see change no bit of it.
         count = min(BLOCK - begin % BLOCK, end - begin)
         load_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
-        score_block(cfg, rows, count, queries, keys, scratch + SCORES)
+        score_block(cfg, rows, count, queries, scratch + K_ROWS, scratch + SCORES)
         adjust_scores(call, rows, begin, position, count, scratch)
         if begin < all_first or begin + count > all_end:
             hide_keys(rows, begin, position, count, scratch)
         if call.tree_mask:
             hide_by_tree(step, call, sequence, token, heads, rows, begin, count, scratch)
         update_softmax(rows, count, scratch)
-        accumulate_values(cfg, rows, count, acc, values, scratch)
+        accumulate_values(cfg, rows, count, acc, scratch)
         begin += count
 
     for row in range(rows):
@@ -175,14 +175,19 @@ def load_queries(
     scale = np.float32(call.softmax_scale) * LOG2_E
     if call.softcap > 0.0:
         scale = np.float32(call.softmax_scale / call.softcap)
-    for row in range((rows + LANES - 1) // LANES * LANES):
-        at = acc + row * cfg.row_bytes  # holds the row as it lies, for a moment
-        if row < rows:
-            source = call.q + (token + row // heads) * call.q_token + (head + row % heads) * call.q_head
-            load_row(cfg, cfg.q_dtype, source, scale, at)
-        for d in range(cfg.row_bytes // 4):
-            value = load_f32(at + d * 4) if row < rows else ZERO
-            store_f32(queries + d * ROW_BYTES + row * 4, value)
+    for offset in range(0, ROWS * cfg.row_bytes, LANES * 4):
+        store(F32, acc + offset, splat(ZERO))
+    for row in range(rows):  # acc holds the rows as they lie, for a moment
+        source = call.q + (token + row // heads) * call.q_token + (head + row % heads) * call.q_head
+        load_row(cfg, cfg.q_dtype, source, scale, acc + row * cfg.row_bytes)
+    square = tile(LANES)
+    for row in range(0, rows, LANES):
+        for d in range(0, cfg.row_bytes // 4, LANES):
+            for i in range(LANES):
+                square[i] = load(F32, acc + (row + i) * cfg.row_bytes + d * 4)
+            transpose(square)
+            for i in range(LANES):
+                store(F32, queries + (d + i) * ROW_BYTES + row * 4, square[i])
     for offset in range(0, ROWS * cfg.row_bytes, LANES * 4):
         store(F32, acc + offset, splat(ZERO))
 
@@ -192,27 +197,40 @@ def load_block(
     cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, count: int,
     keys: int, values: int, scratch: int,
 ) -> None:  # fmt: skip
-    """Convert a block's K and V rows to float32, once for all rows of the tile."""
+    """Find a block's K and V rows, padded to whole register tiles of scores; all but whole float32 rows are
+    converted, once for all rows of the tile."""
     k, v, end = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head, begin + count
     locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, scratch + K_ROWS)
     locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, scratch + V_ROWS)
+    if cfg.kv_dtype != F32 or cfg.tail:
+        convert_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
+    for t in range(count, -(-count // SCORE_TOKENS) * SCORE_TOKENS):
+        store_i64(scratch + K_ROWS + t * 8, load_i64(scratch + K_ROWS))
+
+
+@part
+def convert_block(
+    cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, count: int,
+    keys: int, values: int, scratch: int,
+) -> None:  # fmt: skip
+    """Convert a block's rows to float32, times their scales, and let the block's addresses point there."""
     if call.k_scale:
-        load_scales(
-            step, call, sequence, begin, end, call.k_scale + kv_head * call.scale_head, scratch + K_SCALES
-        )
-        load_scales(
-            step, call, sequence, begin, end, call.v_scale + kv_head * call.scale_head, scratch + V_SCALES
-        )
+        scales, end = kv_head * call.scale_head, begin + count
+        load_scales(step, call, sequence, begin, end, call.k_scale + scales, scratch + K_SCALES)
+        load_scales(step, call, sequence, begin, end, call.v_scale + scales, scratch + V_SCALES)
     k_factor = v_factor = np.float32(1.0)
     for t in range(count):
         if call.k_scale:
             k_factor, v_factor = load_f32(scratch + K_SCALES + t * 4), load_f32(scratch + V_SCALES + t * 4)
-        load_row(cfg, cfg.kv_dtype, load_i64(scratch + K_ROWS + t * 8), k_factor, keys + t * cfg.row_bytes)
-        load_row(cfg, cfg.kv_dtype, load_i64(scratch + V_ROWS + t * 8), v_factor, values + t * cfg.row_bytes)
+        k_row, v_row = scratch + K_ROWS + t * 8, scratch + V_ROWS + t * 8
+        load_row(cfg, cfg.kv_dtype, load_i64(k_row), k_factor, keys + t * cfg.row_bytes)
+        load_row(cfg, cfg.kv_dtype, load_i64(v_row), v_factor, values + t * cfg.row_bytes)
+        store_i64(k_row, keys + t * cfg.row_bytes)
+        store_i64(v_row, values + t * cfg.row_bytes)
 
 
 @part
-def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores: int) -> None:
+def score_block(cfg: Any, rows: int, count: int, queries: int, k_rows: int, scores: int) -> None:
     """S[t, row] = k_t · q_row. Scores behind the block's last token come out too, and are never read.
 
     head_dim is walked in segments whose sums are added at the end: their share of Qᵀ stays in the first cache
@@ -221,15 +239,15 @@ def score_block(cfg: Any, rows: int, count: int, queries: int, keys: int, scores
     vectors = (rows + LANES - 1) // LANES
     for segment in range(0, cfg.head_dim, SEGMENT):
         for first in range(0, count, SCORE_TOKENS):
-            k_rows, target = keys + first * cfg.row_bytes, scores + first * ROW_BYTES
+            keys, target = k_rows + first * 8, scores + first * ROW_BYTES
             column = 0
             while column + SCORE_VECTORS <= vectors:
                 at = column * LANES * 4
-                score_tile(cfg, segment, queries + at, k_rows, target + at)
+                score_tile(cfg, segment, queries + at, keys, target + at)
                 column += SCORE_VECTORS
             while column < vectors:  # a short tile's last vectors, one by one
                 at = column * LANES * 4
-                score_column(cfg, segment, queries + at, k_rows, target + at)
+                score_column(cfg, segment, queries + at, keys, target + at)
                 column += 1
 
 
@@ -244,7 +262,7 @@ def score_tile(cfg: Any, segment: int, queries: int, keys: int, scores: int) -> 
         for c in range(SCORE_VECTORS):
             q[c] = load(F32, queries + d * ROW_BYTES + c * LANES * 4)
         for t in range(SCORE_TOKENS):
-            k = splat(load_f32(keys + t * cfg.row_bytes + d * 4))
+            k = splat(load_f32(load_i64(keys + t * 8) + d * 4))
             for c in range(SCORE_VECTORS):
                 sums[t * SCORE_VECTORS + c] = fma(k, q[c], sums[t * SCORE_VECTORS + c])
     for t in range(SCORE_TOKENS):
@@ -261,7 +279,7 @@ def score_column(cfg: Any, segment: int, queries: int, keys: int, scores: int) -
     for d in range(segment, min(segment + SEGMENT, cfg.head_dim)):
         q = load(F32, queries + d * ROW_BYTES)
         for t in range(SCORE_TOKENS):
-            sums[t] = fma(splat(load_f32(keys + t * cfg.row_bytes + d * 4)), q, sums[t])
+            sums[t] = fma(splat(load_f32(load_i64(keys + t * 8) + d * 4)), q, sums[t])
     for t in range(SCORE_TOKENS):
         add_segment(segment, sums[t], scores + t * ROW_BYTES)
 
@@ -275,7 +293,7 @@ def add_segment(segment: int, total: Any, at: int) -> None:
 
 
 @part
-def accumulate_values(cfg: Any, rows: int, count: int, acc: int, values: int, scratch: int) -> None:
+def accumulate_values(cfg: Any, rows: int, count: int, acc: int, scratch: int) -> None:
     """acc[row] = correction[row] · acc[row] + Σ_t p[t, row] v_t. Rows of a last, short tile are padding."""
     for first in range(0, rows, VALUE_ROWS):
         column = 0
@@ -288,8 +306,9 @@ def accumulate_values(cfg: Any, rows: int, count: int, acc: int, values: int, sc
                     sums[r * VALUE_VECTORS + c] = mul(correction, load(F32, at))
             for t in range(count):
                 v = tile(VALUE_VECTORS)
+                values = load_i64(scratch + V_ROWS + t * 8) + column
                 for c in range(VALUE_VECTORS):
-                    v[c] = load(F32, values + t * cfg.row_bytes + column + c * LANES * 4)
+                    v[c] = load(F32, values + c * LANES * 4)
                 for r in range(VALUE_ROWS):
                     p = splat(load_f32(scratch + SCORES + t * ROW_BYTES + (first + r) * 4))
                     for c in range(VALUE_VECTORS):
@@ -305,7 +324,7 @@ def accumulate_values(cfg: Any, rows: int, count: int, acc: int, values: int, sc
                 correction = splat(load_f32(scratch + CORRECTION + (first + r) * 4))
                 sums[r] = mul(correction, load(F32, acc + (first + r) * cfg.row_bytes + column))
             for t in range(count):
-                one = load(F32, values + t * cfg.row_bytes + column)
+                one = load(F32, load_i64(scratch + V_ROWS + t * 8) + column)
                 for r in range(VALUE_ROWS):
                     p = splat(load_f32(scratch + SCORES + t * ROW_BYTES + (first + r) * 4))
                     sums[r] = fma(p, one, sums[r])

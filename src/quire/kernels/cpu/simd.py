@@ -8,7 +8,7 @@ AVX-512 register, two of AVX or four of NEON. ``memory`` holds the words that lo
     arithmetic  add  sub  mul  div  fma(a, b, c) = a·b + c  maximum  magnitude  exp2  tanh
     masks       at_least(a, b)  less_than(a, b)  both(m, n)  select(m, a, b) = a where m else b
     across      first_lane(v)  repeat(v, n)  zip_low(a, b)  zip_high(a, b)  fold_sum(v, n)  fold_max(v, n)
-                sum_rows(tile)
+                sum_rows(tile)  transpose(tile)
 """
 
 from __future__ import annotations
@@ -288,3 +288,26 @@ def sum_rows(typingctx: Any, registers: Any) -> Any:
         return rows[0]
 
     return vector(registers), codegen
+
+
+@intrinsic
+def transpose(typingctx: Any, registers: Any) -> Any:
+    """Exchange lane i of vector j with lane j of vector i in a 16-vector tile, by halves, quarters, …."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        places = [cgutils.gep_inbounds(builder, args[0], 0, i) for i in range(LANES)]
+        rows = [builder.load(place) for place in places]
+        distance = LANES // 2
+        while distance:
+            low = [i if not i & distance else LANES + i - distance for i in range(LANES)]
+            high = [i + distance if not i & distance else LANES + i for i in range(LANES)]
+            for i in range(LANES):
+                if not i & distance:
+                    a, b = rows[i], rows[i + distance]
+                    rows[i], rows[i + distance] = _shuffle(builder, a, b, low), _shuffle(builder, a, b, high)
+            distance //= 2
+        for row, place in zip(rows, places, strict=True):
+            builder.store(row, place)
+        return context.get_dummy_value()
+
+    return types.void(registers), codegen
