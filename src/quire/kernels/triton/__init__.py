@@ -157,7 +157,7 @@ def constants(
         nvidia=chip.name == "cuda",
         phases=1 if window else phases,
         # Three products of tf32 halves carry float32's precision on the matrix units.
-        precision="ieee" if spec.dtype == torch.float32 and chip.name == "hip" else "tf32x3",
+        precision="ieee" if chip.name == "hip" else "tf32x3",
         num_stages=tile.num_stages,
     )
 

@@ -96,10 +96,9 @@ def prefill_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Many rows, bound by the matrix units: as large a tile as registers and shared memory hold."""
     wide, slow = block_dim(spec.head_dim) > 128, spec.dtype == torch.float32
     rows = max(64 if wide or slow or chip.name == "hip" else 128, power_of_two(spec.group_size))
-    if slow:
-        return Tile(
-            rows, 32, num_warps=4, num_stages=2 if chip.shared_bytes > 128 * KIB else 1, workers_per_sm=1
-        )
+    if slow:  # it spills on every chip but AMD's; by these warps the least
+        num_warps = 4 if chip.capability == 90 else 8
+        return Tile(rows, 32, num_warps, 2 if chip.shared_bytes > 128 * KIB else 1, workers_per_sm=1)
     if chip.name == "hip":
         return Tile(rows, 32 if wide else 64, num_warps=4, num_stages=1, workers_per_sm=1)
     small = chip.shared_bytes < 128 * KIB
