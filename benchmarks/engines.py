@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.foreign import Worker
-from benchmarks.turns import Ready
+from benchmarks.turns import Absent, Ready
 
 Tokens = list[list[int]]
 
@@ -52,11 +52,17 @@ class Job:
 
 def quire_engine(name: str, job: Job) -> Ready:
     """quire.LLM, as it comes."""
-    import quire
+    return _quire(name, job)
 
-    llm = quire.LLM(job.folder, dtype=getattr(torch, job.dtype))
-    params = quire.SamplingParams(max_tokens=job.max_tokens, ignore_eos=True)
-    return _local(name, job, lambda: [o.token_ids for o in llm.generate(job.prompts, params, progress=False)])
+
+def quire_compiled(name: str, job: Job) -> Ready:
+    """quire.LLM with the model's layers compiled by torch."""
+    from quire import UnsupportedError
+
+    try:
+        return _quire(name, job, compile=True)
+    except UnsupportedError as error:
+        raise Absent(str(error)) from error
 
 
 def padded_generate(name: str, job: Job) -> Ready:
@@ -112,12 +118,21 @@ def openvino(name: str, job: Job) -> Ready:
 
 ENGINES: dict[str, Callable[[str, Job], Ready]] = {
     "quire": quire_engine,
+    "quire, compiled": quire_compiled,
     "model.generate": padded_generate,
     "generate_batch": generate_batch,
     "vllm, eager": vllm_eager,
     "vllm, compiled": vllm_compiled,
     "openvino-genai": openvino,
 }
+
+
+def _quire(name: str, job: Job, **options: Any) -> Ready:
+    import quire
+
+    llm = quire.LLM(job.folder, dtype=getattr(torch, job.dtype), **options)
+    params = quire.SamplingParams(max_tokens=job.max_tokens, ignore_eos=True)
+    return _local(name, job, lambda: [o.token_ids for o in llm.generate(job.prompts, params, progress=False)])
 
 
 def _local(name: str, job: Job, generate: Callable[[], Tokens]) -> Ready:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+import quire
 from benchmarks import engines, generation
 from benchmarks.engines import Job
 from benchmarks.generation_gate import TextGate
 from benchmarks.progress import Progress
 from benchmarks.requests import ModelShape, model_folder, parse_requests
+from benchmarks.turns import Absent
 
 SHAPE = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, intermediate=32, vocab=64, positions=64)
 REQUESTS = parse_requests("2x3-7:4")
@@ -35,6 +37,15 @@ def test_engines_that_are_right_get_a_speed(folder):
         assert float(row["p20_tokens_per_s"]) <= float(row["tokens_per_s"]) <= float(row["p80_tokens_per_s"])
         assert float(row["regret"]) <= float(row["allowed"])
     assert (ours["rounds"], ours["case"]) == ("2", "2x3-7:4")
+
+
+def test_a_model_that_cannot_be_compiled_is_listed_with_the_reason(folder, monkeypatch):
+    def refuse(*args, **options):
+        raise quire.UnsupportedError("compile=True needs a C++ compiler")
+
+    monkeypatch.setattr(quire, "LLM", refuse)
+    with pytest.raises(Absent, match="needs a C\\+\\+ compiler"):
+        engines.quire_compiled("quire, compiled", job_on(folder))
 
 
 def test_an_engine_that_is_wrong_gets_none(folder, monkeypatch):
