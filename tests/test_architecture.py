@@ -19,7 +19,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # other, but for floors 0 and 2, which are one room each.
 ROOMS = {
     0: ["spec|errors|work|debug|compiled|custom_op|assets"],
-    1: ["pages", "plan|cut", "kernels"],
+    1: ["pages", "plan|cut|deal", "kernels"],
     2: ["attention|store|state|checks|step_checks|flash_attn|explain"],
     3: ["hf"],
     4: ["engine"],

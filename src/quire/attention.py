@@ -122,7 +122,7 @@ class AttentionPlan:
 
     def explain(self) -> str:
         """The plan in words: kernels, items, splits, bytes to read and balance, a line each."""
-        return explain(self.spec, self.backend, self.step)
+        return explain(self.spec, self.backend, self.step, getattr(self._prepared, "notes", ()))
 
     def attend(self, *arguments: Any) -> None:
         """Check one layer's arguments, those of an ``AttentionCall``, and dispatch them to the backend."""

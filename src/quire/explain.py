@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from quire.spec import AttentionSpec
 from quire.work import StepPlan, WorkList
 
 
-def explain(spec: AttentionSpec, backend: str, step: StepPlan) -> str:
+def explain(spec: AttentionSpec, backend: str, step: StepPlan, notes: Sequence[str] = ()) -> str:
     """Several lines about a plan: its step, and per kernel the items, splits, bytes and balance.
 
     Bytes are those of keys and values, counted each time an item reads them.
+    ``notes`` are the backend's: which kernel, and why not another.
     """
     batch, tokens = len(step.seq_lens), int(step.cu_seqlens_q[-1])
     pages = str(spec.storage_dtype).removeprefix("torch.")
@@ -26,6 +29,7 @@ def explain(spec: AttentionSpec, backend: str, step: StepPlan) -> str:
         )
     for name, work in (("decode", step.decode), ("prefill", step.prefill)):
         lines.append(f"  {name}: {_describe(spec, work)}")
+    lines += [f"  {note}" for note in notes]
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.work import Ints, StepPlan, Tiling, WorkList
+from quire.work import MERGE_COLUMNS, Ints, StepPlan, Tiling, WorkList
 
 
 def plan_step(
@@ -47,10 +47,27 @@ def plan_step(
         seq_lens, cu_seqlens_q, tiling.decode_max_q_len, *tiling.decode, *tiling.prefill, tiling.kv_split,
         tiling.whole_tiles, num_kv_heads, causal, window_left, tiling.num_workers,
     )  # fmt: skip
+    many = WorkList(*prefill)
+    if tiling.prefill_tile_cost and not tiling.kv_split and len(many.items):
+        many = _dealt(seq_lens, cu_seqlens_q, num_kv_heads, causal, window_left, tiling) or many
     return StepPlan(
         page_table, seq_lens, cu_seqlens_q, page_size, causal, window_left,
-        WorkList(*decode), WorkList(*prefill), tiling.kv_split, max_q_len,
+        WorkList(*decode), many, tiling.kv_split, max_q_len,
     )  # fmt: skip
+
+
+def _dealt(
+    seq_lens: Ints, starts: Ints, num_kv_heads: int, causal: bool, window_left: int, tiling: Tiling
+) -> WorkList | None:
+    """Whole prefill tiles dealt out to the workers, or None where that would be uneven."""
+    from quire.deal import deal_tiles
+
+    tile = tiling.prefill
+    items, worker_indptr, evenly = deal_tiles(
+        seq_lens, starts, tiling.decode_max_q_len + 1, np.iinfo(np.int64).max, tile.q_tokens, tile.kv_tokens,
+        tiling.prefill_tile_cost, num_kv_heads, causal, window_left, tile.num_workers or tiling.num_workers,
+    )  # fmt: skip
+    return WorkList(items, worker_indptr, np.empty((0, len(MERGE_COLUMNS)), np.int64), 0) if evenly else None
 
 
 @functools.cache

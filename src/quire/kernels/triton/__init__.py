@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quire.kernels.triton import tune
+from quire.kernels.triton import hopper, tune
 from quire.kernels.triton.attend import attend as attend_kernel
 from quire.kernels.triton.device_plan import ITEM_COLUMNS, DeviceWork, move_to_device
 from quire.kernels.triton.launch import INTERPRETED, Form, Options, addresses_of
@@ -46,15 +46,20 @@ def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
     """A share per worker that the chip holds at once; queries that fit the smallest tile count as decode."""
     chip = tune.chip_of(device)
     decode, prefill = tune.decode_tile(spec, chip), tune.prefill_tile(spec, chip)
+    prefill_shape = TileShape(
+        prefill.rows // spec.group_size, prefill.kv_tokens, chip.multiprocessors * tune.PREFILL_WAVES
+    )
+    tile_cost = 0
+    if hopper.why_not(spec, chip) is None:
+        prefill_shape, tile_cost = hopper.tile_shape(spec, chip), hopper.TILE_COST
     return Tiling(
         num_workers=chip.multiprocessors * decode.workers_per_sm,
         decode=TileShape(decode.rows // spec.group_size, decode.kv_tokens, part_cost=tune.PART_COST),
-        prefill=TileShape(
-            prefill.rows // spec.group_size, prefill.kv_tokens, chip.multiprocessors * tune.PREFILL_WAVES
-        ),
+        prefill=prefill_shape,
         decode_max_q_len=decode.rows // spec.group_size,
         whole_tiles=True,
         rows_stand_alone=True,
+        prefill_tile_cost=tile_cost,
     )
 
 
@@ -94,6 +99,7 @@ class _Launch:
     constants: Constants
     options: Options
     forms: dict[Any, Form]  # by the form of a call's tensors
+    hopper: hopper.Prefill | None = None  # takes the calls it can serve
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class _Prepared:
     table_row: int
     window_left: int
     launches: tuple[_Launch, ...]
+    notes: tuple[str, ...]  # for plan.explain()
 
 
 _forms: dict[Any, dict[Any, Form]] = {}  # by what a plan compiles for
@@ -117,6 +124,7 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
         if len(work.items)
     ]
     plan = move_to_device(step, [(work, tile.rows, block_dim) for work, tile, _ in used], device)
+    reason = "a window is set" if step.window_left >= 0 else hopper.why_not(spec, chip)
     launches = []
     for work, (_, tile, phases) in zip(plan.work, used, strict=True):
         tensors = (
@@ -126,8 +134,13 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
         given, options = constants(spec, step, tile, phases, chip), Options.of(tile)
         forms = _forms.setdefault((given, options, spec.dtype, device), {})
         addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        launches.append(_Launch(work, tensors, addresses, given, options, forms))
-    return _Prepared(device, plan.page_table.stride(0), step.window_left, tuple(launches))
+        own = None
+        if phases == 2 and reason is None:
+            own = hopper.Prefill(spec, work, plan.page_table, step.causal)
+        launches.append(_Launch(work, tensors, addresses, given, options, forms, own))
+    return _Prepared(
+        device, plan.page_table.stride(0), step.window_left, tuple(launches), (hopper.note(reason),)
+    )
 
 
 def constants(
@@ -181,6 +194,9 @@ def attend(prepared: _Prepared, call: AttentionCall) -> None:
         granted,
     )  # fmt: skip
     for part in prepared.launches:
+        if part.hopper and hopper.why_not_call(call) is None:
+            part.hopper.launch(call)
+            continue
         ready = part.forms.get(form)
         if ready is None:
             ready = part.forms[form] = _compile(part, call, tensors, numbers)

@@ -1,0 +1,73 @@
+"""What the loaders and the consumers must agree on: items, rings, and where keys lie in a block."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+HALF: gl.constexpr = gl.constexpr(64)  # rows of one consumer warpgroup
+BLOCK_M: gl.constexpr = gl.constexpr(128)  # rows of a tile
+ITEM: gl.constexpr = gl.constexpr(10)  # len(device_plan.ITEM_COLUMNS)
+
+
+@gluon.jit
+def load_reach(items, i):
+    """Where item i stands: the position of its first query, and its keys from begin to end."""
+    item = items + i * ITEM
+    return gl.load(item + 4), gl.load(item + 5), gl.load(item + 6)
+
+
+@gluon.jit
+def load_source(items, i):
+    """What item i reads: sequence, KV head, first query token."""
+    item = items + i * ITEM
+    return gl.load(item), gl.load(item + 1), gl.load(item + 2)
+
+
+@gluon.jit
+def load_target(items, i):
+    """Where item i's results go: KV head, first query token, tokens, partial, first partial, number of parts."""
+    item = items + i * ITEM
+    return (
+        gl.load(item + 1), gl.load(item + 2), gl.load(item + 3),
+        gl.load(item + 7), gl.load(item + 8), gl.load(item + 9),
+    )  # fmt: skip
+
+
+@gluon.jit
+def count_blocks(kv_begin, kv_end, BLOCK_N: gl.constexpr):
+    """Blocks of an item: at least one, so that an item without keys runs like any other, on zeros."""
+    return gl.maximum((kv_end - kv_begin + BLOCK_N - 1) // BLOCK_N, 1)
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The ring's next stage; the phase flips when it comes round."""
+    wraps = stage == STAGES - 1
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def box_token(key, kv_end, PAGE: gl.constexpr, BOX: gl.constexpr):
+    """Where in its page the box for keys from ``key`` starts: so that it ends with the last key before kv_end.
+
+    A negative token lies outside the page and arrives as zeros, and so does all of a box without keys.
+    """
+    missing = gl.maximum(key + BOX - kv_end, 0)
+    return gl.where(missing < BOX, key % PAGE - missing, -BOX)
+
+
+@gluon.jit
+def visible(block, row_limit, kv_end, BOX: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr):
+    """[rows, BLOCK_N] which keys of the block that starts at key ``block`` each row may see, row_limit being its last.
+
+    Undoes ``box_token``: ahead of the last box, columns are keys; the last box begins with ``short`` columns of none.
+    """
+    column = gl.arange(0, BLOCK_N, COLUMNS)
+    short = (BOX - kv_end % BOX) % BOX
+    last_box = kv_end - kv_end % BOX - block
+    near = column[None, :] <= gl.minimum(row_limit - block, last_box - 1)[:, None]
+    in_last = (column[None, :] <= (row_limit - block + short)[:, None]) & (column >= last_box + short)[
+        None, :
+    ]
+    return near | in_last
