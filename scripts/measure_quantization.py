@@ -3,7 +3,6 @@
 Examples:
     python scripts/measure_quantization.py --windows 4 --names 4           # a minute: does everything work?
     python scripts/measure_quantization.py --out benchmarks/results/quantization.csv    # docs/quantization.md
-    python scripts/measure_quantization.py --tables benchmarks/results/quantization.csv
 
 Everything goes through Quire's pages, and what is judged is decoded, one token at a time, as in generation.
 """
@@ -31,6 +30,7 @@ from train_demo_model import CONTEXT, encode, held_out_loss, read_corpus  # noqa
 
 import quire  # noqa: E402
 from benchmarks import environment, records  # noqa: E402
+from benchmarks.quantization_report import WITHOUT_PAGES  # noqa: E402
 from quire.hf.model import PagedModel  # noqa: E402
 from quire.hf.step import Step  # noqa: E402
 
@@ -138,7 +138,7 @@ def measure_perplexity(num_windows: int) -> Measured:
     whole = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     loss = held_out_loss(whole, [w.numpy() for w in windows])
     for name, value in (("nats/token", loss), ("perplexity", math.exp(loss))):
-        rows.append(row("perplexity", "transformers, no pages", None, name, value, tokens))
+        rows.append(row("perplexity", WITHOUT_PAGES, None, name, value, tokens))
     return rows
 
 
@@ -258,59 +258,6 @@ def measure_attention() -> Measured:
     return rows
 
 
-# --- tables -----------------------------------------------------------------------------------------------
-
-
-def tables(path: Path) -> str:
-    """The tables of docs/quantization.md, from a CSV file of this script."""
-    rows = records.read(path)
-    value = {(r["measure"], r["setting"], r["kv_dtype"], r["metric"]): float(r["value"]) for r in rows}
-    samples = {(r["measure"], r["setting"]): r["samples"] for r in rows}
-    kinds = [kv_dtype or "none" for kv_dtype in KV_DTYPES]
-    tokens = int(samples["perplexity", "decode"])
-    lines = [
-        f"| `kv_dtype` ({tokens:,} tokens) | nats/token | perplexity | KL from none | same first choice |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for kind in kinds:
-        loss, perplexity, divergence, same = (
-            value["perplexity", "decode", kind, name]
-            for name in ("nats/token", "perplexity", "KL", "same choice")
-        )
-        lines.append(f"| {kind} | {loss:.4f} | {perplexity:.3f} | {divergence:.2g} | {same:.2%} |")
-    whole = "transformers, no pages"
-    lines.append(
-        f"| ({whole}) | {value['perplexity', whole, 'none', 'nats/token']:.4f} "
-        f"| {value['perplexity', whole, 'none', 'perplexity']:.3f} | | |"
-    )
-    lines += [
-        "",
-        "| `kv_dtype` | " + " | ".join(f"{d} tokens back | never defined" for d in DISTANCES) + " |",
-    ]
-    lines.append("| --- |" + " ---: |" * (2 * len(DISTANCES)))
-    for kind in kinds:
-        cells = []
-        for distance in DISTANCES:
-            for label in ("defined", "absent"):
-                setting = f"{label} {distance} tokens before"
-                share, loss = (
-                    value["retrieval", setting, kind, name] for name in ("retrieved", "nats/token")
-                )
-                cells.append(f"{share:.0%}, {loss:.3f}")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| pages | bytes per token and layer | relative error of attention |",
-        "| --- | ---: | ---: |",
-    ]
-    for r in rows:
-        if r["measure"] == "attention" and r["metric"] == "relative error":
-            size = value["attention", r["setting"], r["kv_dtype"], "bytes/token"]
-            name = r["setting"] if r["kv_dtype"] == "none" else r["kv_dtype"]
-            lines.append(f"| {name} | {size:,.0f} | {float(r['value']):.2g} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     summary, _, examples = (__doc__ or "").partition("Examples:")
     parser = argparse.ArgumentParser(
@@ -322,11 +269,7 @@ def main() -> None:
     option("--windows", type=int, default=40, help="held-out windows of 1024 tokens (default %(default)s)")
     option("--names", type=int, default=40, help="names to retrieve per distance (default %(default)s)")
     option("--out", type=Path, help="CSV file to write")
-    option("--tables", type=Path, metavar="CSV", help="only print the tables of a CSV file")
     args = parser.parse_args()
-    if args.tables:
-        print(tables(args.tables))
-        return
     rows: Measured = []
     for measured in (
         measure_attention,
