@@ -62,7 +62,7 @@ def perplexity_table(figures: Figures) -> list[str]:
 def retrieval_table(figures: Figures) -> list[str]:
     """Loss on a name's second half, the name defined so far back and not at all; and whole names retrieved."""
     settings = figures.of("retrieval", 1)
-    headings = [setting.replace(" before", "").replace("absent", "not") for setting in settings]
+    headings = ["no name" if s.startswith("absent") else s.replace("defined", "name") for s in settings]
     lines = [
         "| `kv_dtype` | " + " | ".join(headings) + " | names retrieved whole |",
         "| --- |" + " ---: |" * (len(settings) + 1),

@@ -270,6 +270,7 @@ def main() -> None:
     option("--names", type=int, default=40, help="names to retrieve per distance (default %(default)s)")
     option("--out", type=Path, help="CSV file to write")
     args = parser.parse_args()
+    facts = environment.facts(" ".join(["python scripts/measure_quantization.py", *sys.argv[1:]]))
     rows: Measured = []
     for measured in (
         measure_attention,
@@ -280,8 +281,7 @@ def main() -> None:
             print(", ".join(r.values()), flush=True)
             rows.append(r)
     if args.out:
-        command = " ".join(["python scripts/measure_quantization.py", *sys.argv[1:]])
-        records.write(args.out, [environment.facts(command) | {"case": r["measure"]} | r for r in rows])
+        records.write(args.out, [facts | {"case": r["measure"]} | r for r in rows])
 
 
 if __name__ == "__main__":
