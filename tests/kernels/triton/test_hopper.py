@@ -4,6 +4,7 @@ import importlib.util
 import math
 from pathlib import Path
 
+import gluon_language
 import gluon_machine
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def simulate(batch, *, causal=True, workers=3, num_stages=2, seed=0, modules=MOD
     def by_page(pages):
         return gluon_machine.Descriptor(pages, [1, 1, box, load.SLAB.value], inside=(0, 1))
 
-    gluon_machine.run(
+    gluon_language.run(
         list(modules.values()),
         "hopper_prefill",
         workers,
