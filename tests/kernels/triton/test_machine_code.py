@@ -63,12 +63,15 @@ def compile_attention(chip, shape, q_lens, **asked):
     return kernel
 
 
-def attend(batch, rules, window_left=-1):
+def attend(batch, rules, window_left=-1, batch_invariant=False):
     spec = batch.shape.spec(batch.page_size)
+    tiling = backend.tiling(spec, batch.q.device)
+    if batch_invariant:
+        tiling = tiling.batch_invariant("triton")
     step = plan_step(
         *(lengths.numpy() for lengths in (batch.page_table, batch.seq_lens.long(), batch.cu_seqlens_q.long())),
         num_kv_heads=spec.num_kv_heads, page_size=spec.page_size,
-        causal=True, window_left=window_left, tiling=backend.tiling(spec, batch.q.device),
+        causal=True, window_left=window_left, tiling=tiling,
     )  # fmt: skip
     lse = torch.empty(batch.q.shape[:2])
     call = AttentionCall(*batch.pages, torch.empty_like(batch.q), lse, **batch.scales, **rules)
@@ -155,6 +158,14 @@ def test_where_hoppers_kernel_does_not_serve_the_portable_one_does(chip, shape, 
     rules = features(batch, **asked)
     with standing_in(CHIPS[chip]) as kernels:
         attend(batch, rules, rules.pop("window_left", -1))
+    assert [kernel.metadata.name for kernel in kernels] == ["attend"]
+
+
+def test_batch_invariant_steps_go_to_the_portable_kernel():
+    """Hopper's moves the last page's keys to the end of its columns, so a row's sums depend on the end of its tile."""
+    batch = make_batch(LLAMA, [100, 70], [40, 30])
+    with standing_in(CHIPS["sm_90"]) as kernels:
+        attend(batch, {}, batch_invariant=True)
     assert [kernel.metadata.name for kernel in kernels] == ["attend"]
 
 

@@ -124,7 +124,7 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
         if len(work.items)
     ]
     plan = move_to_device(step, [(work, tile.rows, block_dim) for work, tile, _ in used], device)
-    reason = "a window is set" if step.window_left >= 0 else hopper.why_not(spec, chip)
+    reason = hopper.why_not(spec, chip) or hopper.why_not_step(step)
     launches = []
     for work, (_, tile, phases) in zip(plan.work, used, strict=True):
         tensors = (

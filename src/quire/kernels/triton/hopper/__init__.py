@@ -12,7 +12,7 @@ A sequence's last page must not bring its unused slots along: 0 · NaN is NaN. I
 tokens end it; what lies ahead of the page is outside the tensor and arrives as zeros.
 
 ``geometry`` is what both sides agree on, ``load`` the loaders, ``attend`` the consumers and the kernel, ``finish`` the
-end of a tile. This module is the host's side: when the kernel serves (``why_not``, ``why_not_call``), and its launch.
+end of a tile. This module is the host's side: when the kernel serves (``why_not``, ``why_not_step``, ``why_not_call``), and its launch.
 
 Sources: FlashAttention-3, arXiv:2407.08608; PagedAttention, arXiv:2309.06180.
 """
@@ -30,7 +30,7 @@ from quire.kernels.triton.device_plan import DeviceWork
 from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Form, Options, addresses_of
 from quire.kernels.triton.tune import Chip, power_of_two
 from quire.spec import AttentionSpec
-from quire.work import AttentionCall, TileShape
+from quire.work import AttentionCall, StepPlan, TileShape
 
 ENABLED = False  # until this launch, not the kernel alone, has run on a GPU
 ROWS = 128  # of a tile, two warpgroups of 64
@@ -61,6 +61,15 @@ def why_not(spec: AttentionSpec, chip: Chip) -> str | None:
         return f"page_size is {spec.page_size}, no multiple of {MIN_BOX}"
     if spec.group_size > ROWS // 2:
         return f"{spec.group_size} query heads share a KV head, more than {ROWS // 2}"
+    return None
+
+
+def why_not_step(step: StepPlan) -> str | None:
+    """A phrase if the kernel cannot serve this step, whose layers it could serve otherwise."""
+    if step.window_left >= 0:
+        return "a window is set"
+    if step.kv_split:
+        return "a batch-invariant step needs each key in the same column whatever ends behind it"
     return None
 
 
