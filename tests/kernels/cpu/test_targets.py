@@ -87,7 +87,7 @@ def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_pa
     assert result.returncode == 0, result.stdout
 
 
-WIDENING = {"bfloat16-same": "shll.4s", "float16-int8": "scvtf.4s", "float32-fp8_e4m3": "fcvtl.4s"}
+WIDENING = {"bfloat16-same": "shl.4s", "float16-int8": "scvtf.4s", "float32-fp8_e4m3": "fcvtl.4s"}
 
 
 def test_arm_gets_vector_instructions_and_nothing_from_libraries_it_may_lack(tmp_path):
