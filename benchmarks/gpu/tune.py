@@ -32,7 +32,7 @@ CANDIDATES: dict[str, dict[str, list[int]]] = {
         "workers_per_sm": [1, 2],
     },
 }
-CASES = {"decode": ["8x1k:1", "8x32k:1"], "prefill": ["1x8k:8k"]}
+CASES = {"decode": ["8x1k:1", "8x4k:1", "8x32k:1"], "prefill": ["1x8k:8k"]}
 QUICK_CASES = {"decode": ["2x64:1"], "prefill": ["1x48:48"]}
 
 

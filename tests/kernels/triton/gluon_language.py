@@ -130,6 +130,7 @@ def language(machine: Machine, program: int) -> dict[str, Any]:
         constexpr=object, float32=torch.float32, int64=torch.int64, load=load, store=store, where=pick,
         maximum=either(torch.maximum, max), minimum=either(torch.minimum, min), static_range=range,
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
+        fma=lambda a, b, c: a * b + c,
         arange=lambda a, b, layout: value(torch.arange(a, b)), program_id=lambda axis: program,
         full=lambda shape, x, dtype, layout: value(torch.full(shape, x, dtype=dtype)),
         zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),

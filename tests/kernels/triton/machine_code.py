@@ -108,7 +108,6 @@ def standing_in(chip: Chip) -> Iterator[list[Any]]:
         for owner, name, value in (
             (triton.runtime.driver, "_active", gpu),
             (tune, "chip_of", lambda _: known),
-            (hopper, "ENABLED", True),
             (Form, "compile", noting),
             (torch.cuda, "current_device", lambda: 0),
             (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),

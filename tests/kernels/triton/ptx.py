@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+import torch
 import triton.language as tl
 from arithmetic import KernelFault, narrow, widen
 
@@ -47,7 +48,15 @@ def _per_half(dtype: tl.dtype, operation: Callable[..., np.ndarray]) -> Callable
     return on_halves
 
 
+def _e4m3_pair(pair: Words) -> Words:
+    """Two e4m3 bytes, the low ones of each word, as float16 halves."""
+    two = np.stack([pair & 0xFF, (pair >> 8) & 0xFF], -1).astype(np.uint8)
+    halves = torch.from_numpy(two).view(torch.float8_e4m3fn).to(torch.float16).numpy()
+    return np.ascontiguousarray(halves).view(np.uint32)[..., 0]
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
+    "cvt.rn.f16x2.e4m3x2": _e4m3_pair,
     "mov.b32": lambda a: a,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
@@ -85,9 +94,13 @@ def run(assembly: str, inputs: list[Words], num_outputs: int) -> list[Words]:
             raise KernelFault(f"inline assembly reads {text}, which nothing has set")
         return np.array(int(text, 0) & 0xFFFFFFFF, np.uint32)
 
-    for statement in assembly.strip().strip("{}").split(";"):
+    for statement in assembly.strip()[1:-1].split(";"):
         words = statement.replace(",", " ").split()
         if not words or words[0] == ".reg":
+            continue
+        if unpacked := re.fullmatch(r"\s*mov.b32 \{(\w+), (\w+)\}, (\S+)", statement):  # a register's halves
+            low, high, source = unpacked.groups()
+            registers[low], registers[high] = operand(source) & 0xFFFF, operand(source) >> 16
             continue
         name, target, *sources = words
         if name not in INSTRUCTIONS:

@@ -46,6 +46,7 @@ def simulate(batch, *, causal=True, workers=3, num_stages=2, seed=0, modules=MOD
     out = torch.full(batch.q.shape, math.nan, dtype=shape.dtype)
     lse = torch.full((tokens, heads), math.nan)
     arrivals = torch.zeros(work.num_partials, dtype=torch.int32)
+    items, worker_indptr = map(torch.from_numpy, device_items(work))
 
     def by_group(rows):
         sizes = (tokens, shape.num_kv_heads, shape.group, head_dim)
@@ -67,8 +68,8 @@ def simulate(batch, *, causal=True, workers=3, num_stages=2, seed=0, modules=MOD
             "o_descriptor": by_group(out),
             "out": out,
             "lse": lse,
-            "items": torch.from_numpy(device_items(work)),
-            "worker_indptr": torch.from_numpy(work.worker_indptr).int(),
+            "items": items,
+            "worker_indptr": worker_indptr.int(),
             "arrivals": arrivals,
             "page_table": batch.page_table,
             "partial_out": torch.full(

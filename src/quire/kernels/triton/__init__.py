@@ -83,7 +83,9 @@ class Constants(NamedTuple):
     packed: bool
     aligned: bool
     same_strides: bool
-    nvidia: bool
+    transposed: bool
+    invariant: bool
+    capability: int
     phases: int
     precision: str
     num_stages: int
@@ -167,7 +169,9 @@ def constants(
         packed=spec.quantized and spec.dtype != torch.float32 and spec.head_dim % WORD == 0,
         aligned=not window and (tile.kv_tokens % spec.page_size == 0 or spec.page_size % tile.kv_tokens == 0),
         same_strides=True,
-        nvidia=chip.name == "cuda",
+        transposed=tile.transposed,
+        invariant=step.kv_split > 0,
+        capability=chip.capability if chip.name == "cuda" else 0,
         phases=1 if window else phases,
         # Three products of tf32 halves carry float32's precision on the matrix units.
         precision="ieee" if chip.name == "hip" else "tf32x3",

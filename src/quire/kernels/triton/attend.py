@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 
 from quire.kernels.triton.merge import arrived_last, fold_parts, leave_partial, write_rows
-from quire.kernels.triton.tile import NO_SCORE, attend_keys, page_ids, scores_in_base_2, value_unit
+from quire.kernels.triton.tile import (
+    NO_SCORE,
+    attend_keys,
+    first_unit,
+    page_ids,
+    per_row,
+    scores_in_base_2,
+    split_queries,
+    value_unit,
+)
 
 # Numbers that change from step to step: compiled code must not depend on them.
 PER_STEP = ["table_row", "window_left", "mask_token", "mask_columns"]
@@ -31,25 +40,25 @@ def attend(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     FOLD_ROWS: tl.constexpr, FOLD_PARTS: tl.constexpr, ITEM: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, FORMAT: tl.constexpr,
-    PACKED: tl.constexpr, ALIGNED: tl.constexpr, SAME_STRIDES: tl.constexpr, NVIDIA: tl.constexpr,
-    PHASES: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PACKED: tl.constexpr, ALIGNED: tl.constexpr, SAME_STRIDES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    INVARIANT: tl.constexpr, CAPABILITY: tl.constexpr, PHASES: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend this worker's items, whose columns are ``device_plan.ITEM_COLUMNS``.
 
     With two PHASES, the keys that every row of a tile sees are walked first and without a mask.
     """
+    FINE: tl.constexpr = FORMAT != "same" and out.dtype.element_ty == tl.float16
     worker = tl.program_id(0)
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     if SAME_STRIDES:  # one address serves a key and its value
         v_page, v_slot = k_page, k_slot
-    for item in range(tl.load(worker_indptr + worker), tl.load(worker_indptr + worker + 1)):
-        entry = items + item * ITEM
-        sequence, kv_head = tl.load(entry), tl.load(entry + 1).to(tl.int64)
-        q_begin, q_len, q_position = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
-        begin, end, partial = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
-        first_partial, num_parts = tl.load(entry + 8), tl.load(entry + 9)
-
+    # The first item stands at its worker's number too, so that it need not wait for the list's bounds.
+    (
+        sequence, kv_head, q_begin, q_len, q_position, begin, end, partial, first_partial, num_parts,
+    ) = load_item(items + worker * ITEM, True)  # fmt: skip
+    last_item = tl.load(worker_indptr + worker + 1)
+    for item in range(tl.load(worker_indptr + worker), last_item):
         # Before the queries: their way to shared memory ends in a barrier, which no load crosses.
         table = page_table + sequence.to(tl.int64) * table_row
         start = begin // BLOCK_N * BLOCK_N
@@ -60,6 +69,8 @@ def attend(
         valid = row < q_len * GROUP
         at = q + (token.to(tl.int64) * q_token + head * q_head)[:, None] + dim[None, :]
         queries = tl.load(at, mask=valid[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        queries, q_unit = split_queries(queries, FORMAT)
+        score_scale = softmax_scale * q_unit
         position = q_position + row // GROUP
         slopes = None
         if alibi_slopes is not None:
@@ -78,27 +89,33 @@ def attend(
 
         m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if TRANSPOSED:
+            acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        unit = first_unit(FORMAT, queries.dtype, INVARIANT, BLOCK_M)
         split = start
         if PHASES == 2:
             split = start + tl.maximum(unmasked - start, 0) // BLOCK_N * BLOCK_N
-            m, l, acc, page = attend_keys(
-                m, l, acc, page, queries, position, slopes, mask_row, first_new, mask_columns,
+            m, l, acc, unit, page = attend_keys(
+                m, l, acc, unit, page, queries, score_scale, position, slopes, mask_row, first_new, mask_columns,
                 start, split, begin, end, table, k_here, v_here, k_scale_here, v_scale_here,
-                k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softmax_scale, softcap, window_left,
+                k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softcap, window_left,
                 HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, SOFTCAP, PLAIN,
-                FORMAT, PACKED, ALIGNED, NVIDIA, PRECISION, NUM_STAGES,
+                FORMAT, PACKED, ALIGNED, TRANSPOSED, INVARIANT, FINE, CAPABILITY, PRECISION, NUM_STAGES,
             )  # fmt: skip
-        m, l, acc, page = attend_keys(
-            m, l, acc, page, queries, position, slopes, mask_row, first_new, mask_columns,
+        m, l, acc, unit, page = attend_keys(
+            m, l, acc, unit, page, queries, score_scale, position, slopes, mask_row, first_new, mask_columns,
             split, end, begin, end, table, k_here, v_here, k_scale_here, v_scale_here,
-            k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softmax_scale, softcap, window_left,
+            k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softcap, window_left,
             HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFTCAP, PLAIN,
-            FORMAT, PACKED, ALIGNED, NVIDIA, PRECISION, NUM_STAGES,
+            FORMAT, PACKED, ALIGNED, TRANSPOSED, INVARIANT, FINE, CAPABILITY, PRECISION, NUM_STAGES,
         )  # fmt: skip
-        m = scores_in_base_2(m, softmax_scale, queries.dtype, PLAIN, FORMAT)
+        m = scores_in_base_2(m, score_scale, queries.dtype, PLAIN, FORMAT)
+        if TRANSPOSED:
+            acc = tl.trans(acc)
         if FORMAT != "same":
-            acc = acc * value_unit(FORMAT, queries.dtype)
+            acc = acc * per_row(unit * value_unit(FORMAT, queries.dtype), False)
 
         if num_parts == 1:
             write_rows(
@@ -120,3 +137,17 @@ def attend(
                         q_begin + fold_row // GROUP, kv_head * GROUP + fold_row % GROUP, fold_valid,
                         out_token, out_head, lse_token, HEAD_DIM, BLOCK_D,
                     )  # fmt: skip
+        (
+            sequence, kv_head, q_begin, q_len, q_position, begin, end, partial, first_partial, num_parts,
+        ) = load_item(items + (item + 1) * ITEM, item + 1 < last_item)  # fmt: skip
+
+
+@triton.jit
+def load_item(entry, exists):
+    """The columns of an item; ``kv_head`` in 64 bits, as addresses are computed with it."""
+    return (
+        tl.load(entry, mask=exists), tl.load(entry + 1, mask=exists).to(tl.int64), tl.load(entry + 2, mask=exists),
+        tl.load(entry + 3, mask=exists), tl.load(entry + 4, mask=exists), tl.load(entry + 5, mask=exists),
+        tl.load(entry + 6, mask=exists), tl.load(entry + 7, mask=exists), tl.load(entry + 8, mask=exists),
+        tl.load(entry + 9, mask=exists),
+    )  # fmt: skip

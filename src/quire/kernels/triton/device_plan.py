@@ -21,8 +21,8 @@ ITEM_COLUMNS = (*work.ITEM_COLUMNS, "first_partial", "num_parts")
 class DeviceWork:
     """One kernel's work list and the room for its partial states; see ``work.WorkList`` for the columns."""
 
-    items: torch.Tensor  # int32 [num_items, 10], see ITEM_COLUMNS
-    worker_indptr: torch.Tensor  # int32 [num_workers + 1]
+    items: torch.Tensor  # int32 [num_workers + num_items, 10], see ITEM_COLUMNS: each worker's first, then all
+    worker_indptr: torch.Tensor  # int32 [num_workers + 1] into items
     arrivals: torch.Tensor  # int32 [num_partials]: parts finished so far, counted at the first one's place
     partial_out: torch.Tensor  # float32 [num_partials, rows, block_dim]
     partial_lse: torch.Tensor  # float32 [num_partials, rows], base 2
@@ -50,7 +50,7 @@ def move_to_device(
     """
     arrays: list[NDArray[np.integer]] = [step.page_table, step.cu_seqlens_q]
     for shares, _, _ in lists:
-        arrays += [device_items(shares), shares.worker_indptr, np.zeros(shares.num_partials, np.int32)]
+        arrays += [*device_items(shares), np.zeros(shares.num_partials, np.int32)]
     views = iter(_copy_packed(arrays, device))
     page_table, cu_seqlens_q = next(views), next(views)
     moved = []
@@ -62,16 +62,20 @@ def move_to_device(
     return DevicePlan(page_table, cu_seqlens_q, tuple(moved))
 
 
-def device_items(shares: WorkList) -> NDArray[np.int32]:
-    """A work list's items with the columns ITEM_COLUMNS."""
-    items = np.empty((len(shares.items), len(ITEM_COLUMNS)), np.int32)
-    items[:, :8] = shares.items
-    items[:, 8], items[:, 9] = 0, 1
+def device_items(shares: WorkList) -> tuple[NDArray[np.int32], NDArray[np.integer]]:
+    """A work list's items with the columns ITEM_COLUMNS behind a copy of each worker's first, and worker_indptr."""
+    num_workers = len(shares.worker_indptr) - 1
+    items = np.empty((num_workers + len(shares.items), len(ITEM_COLUMNS)), np.int32)
+    listed = items[num_workers:]
+    listed[:, :8] = shares.items
+    listed[:, 8], listed[:, 9] = 0, 1
     split = shares.items[:, 7] >= 0  # in the order of their partials
     first, count = shares.merges[:, 3], shares.merges[:, 4]
-    items[split, 8] = np.repeat(first, count)
-    items[split, 9] = np.repeat(count, count)
-    return items
+    listed[split, 8] = np.repeat(first, count)
+    listed[split, 9] = np.repeat(count, count)
+    # Who has no items gets somebody's, and does not look at it.
+    items[:num_workers] = listed[np.minimum(shares.worker_indptr[:-1], len(listed) - 1)]
+    return items, shares.worker_indptr + num_workers
 
 
 def _copy_packed(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[torch.Tensor]:

@@ -1,13 +1,12 @@
 """Stored elements as numbers the matrix units take, and numbers as stored elements, by their bits.
 
-fp8 goes through integer arithmetic on every chip, so that one source also serves those without fp8. An fp8 number
-is sign, exponent, mantissa; shifted to where a wider type keeps its own, it is the same number but for a power
-of two, the difference of the exponents' biases:
+An fp8 number is sign, exponent, mantissa; shifted to where a wider type keeps its own, it is the same number but for a
+power of two, the difference of the exponents' biases, subnormals included:
 
-    e4m3 as bfloat16:  value · 2^(7 − 127)        e5m2 as float16:  value · 2^(15 − 15)
+    e5m2 as float16:  value · 2^(15 − 15)        e4m3 as float16:  value · 2^(7 − 15)        as float32:  · 2^(7 − 127)
 
-subnormals included. ``unit_exponent`` is that power with its sign turned, for the caller to multiply with where
-it costs least: once per score instead of once per element.
+So one source serves chips without fp8 too. As float16 every number comes out whole; as float32 it is left to the caller
+to multiply with 2^``unit_exponent``, where that costs least: once per score instead of once per element.
 """
 
 from __future__ import annotations
@@ -25,113 +24,100 @@ ROUND_TO_INTEGER = tl.constexpr(12582912.0)
 @triton.constexpr_function
 def unit_exponent(FORMAT, dtype):
     """log2 of what ``widen``'s numbers are to be multiplied with."""
-    if FORMAT in ("same", "int8"):
+    if FORMAT in ("same", "int8") or dtype != tl.float32:
         return 0
-    bias = 15 if dtype == tl.float16 else 127
-    return bias - (7 if FORMAT == "fp8_e4m3" else 15)
+    return 127 - exponent_bias(FORMAT)
 
 
 @triton.constexpr_function
-def mantissa_bits(FORMAT, dtype):
-    """Mantissa bits of a number type, or of an fp8 format."""
-    if FORMAT == "fp8_e4m3":
-        return 3
-    if FORMAT == "fp8_e5m2":
-        return 2
-    return {tl.float16: 10, tl.bfloat16: 7, tl.float32: 23}[dtype]
+def exponent_bias(FORMAT):
+    """Of an fp8 format."""
+    return 7 if FORMAT == "fp8_e4m3" else 15
+
+
+@triton.constexpr_function
+def mantissa_bits(FORMAT):
+    """Of an fp8 format."""
+    return 3 if FORMAT == "fp8_e4m3" else 2
 
 
 @triton.jit
 def widen(stored, FORMAT: tl.constexpr, dtype: tl.constexpr):
-    """Elements of a page as ``dtype``, still to be multiplied with 2^unit_exponent (and the scales)."""
+    """Elements of a page as ``dtype``, float16 or float32, still to be multiplied with 2^unit_exponent and scales."""
     if FORMAT == "same":
         return stored
     elif FORMAT == "int8":
         return stored.to(dtype)
+    elif dtype == tl.float32:
+        bits = stored.to(tl.uint32)
+        shift: tl.constexpr = 23 - mantissa_bits(FORMAT)
+        return (((bits & 0x80) << 24) | ((bits & 0x7F) << shift)).to(tl.float32, bitcast=True)
     else:
-        shift: tl.constexpr = mantissa_bits("same", dtype) - mantissa_bits(FORMAT, dtype)
-        if dtype == tl.float32:
-            bits = stored.to(tl.uint32)
-            wide = ((bits & 0x80) << 24) | ((bits & 0x7F) << shift)
-        else:
-            bits = stored.to(tl.uint16)
-            wide = ((bits & 0x80) << 8) | ((bits & 0x7F) << shift)
-        return wide.to(dtype, bitcast=True)
+        bits = stored.to(tl.uint16)
+        shift: tl.constexpr = 10 - mantissa_bits(FORMAT)
+        wide = (((bits & 0x80) << 8) | ((bits & 0x7F) << shift)).to(tl.float16, bitcast=True)
+        return wide * (2.0 ** (15 - exponent_bias(FORMAT)))
 
 
 @triton.jit
-def widen_words(words, FORMAT: tl.constexpr, dtype: tl.constexpr, NVIDIA: tl.constexpr):
-    """``widen`` for four stored elements to an int32, two at a time: [rows, n] words to [rows, 4n] numbers.
+def widen_words(words, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
+    """``widen`` for four stored elements to an int32, two at a time: [rows, n] words to [rows, 4n] float16 numbers.
 
     Words pass from shared memory to the matrix units' registers as they are, where single bytes would be
-    gathered one by one. For 16-bit dtypes.
+    gathered one by one. CAPABILITY is an NVIDIA chip's, 0 elsewhere.
     """
-    if NVIDIA:
+    if CAPABILITY > 0:
         first, second = tl.inline_asm_elementwise(
-            widening_asm(FORMAT, dtype), "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            widening_asm(FORMAT, CAPABILITY), "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
     else:
-        first = widen_pair((words & 0xFF) | ((words & 0xFF00) << 8), FORMAT, dtype)
-        second = widen_pair(((words >> 16) & 0xFF) | ((words >> 8) & 0xFF0000), FORMAT, dtype)
+        first = widen_pair(words & 0xFF, (words >> 8) & 0xFF, FORMAT)
+        second = widen_pair((words >> 16) & 0xFF, (words >> 24) & 0xFF, FORMAT)
     pairs = tl.join(first, second)
-    low = pairs.to(tl.int16).to(dtype, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return tl.join(low, high).reshape(words.shape[0], words.shape[1] * 4)
 
 
 @triton.jit
-def widen_pair(pair, FORMAT: tl.constexpr, dtype: tl.constexpr):
-    """Two stored elements, in the low bytes of an int32's halves, as two 16-bit numbers."""
+def widen_pair(a, b, FORMAT: tl.constexpr):
+    """Two stored elements, each alone in an int32, as the halves of one."""
     if FORMAT == "int8":
-        # The low bits of a float that is a power of two count in ones: 2^7 + low 7 bits in bfloat16. A negative
-        # int8 is its low 7 bits less 128.
-        power: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
-        return subtract_pair((pair & 0x007F007F) | power, (pair & 0x00800080) | power, dtype)
-    else:
-        shift: tl.constexpr = mantissa_bits("same", dtype) - mantissa_bits(FORMAT, dtype)
-        return ((pair & 0x00800080) << 8) | ((pair & 0x007F007F) << shift)
+        a, b = (a ^ 0x80) - 0x80, (b ^ 0x80) - 0x80  # the sign, which is the byte's highest bit
+    low = widen(a, FORMAT, tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    high = widen(b, FORMAT, tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return low | high
 
 
-@triton.jit
-def subtract_pair(a, b, dtype: tl.constexpr):
-    """a − b, in each half of int32s."""
-    low = a.to(tl.int16).to(dtype, bitcast=True) - b.to(tl.int16).to(dtype, bitcast=True)
-    high = (a >> 16).to(tl.int16).to(dtype, bitcast=True) - (b >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (
-        high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+@triton.constexpr_function
+def widening_asm(FORMAT, CAPABILITY):
+    """PTX for both ``widen_pair`` of a word: a byte permute spreads two bytes over a register's halves.
+
+    int8 is made unsigned; as the low bits of 1024.0 it counts in ones, and 1024 + 128 are taken away again. An e5m2 byte
+    is the upper one of its float16. For e4m3 there is an instruction from sm_89 on; before, its sign stays, its number
+    moves down by one and comes out 2^8 times too small.
+    """
+    if FORMAT == "int8":
+        return (
+            "{ .reg .b32 u, o; xor.b32 u, $2, 0x80808080; mov.b32 o, 0xE480E480; "
+            "prmt.b32 $0, u, 0x64646464, 0x4140; add.rn.f16x2 $0, $0, o; "
+            "prmt.b32 $1, u, 0x64646464, 0x4342; add.rn.f16x2 $1, $1, o; }"
+        )
+    if FORMAT == "fp8_e5m2":
+        return "{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }"
+    if CAPABILITY >= 89:
+        return (
+            "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }"
+        )
+    move = (
+        "and.b32 s, t, 0x80008000; shr.u32 t, t, 1; and.b32 t, t, 0x3F803F80; or.b32 t, s, t; "
+        "mul.rn.f16x2 {out}, t, o; "
     )
-
-
-@triton.constexpr_function
-def widening_asm(FORMAT, dtype):
-    """PTX for both ``widen_pair`` of a word: a byte permute spreads two bytes, then the same arithmetic."""
-    half = dtype == tl.float16
-    if FORMAT == "int8":
-        power = 0x64646464 if half else 0x43434343
-        spread = [(0, f"prmt.b32 t, $2, {power}, 0x4140;"), (1, f"prmt.b32 t, $2, {power}, 0x4342;")]
-        # Clear the sign bit here, keep it alone (and negate) there; multiply by one and add.
-        one, negated = (0x3C003C00, 0xE400E400) if half else (0x3F803F80, 0xC300C300)
-        kind = "f16x2" if half else "bf16x2"
-        finish = (
-            "and.b32 s, t, 0x00800080; or.b32 s, s, {negated}; and.b32 t, t, 0xFF7FFF7F; "
-            "mov.b32 o, {one}; fma.rn.{kind} ${out}, t, o, s;"
-        )
-        steps = [code + " " + finish.format(out=i, one=one, negated=negated, kind=kind) for i, code in spread]
-    else:
-        # The byte goes to the top of its half: its sign is in place, its number is moved down.
-        spread = [(0, "prmt.b32 t, $2, 0, 0x1404;"), (1, "prmt.b32 t, $2, 0, 0x3424;")]
-        down = 8 - (mantissa_bits_of_half(half) - (3 if FORMAT == "fp8_e4m3" else 2))
-        number = (0x7F00 >> down) * 0x00010001
-        finish = (
-            "and.b32 s, t, 0x80008000; shr.u32 t, t, {down}; and.b32 t, t, {number}; or.b32 ${out}, s, t;"
-        )
-        steps = [code + " " + finish.format(out=i, down=down, number=number) for i, code in spread]
-    return "{ .reg .b32 o, s, t; " + " ".join(steps) + " }"
-
-
-@triton.constexpr_function
-def mantissa_bits_of_half(half):
-    return 10 if half else 7
+    return (
+        "{ .reg .b32 o, s, t; mov.b32 o, 0x5C005C00; "
+        + "prmt.b32 t, $2, 0, 0x1404; " + move.format(out="$0")
+        + "prmt.b32 t, $2, 0, 0x3424; " + move.format(out="$1") + "}"
+    )  # fmt: skip
 
 
 @triton.jit
@@ -143,8 +129,8 @@ def round_to_int8(x):
 @triton.jit
 def round_to_fp8(x, FORMAT: tl.constexpr):
     """The nearest fp8 number's byte, ties to even; x lies within the format's largest."""
-    MANTISSA: tl.constexpr = mantissa_bits(FORMAT, tl.float32)
-    BIAS: tl.constexpr = 7 if FORMAT == "fp8_e4m3" else 15
+    MANTISSA: tl.constexpr = mantissa_bits(FORMAT)
+    BIAS: tl.constexpr = exponent_bias(FORMAT)
     DROPPED: tl.constexpr = 23 - MANTISSA
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF

@@ -25,11 +25,10 @@ class Options(NamedTuple):
 
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
 
     @classmethod
     def of(cls, tile: Tile) -> Options:
-        return cls(tile.num_warps, tile.num_stages, tile.max_registers)
+        return cls(tile.num_warps, tile.num_stages)
 
 
 class Form(NamedTuple):
@@ -52,9 +51,7 @@ class Form(NamedTuple):
         if INTERPRETED:
             return cls(kernel, None, tail)
         arguments = (*map(as_bytes, tensors), *numbers, *tail)
-        # AMD's compiler knows no maxnreg, not even None.
-        asked = {name: value for name, value in options._asdict().items() if value is not None}
-        compiled = kernel.warmup(*arguments, grid=(1,), **asked)
+        compiled = kernel.warmup(*arguments, grid=(1,), **options._asdict())
         compiled._init_handles()
         return cls(kernel, compiled, tail)
 

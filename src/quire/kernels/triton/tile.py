@@ -9,6 +9,13 @@ For each block of keys t, with query rows r:
 Blocks lie on the grid of BLOCK_N tokens, counted from the sequence's first. Addresses never leave what the tile may
 see, ``begin`` to ``last``, and no hidden value is read: its weight of 0 would not silence a NaN.
 
+TRANSPOSED scores lie [keys, rows], and acc [dims, rows]. The matrix units take tiles of 16 by 8: a decode tile's few
+rows are then the side of 8, and keys, not queries, the operand whose registers must be neighbours.
+
+Stored as bytes, keys and values are multiplied as float16, which holds each of them exactly and is cheap to make of a
+byte. Rows of q are first divided by powers of two, ``split_queries``, and weights, times their values' scales, by the
+largest power of two in those scales so far, ``unit``: so both fit float16's range. Steps in float32 need none of it.
+
 Sources: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867; FlashAttention, arXiv:2307.08691.
 """
 
@@ -21,6 +28,7 @@ from quire.kernels.triton.formats import unit_exponent, widen, widen_words
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_SCORE = tl.constexpr(float("-inf"))
+SMALLEST = tl.constexpr(2.0**-126)  # the first unit: no scale is smaller but 0
 
 
 @triton.jit
@@ -36,30 +44,71 @@ def tanh(y):
 
 
 @triton.jit
+def by_row(x, TRANSPOSED: tl.constexpr):
+    """One number per row, to meet scores."""
+    if TRANSPOSED:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def by_key(x, TRANSPOSED: tl.constexpr):
+    """One number per key, to meet scores."""
+    return by_row(x, not TRANSPOSED)
+
+
+@triton.jit
 def visible_keys(
     key, position, begin, end, window_left, mask_row, first_new, mask_columns,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """[rows, keys] which keys each row may see; see the contract in ``work`` and ``attention``."""
-    seen = (key < end)[None, :]
+    """Which keys each row may see, as scores lie; see the contract in ``work`` and ``attention``."""
+    seen = by_key(key < end, TRANSPOSED)
+    key_here, position = by_key(key, TRANSPOSED), by_row(position, TRANSPOSED)
     if CAUSAL:
-        seen = seen & (key[None, :] <= position[:, None])
+        seen = seen & (key_here <= position)
     if WINDOW:
         # The first block reaches back to the grid, into keys out of sight or another part's.
-        seen = seen & (key >= begin)[None, :] & (key[None, :] >= position[:, None] - window_left)
+        seen = seen & (key_here >= begin) & (key_here >= position - window_left)
     if TREE:
         column = key - first_new
-        asked = seen & ((column >= 0) & (column < mask_columns))[None, :]
-        allowed = tl.load(mask_row[:, None] + column[None, :], mask=asked, other=1)
-        seen = seen & (allowed != 0)
+        asked = seen & by_key((column >= 0) & (column < mask_columns), TRANSPOSED)
+        at = by_row(mask_row, TRANSPOSED) + by_key(column, TRANSPOSED)
+        seen = seen & (tl.load(at, mask=asked, other=1) != 0)
     return seen
+
+
+@triton.constexpr_function
+def number_type(FORMAT, dtype):
+    """What keys and values are multiplied as."""
+    return dtype if FORMAT == "same" or dtype == tl.float32 else tl.float16
+
+
+@triton.jit
+def split_queries(queries, FORMAT: tl.constexpr):
+    """Rows of q as ``number_type``, and what they were divided by: powers of two, or 1 for all."""
+    dtype: tl.constexpr = number_type(FORMAT, queries.dtype)
+    if FORMAT == "same" or dtype == tl.float32:
+        return queries, 1.0
+    else:
+        wide = queries.to(tl.float32)
+        unit = power_of_two(tl.max(tl.abs(wide), 1))
+        return (wide / unit[:, None]).to(dtype), unit
+
+
+@triton.jit
+def power_of_two(x):
+    """The largest one in each number, SMALLEST at least."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.maximum(power, SMALLEST)
 
 
 @triton.jit
 def load_rows(
     pages, row, inside, dtype: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FORMAT: tl.constexpr, PACKED: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    CAPABILITY: tl.constexpr,
 ):  # fmt: skip
     """Rows of pages [len(row), BLOCK_D] as ``dtype`` numbers (see ``formats``), 0 where not ``inside``.
 
@@ -70,7 +119,7 @@ def load_rows(
         stored = load_tile(
             pages.to(tl.pointer_type(tl.int32)), row, word, HEAD_DIM // 4, BLOCK_D // 4, inside
         )
-        return widen_words(stored, FORMAT, dtype, NVIDIA)
+        return widen_words(stored, FORMAT, CAPABILITY)
     else:
         dim = tl.arange(0, BLOCK_D)
         return widen(load_tile(pages, row, dim, HEAD_DIM, BLOCK_D, inside), FORMAT, dtype)
@@ -120,28 +169,47 @@ def slots_in_page(first, begin, last, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
+def first_unit(FORMAT: tl.constexpr, dtype: tl.constexpr, INVARIANT: tl.constexpr, ROWS: tl.constexpr):
+    """``unit`` before any key: one for all rows, or for each."""
+    if is_narrow(FORMAT, dtype):
+        if INVARIANT:
+            return tl.full([ROWS], SMALLEST, tl.float32)
+        else:
+            return tl.full([], SMALLEST, tl.float32)
+    else:
+        return tl.full([], 1.0, tl.float32)
+
+
+@triton.constexpr_function
+def is_narrow(FORMAT, dtype):
+    """Whether stored bytes are multiplied as float16."""
+    return FORMAT != "same" and dtype == tl.float16
+
+
+@triton.jit
 def attend_keys(
-    m, l, acc, page, queries, position, slopes, mask_row, first_new, mask_columns,
+    m, l, acc, unit, page, queries, score_scale, position, slopes, mask_row, first_new, mask_columns,
     start, stop, begin, end, table, k, v, k_scale, v_scale,
-    k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softmax_scale, softcap, window_left,
+    k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softcap, window_left,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
-    FORMAT: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, NVIDIA: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    INVARIANT: tl.constexpr, FINE: tl.constexpr, CAPABILITY: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold blocks ``start`` to ``stop`` of a tile that may see keys ``begin:end`` into (m, l, acc).
+    """Fold blocks ``start`` to ``stop`` of a tile that may see keys ``begin:end`` into (m, l, acc, unit).
 
     ``page`` holds the first block's page ids; those of the block after the last are returned with the state.
     MASKED is False where every row sees every key of these blocks. PLAIN scores are scale · q · k with a positive
     scale and nothing else: their maximum is kept unscaled, and each weight costs one fused multiply-add,
-    p = 2^(c·s − c·m) with c = log2(e) · scale.
+    p = 2^(c·s − c·m) with c = log2(e) · scale. ``score_scale`` is that scale, one for all rows or one each. FINE weights
+    are multiplied in two parts: times a value's scale, one float16 would round as much as a float16 result does.
     """
     dtype: tl.constexpr = queries.dtype
+    NARROW: tl.constexpr = is_narrow(FORMAT, dtype)
     UNIT: tl.constexpr = unit_exponent(FORMAT, dtype)
+    KEYS: tl.constexpr = 0 if TRANSPOSED else 1
     last = end - 1
-    scale = softmax_scale
-    if FORMAT != "same":
-        scale = softmax_scale * 2.0 ** (UNIT - UNIT // 2)
+    scale = score_scale * 2.0 ** (UNIT - UNIT // 2)
     for first in tl.range(start, stop, BLOCK_N, num_stages=NUM_STAGES):
         slot = slots_in_page(first, begin, last, PAGE_SIZE, BLOCK_N, ALIGNED)
         at = page.to(tl.int64)
@@ -151,76 +219,103 @@ def attend_keys(
         key = first + tl.arange(0, BLOCK_N)
 
         keys = load_rows(
-            k, at * k_page + slot * k_slot, None, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, NVIDIA
+            k, at * k_page + slot * k_slot, None, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, CAPABILITY
         )
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if TRANSPOSED:
+            s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+        else:
+            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if FORMAT != "same":
             # Half of the unit with the key's scale, half with the softmax's: all of it at once could overflow.
             key_scale = tl.load(k_scale + at * scale_page + slot * scale_slot)
-            s = s * (key_scale * 2.0 ** (UNIT // 2))[None, :]
+            s = s * by_key(key_scale * 2.0 ** (UNIT // 2), TRANSPOSED)
         if SOFTCAP:
-            s = (softcap * LOG2_E) * tanh(s * (scale / softcap))
+            s = (softcap * LOG2_E) * tanh(s * per_row(scale / softcap, TRANSPOSED))
         elif not PLAIN:
-            s = s * (scale * LOG2_E)
+            s = s * per_row(scale * LOG2_E, TRANSPOSED)
         if slopes is not None:
-            s -= (slopes * LOG2_E)[:, None] * tl.abs(position[:, None] - key[None, :]).to(tl.float32)
+            distance = tl.abs(by_row(position, TRANSPOSED) - by_key(key, TRANSPOSED)).to(tl.float32)
+            s -= by_row(slopes * LOG2_E, TRANSPOSED) * distance
         if MASKED:
             seen = visible_keys(
                 key, position, begin, end, window_left, mask_row, first_new, mask_columns,
-                CAUSAL, WINDOW, mask_row is not None,
+                CAUSAL, WINDOW, mask_row is not None, TRANSPOSED,
             )  # fmt: skip
             s = tl.where(seen, s, NO_SCORE)
 
-        highest = tl.maximum(m, tl.max(s, 1))
+        highest = tl.maximum(m, tl.max(s, KEYS))
         shift = highest
         if MASKED:  # a row that has seen nothing yet: −inf − −inf is no number
             shift = tl.where(highest == NO_SCORE, 0.0, highest)
         if PLAIN:
             factor = scale * LOG2_E
             shift = shift * factor
-            p = tl.exp2(s * factor - shift[:, None])
+            p = tl.exp2(s * per_row(factor, TRANSPOSED) - by_row(shift, TRANSPOSED))
             correction = tl.exp2(m * factor - shift)
         else:
-            p = tl.exp2(s - shift[:, None])
+            p = tl.exp2(s - by_row(shift, TRANSPOSED))
             correction = tl.exp2(m - shift)
-        l = l * correction + tl.sum(p, 1)
-        acc = acc * correction[:, None]
+        l = l * correction + tl.sum(p, KEYS)
         m = highest
 
         inside = None
         if MASKED and ALIGNED:
             inside = key < end
         values = load_rows(
-            v, at * v_page + slot * v_slot, inside, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, NVIDIA
+            v, at * v_page + slot * v_slot, inside, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, CAPABILITY
         )
         if FORMAT != "same":
             value_scale = tl.load(v_scale + at * scale_page + slot * scale_slot)
             if MASKED and ALIGNED:
                 value_scale = tl.where(inside, value_scale, 0.0)
-            if dtype == tl.float16:
-                # A weight times a scale may fall below what float16 holds; a value times its scale does not.
-                values = (values.to(tl.float32) * (value_scale * 2.0**UNIT)[:, None]).to(dtype)
-            else:
-                p = p * (value_scale * 2.0 ** (UNIT // 2))[None, :]
-        acc = tl.dot(p.to(dtype), values, acc, input_precision=PRECISION)
-    return m, l, acc, page
+            if NARROW:
+                # Where no bit of a row may depend on keys that it cannot see, each row has a unit of its own.
+                largest = value_scale
+                if INVARIANT:
+                    largest = p * by_key(value_scale, TRANSPOSED)
+                larger = tl.maximum(unit, power_of_two(tl.max(largest, KEYS if INVARIANT else 0)))
+                correction = correction * (unit / larger)
+                unit = larger
+                p = p * per_row(1.0 / unit, TRANSPOSED)
+            p = p * by_key(value_scale * 2.0 ** (UNIT // 2), TRANSPOSED)
+        acc = acc * by_row(correction, TRANSPOSED)
+        weights = p.to(dtype)
+        acc = add_values(acc, weights, values, TRANSPOSED, PRECISION)
+        if FINE:
+            acc = add_values(acc, (p - weights).to(dtype), values, TRANSPOSED, PRECISION)
+    return m, l, acc, unit, page
 
 
 @triton.jit
-def scores_in_base_2(m, softmax_scale, dtype: tl.constexpr, PLAIN: tl.constexpr, FORMAT: tl.constexpr):
+def add_values(acc, weights, values, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + weights · values, as scores lie."""
+    if TRANSPOSED:
+        return tl.dot(tl.trans(values), weights, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(weights, values, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def per_row(x, TRANSPOSED: tl.constexpr):
+    """``by_row``, or the one number for all rows."""
+    if x.type.is_block():
+        return by_row(x, TRANSPOSED)
+    else:
+        return x
+
+
+@triton.jit
+def scores_in_base_2(m, score_scale, dtype: tl.constexpr, PLAIN: tl.constexpr, FORMAT: tl.constexpr):
     """The maxima as they stand in 2^(s − m)."""
     UNIT: tl.constexpr = unit_exponent(FORMAT, dtype)
     if PLAIN:
-        scale = softmax_scale
-        if FORMAT != "same":
-            scale = softmax_scale * 2.0 ** (UNIT - UNIT // 2)
-        return m * (scale * LOG2_E)
+        return m * (score_scale * (2.0 ** (UNIT - UNIT // 2) * LOG2_E))
     else:
         return m
 
 
 @triton.constexpr_function
 def value_unit(FORMAT, dtype):
-    """What ``acc`` is still to be multiplied with."""
+    """What ``acc`` is still to be multiplied with, beside ``unit``."""
     unit = unit_exponent(FORMAT, dtype)
-    return 1.0 if dtype == tl.float16 else 2.0 ** (unit - unit // 2)
+    return 2.0 ** (unit - unit // 2)

@@ -16,6 +16,7 @@ from quire.spec import AttentionSpec
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 MIN_ROWS = 16  # the matrix units' smallest tile
+MIN_COLUMNS = 8
 KIB = 1024
 PREFILL_WAVES = (
     4  # shares per multiprocessor: tiles take unequal times, and whoever is free takes the next share
@@ -31,7 +32,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     workers_per_sm: int
-    max_registers: int | None = None  # per thread, so that so many workers fit
+    transposed: bool = False  # scores lie [keys, rows], see ``tile``
 
 
 class Chip(NamedTuple):
@@ -84,7 +85,10 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
             rows, min(64, max(16, 16 * KIB // token_bytes)), num_warps=4, num_stages=2, workers_per_sm=2
         )
     if spec.quantized:
-        return Tile(rows, 64, num_warps=2 if rows == MIN_ROWS else 4, num_stages=3, workers_per_sm=4)
+        narrow = spec.dtype != torch.float32
+        rows = max(MIN_COLUMNS if narrow else MIN_ROWS, power_of_two(spec.group_size))
+        num_warps = 2 if rows <= MIN_ROWS else 4
+        return Tile(rows, 64, num_warps, num_stages=3, workers_per_sm=4, transposed=narrow)
     # Of three stages two are in shared memory at a time. float32 takes three products' registers, so half the keys.
     large = chip.shared_bytes > 2 * 64 * KIB and spec.dtype != torch.float32
     stage_bytes = 64 * KIB if large else 32 * KIB

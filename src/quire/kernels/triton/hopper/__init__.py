@@ -32,7 +32,6 @@ from quire.kernels.triton.tune import Chip, power_of_two
 from quire.spec import AttentionSpec
 from quire.work import AttentionCall, StepPlan, TileShape
 
-ENABLED = False  # until this launch, not the kernel alone, has run on a GPU
 ROWS = 128  # of a tile, two warpgroups of 64
 BLOCK_N = 128  # keys of a block
 STAGES = 2
@@ -49,8 +48,6 @@ def why_not(spec: AttentionSpec, chip: Chip) -> str | None:
     """A phrase if the kernel cannot serve the layers of this spec on this chip."""
     if chip.name != "cuda" or chip.capability != CAPABILITY or INTERPRETED:
         return "the chip is not a Hopper"
-    if not ENABLED:
-        return "it is not enabled"
     if not triton.__version__.startswith(TRITON):
         return f"Triton is {triton.__version__}, not {TRITON}x"
     if spec.dtype == torch.float32 or spec.quantized:

@@ -125,7 +125,8 @@ def finish_tile(target, results, m, l, o, scale_log2, HALF_INDEX: gl.constexpr, 
     GROUP_ROWS: gl.constexpr = o_descriptor.block_shape[2]
     D: gl.constexpr = o_descriptor.block_shape[3]
     ROWS: gl.constexpr = gl.SliceLayout(1, o.type.layout)
-    base_2 = gl.convert_layout(m * scale_log2 + gl.log2(l), ROWS)
+    # Fused in so many words: left to the compiler, it would depend on whether lse is asked for, and so would bits.
+    base_2 = gl.convert_layout(gl.fma(m, scale_log2, gl.log2(l)), ROWS)
     o = o * gl.convert_layout(gl.where(l > 0, 1.0 / l, 0.0), ROWS)[:, None]
     row = HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)
     token, head, exists, place = locate_rows(row, q_begin, q_len, kv_head, GROUP, GROUP_ROWS)
