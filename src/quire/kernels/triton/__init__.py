@@ -85,6 +85,7 @@ class Constants(NamedTuple):
     same_strides: bool
     transposed: bool
     invariant: bool
+    overlaps: bool
     capability: int
     phases: int
     precision: str
@@ -133,7 +134,8 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
             work.items, work.worker_indptr, work.arrivals, plan.cu_seqlens_q, plan.page_table,
             work.partial_out, work.partial_lse,
         )  # fmt: skip
-        given, options = constants(spec, step, tile, phases, chip), Options.of(tile)
+        given = constants(spec, step, tile, phases, chip)
+        options = Options.of(tile, given.overlaps)
         forms = _forms.setdefault((given, options, spec.dtype, device), {})
         addresses = tuple(tensor.data_ptr() for tensor in tensors)
         own = None
@@ -171,6 +173,7 @@ def constants(
         same_strides=True,
         transposed=tile.transposed,
         invariant=step.kv_split > 0,
+        overlaps=phases == 1 and chip.overlaps_launches and not INTERPRETED,
         capability=chip.capability if chip.name == "cuda" else 0,
         phases=1 if window else phases,
         # Three products of tf32 halves carry float32's precision on the matrix units.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quire.kernels.triton.merge import arrived_last, fold_parts, leave_partial, write_rows
 from quire.kernels.triton.tile import (
@@ -20,7 +21,9 @@ from quire.kernels.triton.tile import (
     first_unit,
     page_ids,
     per_row,
+    prefetch_rows,
     scores_in_base_2,
+    slots_in_page,
     split_queries,
     value_unit,
 )
@@ -41,11 +44,13 @@ def attend(
     FOLD_ROWS: tl.constexpr, FOLD_PARTS: tl.constexpr, ITEM: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, FORMAT: tl.constexpr,
     PACKED: tl.constexpr, ALIGNED: tl.constexpr, SAME_STRIDES: tl.constexpr, TRANSPOSED: tl.constexpr,
-    INVARIANT: tl.constexpr, CAPABILITY: tl.constexpr, PHASES: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    INVARIANT: tl.constexpr, OVERLAPS: tl.constexpr, CAPABILITY: tl.constexpr, PHASES: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend this worker's items, whose columns are ``device_plan.ITEM_COLUMNS``.
 
-    With two PHASES, the keys that every row of a tile sees are walked first and without a mask.
+    With two PHASES, the keys that every row of a tile sees are walked first and without a mask. A kernel that OVERLAPS
+    may be launched while the one ahead of it in the stream still runs.
     """
     FINE: tl.constexpr = FORMAT != "same" and out.dtype.element_ty == tl.float16
     worker = tl.program_id(0)
@@ -63,6 +68,15 @@ def attend(
         table = page_table + sequence.to(tl.int64) * table_row
         start = begin // BLOCK_N * BLOCK_N
         page = page_ids(table, start, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
+        k_here, v_here = k + kv_head * k_head, v + kv_head * v_head
+        if OVERLAPS:
+            # The plan was there before the kernel ahead was; keys may be its work, but only caches ask for them yet.
+            slot = slots_in_page(start, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
+            at = page.to(tl.int64)
+            prefetch_rows(k_here, at * k_page + slot * k_slot, HEAD_DIM, PACKED)
+            prefetch_rows(v_here, at * v_page + slot * v_slot, HEAD_DIM, PACKED)
+            gdc_wait()
+            gdc_launch_dependents()
 
         token = q_begin + row // GROUP
         head = kv_head * GROUP + row % GROUP
@@ -82,7 +96,6 @@ def attend(
             first_new = q_position - (q_begin - tl.load(cu_seqlens_q + sequence))
             unmasked = tl.minimum(unmasked, first_new)
 
-        k_here, v_here = k + kv_head * k_head, v + kv_head * v_head
         k_scale_here, v_scale_here = None, None
         if FORMAT != "same":
             k_scale_here, v_scale_here = k_scale + kv_head * scale_head, v_scale + kv_head * scale_head

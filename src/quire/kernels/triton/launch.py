@@ -25,10 +25,11 @@ class Options(NamedTuple):
 
     num_warps: int
     num_stages: int
+    launch_pdl: bool | None = None  # programmatic dependent launch
 
     @classmethod
-    def of(cls, tile: Tile) -> Options:
-        return cls(tile.num_warps, tile.num_stages)
+    def of(cls, tile: Tile, overlaps: bool) -> Options:
+        return cls(tile.num_warps, tile.num_stages, overlaps or None)
 
 
 class Form(NamedTuple):
@@ -51,7 +52,9 @@ class Form(NamedTuple):
         if INTERPRETED:
             return cls(kernel, None, tail)
         arguments = (*map(as_bytes, tensors), *numbers, *tail)
-        compiled = kernel.warmup(*arguments, grid=(1,), **options._asdict())
+        # AMD's compiler knows no launch_pdl, not even None.
+        asked = {name: value for name, value in options._asdict().items() if value is not None}
+        compiled = kernel.warmup(*arguments, grid=(1,), **asked)
         compiled._init_handles()
         return cls(kernel, compiled, tail)
 

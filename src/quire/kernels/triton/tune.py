@@ -43,6 +43,11 @@ class Chip(NamedTuple):
     shared_bytes: int  # shared memory a multiprocessor can give to its workers
     multiprocessors: int
 
+    @property
+    def overlaps_launches(self) -> bool:
+        """Whether a kernel may begin before the one ahead of it has ended (programmatic dependent launch)."""
+        return self.name == "cuda" and self.capability >= 90
+
 
 _SHARED_BYTES = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 
