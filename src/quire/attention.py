@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from quire import checks, step_checks
-from quire.custom_op import register
+from quire.custom_op import is_watched, register
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError
 from quire.explain import explain
@@ -114,10 +114,13 @@ class AttentionPlan:
         _check_door(q, k_pages, v_pages, out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
         checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
         out, lse = _outputs(q, out, return_state)
-        torch.ops.quire.run_plan(
-            self._number, q, k_pages, v_pages, out, lse,
-            softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
+        call = (
+            q, k_pages, v_pages, out, lse, softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
         )  # fmt: skip
+        if is_watched(q):
+            torch.ops.quire.run_plan(self._number, *call)
+        else:
+            self.attend(*call)
         return out if lse is None else SoftmaxState(out, lse)
 
     def explain(self) -> str:

@@ -118,6 +118,25 @@ def test_scores_far_apart_neither_overflow_nor_vanish(shape):
         assert state.lse.isfinite().all()
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_stored_bytes_of_any_scale_keep_their_weight(dtype, kv_dtype):
+    batch = make_batch(Shape(dtype, 64, 4, kv_dtype), [3, 70, 300], [1, 2, 40], page_size=16)
+    generator = torch.Generator().manual_seed(0)
+    for name, low, high in (("k_scale", -3, 1), ("v_scale", -30, 8)):  # as powers of two; some are 0
+        exponent = torch.empty_like(batch.scales[name]).uniform_(low, high, generator=generator)
+        batch.scales[name] *= exponent.exp2() * (torch.rand(exponent.shape, generator=generator) > 0.1)
+    judge(batch)
+
+
+@pytest.mark.parametrize("exponent", [-100, -12, 0, 12, 100])
+def test_queries_of_any_size_meet_stored_bytes(exponent):
+    batch = make_batch(Shape(BF16, 64, 4, "int8"), [3, 70, 300], [1, 2, 40], page_size=16)
+    batch.q.mul_(2.0**exponent)
+    batch.scales["k_scale"] *= 2.0**-exponent  # scores stay as they are
+    judge(batch)
+
+
 @few_shapes
 def test_a_sink_far_above_the_scores_leaves_nothing_and_one_far_below_changes_nothing(shape):
     batch = make_batch(shape, [3, 0, 420], page_size=16)

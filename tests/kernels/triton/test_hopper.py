@@ -13,7 +13,7 @@ from pairs import every_pair
 from support import Shape, assert_accurate, exact, make_batch, plain
 
 import quire
-from quire.kernels.triton.device_plan import device_items
+from quire.kernels.triton.device_plan import move_to_device
 from quire.kernels.triton.hopper import attend, finish, geometry, load
 from quire.plan import plan_step
 from quire.work import TileShape, Tiling
@@ -45,8 +45,8 @@ def simulate(batch, *, causal=True, workers=3, num_stages=2, seed=0, modules=MOD
     work = step.prefill
     out = torch.full(batch.q.shape, math.nan, dtype=shape.dtype)
     lse = torch.full((tokens, heads), math.nan)
-    arrivals = torch.zeros(work.num_partials, dtype=torch.int32)
-    items, worker_indptr = map(torch.from_numpy, device_items(work))
+    [moved] = move_to_device(step, [(work, geometry.BLOCK_M.value, head_dim)], torch.device("cpu")).work
+    arrivals = moved.arrivals.tensor
 
     def by_group(rows):
         sizes = (tokens, shape.num_kv_heads, shape.group, head_dim)
@@ -68,8 +68,8 @@ def simulate(batch, *, causal=True, workers=3, num_stages=2, seed=0, modules=MOD
             "o_descriptor": by_group(out),
             "out": out,
             "lse": lse,
-            "items": items,
-            "worker_indptr": worker_indptr.int(),
+            "items": moved.items.tensor,
+            "worker_indptr": moved.worker_indptr.tensor,
             "arrivals": arrivals,
             "page_table": batch.page_table,
             "partial_out": torch.full(

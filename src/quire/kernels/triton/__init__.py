@@ -6,13 +6,14 @@ With TRITON_INTERPRET=1 in the environment it takes CPU tensors and runs in Trit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from quire.kernels.triton import hopper, tune
 from quire.kernels.triton.attend import attend as attend_kernel
-from quire.kernels.triton.device_plan import ITEM_COLUMNS, DeviceWork, move_to_device
+from quire.kernels.triton.device_plan import COLUMNS, DeviceWork, Section, move_to_device
 from quire.kernels.triton.launch import INTERPRETED, Form, Options, addresses_of
 from quire.kernels.triton.store import write
 from quire.spec import QUANTIZED_DTYPES, AttentionSpec
@@ -94,15 +95,19 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True)
 class _Launch:
-    """One kernel's part of a plan, ready to be called for each layer."""
+    """One kernel's part of a plan."""
 
     work: DeviceWork
-    tensors: tuple[torch.Tensor, ...]  # of the plan, behind those of a call
+    sections: tuple[Section, ...]  # of the plan, behind the tensors of a call
     addresses: tuple[int, ...]
     constants: Constants
     options: Options
     forms: dict[Any, Form]  # by the form of a call's tensors
     hopper: hopper.Prefill | None = None  # takes the calls it can serve
+
+
+# One kernel of a plan for calls of one layout: its form, None where Hopper's takes them, and the numbers it is given.
+_Ready = tuple[_Launch, Form | None, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class _Prepared:
     window_left: int
     launches: tuple[_Launch, ...]
     notes: tuple[str, ...]  # for plan.explain()
+    ready: dict[Any, list[_Ready]]  # by a call's layout
 
 
 _forms: dict[Any, dict[Any, Form]] = {}  # by what a plan compiles for
@@ -130,21 +136,20 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
     reason = hopper.why_not(spec, chip) or hopper.why_not_step(step)
     launches = []
     for work, (_, tile, phases) in zip(plan.work, used, strict=True):
-        tensors = (
+        sections = (
             work.items, work.worker_indptr, work.arrivals, plan.cu_seqlens_q, plan.page_table,
             work.partial_out, work.partial_lse,
         )  # fmt: skip
         given = constants(spec, step, tile, phases, chip)
         options = Options.of(tile, given.overlaps)
         forms = _forms.setdefault((given, options, spec.dtype, device), {})
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
         own = None
         if phases == 2 and reason is None:
             own = hopper.Prefill(spec, work, plan.page_table, step.causal)
-        launches.append(_Launch(work, tensors, addresses, given, options, forms, own))
-    return _Prepared(
-        device, plan.page_table.stride(0), step.window_left, tuple(launches), (hopper.note(reason),)
-    )
+        addresses = tuple([section.address for section in sections])
+        launches.append(_Launch(work, sections, addresses, given, options, forms, own))
+    table_row = step.page_table.shape[1]
+    return _Prepared(device, table_row, step.window_left, tuple(launches), (hopper.note(reason),), {})
 
 
 def constants(
@@ -162,7 +167,7 @@ def constants(
         block_d=block_d,
         fold_rows=fold_rows,
         fold_parts=max(1, _FOLD_ELEMENTS // (fold_rows * block_d)),
-        item=len(ITEM_COLUMNS),
+        item=COLUMNS,
         causal=step.causal,
         window=window,
         softcap=False,
@@ -184,12 +189,33 @@ def constants(
 
 def attend(prepared: _Prepared, call: AttentionCall) -> None:
     """Run a plan's launches on one layer's tensors."""
-    mask, scale, factor, softcap = call.tree_mask, call.k_scale, call.scale, float(call.softcap)
     tensors = (
-        call.q, call.k_pages, call.v_pages, call.out, call.lse, scale, call.v_scale,
-        call.alibi_slopes, call.sinks, mask,
+        call.q, call.k_pages, call.v_pages, call.out, call.lse, call.k_scale, call.v_scale,
+        call.alibi_slopes, call.sinks, call.tree_mask,
     )  # fmt: skip
     addresses, granted = addresses_of(tensors)
+    layout = call.layout, granted
+    ready = None if call.layout is None else prepared.ready.get(layout)
+    if ready is None:
+        ready = prepared.ready[layout] = _make_ready(prepared, call, tensors, granted)
+    for part, form, numbers in ready:
+        if form is None:
+            assert part.hopper is not None
+            part.hopper.launch(call)
+        else:
+            given = part.work.num_workers, prepared.device, (*addresses, *part.addresses), numbers
+            form.launch(*given, partial(_all_tensors, part, tensors))
+
+
+def _all_tensors(part: _Launch, tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    return (*tensors, *(section.tensor for section in part.sections))
+
+
+def _make_ready(
+    prepared: _Prepared, call: AttentionCall, tensors: tuple[torch.Tensor | None, ...], granted: Any
+) -> list[_Ready]:
+    """How a plan's kernels are launched on tensors of this layout, compiled first if nobody has asked before."""
+    mask, scale, factor, softcap = call.tree_mask, call.k_scale, call.scale, float(call.softcap)
     numbers = (
         factor, softcap, prepared.table_row, prepared.window_left,
         0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
@@ -200,17 +226,16 @@ def attend(prepared: _Prepared, call: AttentionCall) -> None:
         call.alibi_slopes is None, call.sinks is None, mask is None, softcap > 0, factor > 0,
         granted,
     )  # fmt: skip
+    ready: list[_Ready] = []
     for part in prepared.launches:
         if part.hopper and hopper.why_not_call(call) is None:
-            part.hopper.launch(call)
+            ready.append((part, None, numbers))
             continue
-        ready = part.forms.get(form)
-        if ready is None:
-            ready = part.forms[form] = _compile(part, call, tensors, numbers)
-        ready.launch(
-            part.work.num_workers, prepared.device,
-            (*tensors, *part.tensors), (*addresses, *part.addresses), numbers,
-        )  # fmt: skip
+        compiled = part.forms.get(form)
+        if compiled is None:
+            compiled = part.forms[form] = _compile(part, call, _all_tensors(part, tensors), numbers)
+        ready.append((part, compiled, numbers))
+    return ready
 
 
 def _compile(
@@ -233,9 +258,7 @@ def _compile(
         plain=not call.softcap and call.alibi_slopes is None and call.scale > 0,
         same_strides=k_strides == v_strides,
     )
-    return Form.compile(
-        attend_kernel, (*tensors, *part.tensors), numbers, (*strides, *constants), part.options
-    )
+    return Form.compile(attend_kernel, tensors, numbers, (*strides, *constants), part.options)
 
 
 def _holds_words(call: AttentionCall, *strides: int) -> bool:
@@ -279,4 +302,4 @@ def write_kv(
             heads, head_dim, k_pages.shape[2], block_h, block_d, _FORMATS.get(k_pages.dtype, "same"),
         )  # fmt: skip
         form = _writers[key] = Form.compile(write, tensors, (), tail, Options(num_warps=4, num_stages=1))
-    form.launch(tokens, k.device, tensors, addresses, ())
+    form.launch(tokens, k.device, addresses, (), lambda: tensors)

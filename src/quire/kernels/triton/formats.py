@@ -50,12 +50,12 @@ def widen(stored, FORMAT: tl.constexpr, dtype: tl.constexpr):
         return stored.to(dtype)
     elif dtype == tl.float32:
         bits = stored.to(tl.uint32)
-        shift: tl.constexpr = 23 - mantissa_bits(FORMAT)
-        return (((bits & 0x80) << 24) | ((bits & 0x7F) << shift)).to(tl.float32, bitcast=True)
+        number = (bits & 0x7F) << (23 - mantissa_bits(FORMAT))
+        return (((bits & 0x80) << 24) | number).to(tl.float32, bitcast=True)
     else:
         bits = stored.to(tl.uint16)
-        shift: tl.constexpr = 10 - mantissa_bits(FORMAT)
-        wide = (((bits & 0x80) << 8) | ((bits & 0x7F) << shift)).to(tl.float16, bitcast=True)
+        number = (bits & 0x7F) << (10 - mantissa_bits(FORMAT))
+        wide = (((bits & 0x80) << 8) | number).to(tl.float16, bitcast=True)
         return wide * (2.0 ** (15 - exponent_bias(FORMAT)))
 
 
@@ -68,7 +68,12 @@ def widen_words(words, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
     """
     if CAPABILITY > 0:
         first, second = tl.inline_asm_elementwise(
-            widening_asm(FORMAT, CAPABILITY), "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            widening_asm(FORMAT, CAPABILITY),
+            "=r,=r,r",
+            [words],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
     else:
         first = widen_pair(words & 0xFF, (words >> 8) & 0xFF, FORMAT)
@@ -93,9 +98,9 @@ def widen_pair(a, b, FORMAT: tl.constexpr):
 def widening_asm(FORMAT, CAPABILITY):
     """PTX for both ``widen_pair`` of a word: a byte permute spreads two bytes over a register's halves.
 
-    int8 is made unsigned; as the low bits of 1024.0 it counts in ones, and 1024 + 128 are taken away again. An e5m2 byte
-    is the upper one of its float16. For e4m3 there is an instruction from sm_89 on; before, its sign stays, its number
-    moves down by one and comes out 2^8 times too small.
+    int8 is made unsigned; as the low bits of 1024.0 it counts in ones, and 1024 + 128 are taken away again. An e5m2
+    byte is the upper one of its float16. For e4m3 there is an instruction from sm_89 on; before, its sign stays, its
+    number moves down by one and comes out 2^8 times too small.
     """
     if FORMAT == "int8":
         return (
@@ -106,9 +111,7 @@ def widening_asm(FORMAT, CAPABILITY):
     if FORMAT == "fp8_e5m2":
         return "{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }"
     if CAPABILITY >= 89:
-        return (
-            "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }"
-        )
+        return "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }"
     move = (
         "and.b32 s, t, 0x80008000; shr.u32 t, t, 1; and.b32 t, t, 0x3F803F80; or.b32 t, s, t; "
         "mul.rn.f16x2 {out}, t, o; "

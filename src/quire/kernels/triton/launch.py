@@ -7,7 +7,7 @@ a ``Form`` by those and hands raw addresses to it: about 4 µs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,18 +62,18 @@ class Form(NamedTuple):
         self,
         grid: int,
         device: torch.device,
-        tensors: Sequence[torch.Tensor | None],
         addresses: Sequence[int | None],
         numbers: Sequence[float],
+        tensors: Callable[[], Sequence[torch.Tensor | None]],
     ) -> None:
         """Run ``grid`` programs on the device's current stream; ``addresses`` are those of ``tensors``."""
         if self.compiled is None:
-            self.kernel[(grid,)](*map(as_bytes, tensors), *numbers, *self.tail)
+            self.kernel[(grid,)](*map(as_bytes, tensors()), *numbers, *self.tail)
             return
         index = torch.cuda.current_device()
         if device.index is not None and device.index != index:
             with torch.cuda.device(device):
-                self.launch(grid, device, tensors, addresses, numbers)
+                self.launch(grid, device, addresses, numbers, tensors)
             return
         compiled = self.compiled
         compiled.run(

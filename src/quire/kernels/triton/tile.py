@@ -208,15 +208,16 @@ def attend_keys(
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
     FORMAT: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    INVARIANT: tl.constexpr, FINE: tl.constexpr, CAPABILITY: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    INVARIANT: tl.constexpr, FINE: tl.constexpr, CAPABILITY: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold blocks ``start`` to ``stop`` of a tile that may see keys ``begin:end`` into (m, l, acc, unit).
 
     ``page`` holds the first block's page ids; those of the block after the last are returned with the state.
     MASKED is False where every row sees every key of these blocks. PLAIN scores are scale · q · k with a positive
     scale and nothing else: their maximum is kept unscaled, and each weight costs one fused multiply-add,
-    p = 2^(c·s − c·m) with c = log2(e) · scale. ``score_scale`` is that scale, one for all rows or one each. FINE weights
-    are multiplied in two parts: times a value's scale, one float16 would round as much as a float16 result does.
+    p = 2^(c·s − c·m) with c = log2(e) · scale. ``score_scale`` is that scale, one for all rows or one each. FINE
+    weights are multiplied in two parts: times a value's scale, one float16 would round as much as the result does.
     """
     dtype: tl.constexpr = queries.dtype
     NARROW: tl.constexpr = is_narrow(FORMAT, dtype)

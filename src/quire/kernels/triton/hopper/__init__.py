@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from quire.kernels.triton.device_plan import DeviceWork
+from quire.kernels.triton.device_plan import DeviceWork, Section
 from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Form, Options, addresses_of
 from quire.kernels.triton.tune import Chip, power_of_two
 from quire.spec import AttentionSpec
@@ -118,26 +118,30 @@ class Prefill:
 
     spec: AttentionSpec
     work: DeviceWork
-    page_table: torch.Tensor
+    page_table: Section
     causal: bool
 
     def launch(self, call: AttentionCall) -> None:
         """One layer's prefill; ``why_not`` and ``why_not_call`` have been asked."""
         work = self.work
-        tensors = (
-            call.out, call.lse, work.items, work.worker_indptr, work.arrivals, self.page_table,
-            work.partial_out, work.partial_lse,
+        sections = (
+            work.items, work.worker_indptr, work.arrivals, self.page_table, work.partial_out, work.partial_lse,
         )  # fmt: skip
         boxes = self._by_group(call.q), by_page(call.k_pages), by_page(call.v_pages), self._by_group(call.out)
-        numbers = (call.scale * LOG2_E, self.page_table.stride(0))
+        numbers = (call.scale * LOG2_E, self.page_table.shape[1])
         strides = (*call.out.stride()[:2], 0 if call.lse is None else call.lse.stride(0))
-        addresses, aligned = addresses_of(tensors)
+        addresses, aligned = addresses_of((call.out, call.lse))
+
+        def tensors() -> tuple[torch.Tensor | None, ...]:
+            return (call.out, call.lse, *(section.tensor for section in sections))
+
         key = (self.spec, self.causal, call.q.device, strides, aligned, call.lse is None)
         form = _forms.get(key)
         if form is None:
-            form = _forms[key] = self._compile(tensors, boxes, numbers, strides)
+            form = _forms[key] = self._compile(tensors(), boxes, numbers, strides)
         steps: Any = (*boxes, *numbers)
-        form.launch(work.num_workers, call.q.device, tensors, addresses, steps)
+        addresses += [section.address for section in sections]
+        form.launch(work.num_workers, call.q.device, addresses, steps, tensors)
 
     def _by_group(self, rows: torch.Tensor) -> Box:
         """Queries or results as [tokens, kv_heads, group, head_dim]."""

@@ -1,0 +1,63 @@
+"""Batch-invariant steps in the interpreter: a row's bits depend on its sequence and its position alone."""
+
+import pytest
+import torch
+from support import Shape, make_batch
+
+import quire
+from quire import work
+
+pytestmark = pytest.mark.interpreted
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+SHAPES = [
+    Shape(BF16, 64, group=4),
+    Shape(BF16, 32, group=4, kv_dtype="int8"),
+    Shape(F16, 40, group=1, kv_dtype="fp8_e4m3"),
+    Shape(BF16, 32, group=2, kv_dtype="fp8_e5m2"),
+    Shape(F32, 32, group=3, kv_dtype="int8"),
+]
+LENGTHS = [150, 70]
+# Steps of (sequence, first token, end): chunks in company, single tokens, and a first chunk that later keys follow.
+SCHEDULE = [
+    [(0, 0, 37)],
+    [(0, 37, 149), (1, 0, 69)],
+    [(1, 69, 70), (0, 149, 150)],
+]
+
+
+def run(batch, schedule):
+    """All rows, computed step by step."""
+    out = torch.full(batch.q.shape, 7.0, dtype=batch.q.dtype)
+    lse = torch.full(batch.q.shape[:2], 7.0)
+    for chunks in schedule:
+        starts = [int(batch.cu_seqlens_q[i]) for i, _, _ in chunks]
+        rows = torch.cat(
+            [start + torch.arange(a, b) for start, (_, a, b) in zip(starts, chunks, strict=True)]
+        )
+        cu = torch.tensor([0, *[b - a for _, a, b in chunks]]).cumsum(0).int()
+        state = quire.paged_attention(
+            batch.q[rows], *batch.pages[1:], batch.page_table[[i for i, _, _ in chunks]],
+            torch.tensor([end for *_, end in chunks], dtype=torch.int32), cu,
+            return_state=True, batch_invariant=True, backend="triton", **batch.scales,
+        )  # fmt: skip
+        out[rows], lse[rows] = state
+    return out, lse
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_chunks_and_company_change_no_bit(shape, monkeypatch):
+    monkeypatch.setattr(work, "INVARIANT_KV_SPLIT", 64)  # parts to fold, with few keys
+    batch = make_batch(shape, LENGTHS, LENGTHS, page_size=16)
+    if batch.scales:  # values of very different sizes, the largest last
+        ordered = torch.logspace(-4, 2, LENGTHS[0])
+        for row, length in enumerate(LENGTHS):
+            token = torch.arange(length)
+            batch.scales["v_scale"][:, batch.page_table[row][token // 16].long(), token % 16] *= ordered[
+                :length
+            ]
+    alone = run(batch, [[(i, 0, length)] for i, length in enumerate(LENGTHS)])
+    together = run(batch, SCHEDULE)
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
+    assert together[0].isfinite().all()
