@@ -5,19 +5,20 @@ With TRITON_INTERPRET=1 in the environment it takes CPU tensors and runs in Trit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from quire.kernels.triton import hopper, tune
+from quire.kernels.triton import forecast, hopper, tune
 from quire.kernels.triton.attend import attend as attend_kernel
 from quire.kernels.triton.device_plan import COLUMNS, DeviceWork, Section, move_to_device
 from quire.kernels.triton.launch import INTERPRETED, Form, Options, addresses_of
 from quire.kernels.triton.store import write
 from quire.spec import QUANTIZED_DTYPES, AttentionSpec
-from quire.work import AttentionCall, StepPlan, TileShape, Tiling
+from quire.work import AttentionCall, StepPlan, TileShape, Tiling, WorkList
 
 _FORMATS = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
 WORD = 4  # one-byte elements to an int32
@@ -116,10 +117,16 @@ class _Prepared:
     table_row: int
     window_left: int
     launches: tuple[_Launch, ...]
-    notes: tuple[str, ...]  # for plan.explain()
     ready: dict[Any, list[_Ready]]  # by a call's layout
+    describe: Callable[[], list[str]]
+
+    @property
+    def notes(self) -> list[str]:
+        """For plan.explain()."""
+        return self.describe()
 
 
+_Used = tuple[WorkList, tune.Tile, int]  # one kernel's work, tile and phases
 _forms: dict[Any, dict[Any, Form]] = {}  # by what a plan compiles for
 
 
@@ -127,7 +134,7 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
     """The plan on the device, and the launches it needs: decode, prefill or both."""
     chip, block_dim = tune.chip_of(device), tune.block_dim(spec.head_dim)
     tiles = (tune.decode_tile(spec, chip), tune.prefill_tile(spec, chip))
-    used = [
+    used: list[_Used] = [
         (work, tile, phases)
         for work, tile, phases in zip((step.decode, step.prefill), tiles, (1, 2), strict=True)
         if len(work.items)
@@ -149,7 +156,20 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
         addresses = tuple([section.address for section in sections])
         launches.append(_Launch(work, sections, addresses, given, options, forms, own))
     table_row = step.page_table.shape[1]
-    return _Prepared(device, table_row, step.window_left, tuple(launches), (hopper.note(reason),), {})
+    describe = partial(_describe, spec, used, step.causal, device, reason)
+    return _Prepared(device, table_row, step.window_left, tuple(launches), {}, describe)
+
+
+def _describe(
+    spec: AttentionSpec, used: list[_Used], causal: bool, device: torch.device, reason: str | None
+) -> list[str]:
+    """Each launch, and which kernel takes the prefill."""
+    rates, lines = forecast.rates_of(device), []
+    for work, tile, phases in used:
+        name = "decode" if phases == 1 else "prefill"
+        shape = hopper.TILE if phases == 2 and reason is None else tile
+        lines.append(forecast.describe(name, spec, shape, work, causal, rates))
+    return [*lines, hopper.note(reason)]
 
 
 def constants(

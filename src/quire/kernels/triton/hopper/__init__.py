@@ -28,13 +28,14 @@ import triton
 
 from quire.kernels.triton.device_plan import DeviceWork, Section
 from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Form, Options, addresses_of
-from quire.kernels.triton.tune import Chip, power_of_two
+from quire.kernels.triton.tune import Chip, Tile, power_of_two
 from quire.spec import AttentionSpec
 from quire.work import AttentionCall, StepPlan, TileShape
 
 ROWS = 128  # of a tile, two warpgroups of 64
 BLOCK_N = 128  # keys of a block
 STAGES = 2
+TILE = Tile(ROWS, BLOCK_N, num_warps=12, num_stages=STAGES, workers_per_sm=1)
 LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # of each thread: 3 × 128 threads share 64 K
 TRITON = "3.6."  # Gluon changes between releases; others may compile it, but have not run it
 CAPABILITY = 90  # its matrix and copy instructions are this chip's alone
