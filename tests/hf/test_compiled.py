@@ -59,12 +59,14 @@ def test_a_model_that_is_no_single_graph_is_refused(graphs):
 
 
 @own_worker
-def test_without_a_compiler_the_request_is_refused_and_not_dropped(graphs, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch.compiler.config.force_disable_caches", True)
-    with pytest.raises(
+def test_without_a_compiler_the_request_is_refused_and_not_dropped(graphs):
+    # Torch's own patches: its settings do not survive being deleted, which is how pytest would undo them.
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    no_caches = torch.compiler.config.patch(force_disable_caches=True)
+    refused = pytest.raises(
         UnsupportedError, match=r"needs a C\+\+ compiler.* Fix: install g\+\+, or compile=False"
-    ):
+    )
+    with no_compiler, no_caches, refused:
         on_pages(tiny_model("llama", num_hidden_layers=1), backend="auto", compile=True)
 
 

@@ -95,6 +95,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     for report in _reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What stands since the test before, which counted on this one, is not needed by the next.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
