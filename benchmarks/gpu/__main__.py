@@ -63,10 +63,7 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         """Write and print what there is, however it ended."""
-        facts = report.facts(self.args.device, self.args.seed)
-        stem = report.stem(facts["gpu"]) + ("-tune" if self.args.tune else "")
-        report.derive(self.rows)
-        path = report.write_csv(self.args.out / f"{stem}.csv", facts, self.rows)
+        facts, path = self.write()
         if not self.args.tune:
             plots.plot(path, self.args.out)
         for written in sorted(self.folder.glob("*.log")):  # what the workers printed
@@ -77,6 +74,13 @@ class Run:
         text = report.tune_table(self.rows) if self.args.tune else report.table(self.rows)
         seconds = time.time() - self.started
         print(f"{facts['gpu']}, seed {self.args.seed}, {seconds:.0f} s, {path}\n{text}")
+
+    def write(self) -> tuple[Row, Path]:
+        """The CSV file of the rows so far."""
+        facts = report.facts(self.args.device, self.args.seed)
+        stem = report.stem(facts["gpu"]) + ("-tune" if self.args.tune else "")
+        report.derive(self.rows)
+        return facts, report.write_csv(self.args.out / f"{stem}.csv", facts, self.rows)
 
     def do(self, jobs: list[Job], share: float = 1.0, workers: int = 1) -> None:
         """Run jobs until this share of the call's time is over, in so many processes."""
@@ -107,7 +111,9 @@ def measure(run: Run) -> None:
     if "checks" in args.only:
         together += make_jobs("checks", args.quick, args.seed)
     run.do(together, share=TOGETHER_SHARE if timed else 1.0, workers=args.workers)
-    run.do(timed)
+    for priority in sorted({job.priority for job in timed}):  # a call that is cut off has measured what matters most
+        run.do([job for job in timed if job.priority == priority])
+        run.write()
 
 
 def tune(run: Run) -> None:
