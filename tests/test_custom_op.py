@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from support import Batch, Shape, exact, make_batch, plan_for
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import quire
 
@@ -153,3 +154,40 @@ def test_opcheck_finds_nothing_wrong_with_write_kv(dtype):
     torch.library.opcheck(
         torch.ops.quire.write_kv, (k, v, k_pages, v_pages, slots, k_scale, v_scale, "reference")
     )
+
+
+def run_plan(batch: Batch) -> torch.Tensor:
+    return plan_for(batch).run(*batch.pages)
+
+
+def test_a_dispatch_mode_sees_every_call():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    batch = mixed(seed=0)
+    unwatched = run_plan(batch)
+    with Watch():
+        watched = run_plan(batch)
+        k, v, slots = layer_inputs(batch)
+        quire.write_kv(k, v, batch.k_pages, batch.v_pages, slots)
+    assert torch.equal(watched, unwatched)
+    assert "quire.run_plan.default" in seen
+    assert "quire.write_kv.default" in seen
+
+
+def test_a_profiler_sees_the_operator_by_name():
+    batch = mixed(seed=0)
+    with torch.profiler.profile() as profile:
+        run_plan(batch)
+    assert "quire::run_plan" in {event.name for event in profile.events()}
+
+
+def test_a_transform_is_told_by_torch_that_there_is_no_rule_for_it():
+    batch = mixed(seed=0)
+    plan = plan_for(batch)
+    with pytest.raises(RuntimeError, match="quire::run_plan"):
+        torch.func.vmap(lambda q: plan.run(q, batch.k_pages, batch.v_pages))(batch.q[None])

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.gpu.jobs import Row
 from benchmarks.gpu.report import read_csv
 
-DECODE_PEERS = ("sdpa flash", "gather + sdpa", "flex")
+DECODE_PEERS = ("sdpa flash", "sdpa cudnn", "gather + sdpa", "flex")
 PREFILL_PEERS = ("sdpa flash", "sdpa cudnn", "gather + sdpa", "flex")
 
 
@@ -42,6 +42,38 @@ def tables(path: Path) -> str:
         if found:
             lines += ["", title + ":", "", *_grid([*found, *beside], rate)]
     return "\n".join(lines)
+
+
+README_CASES = ("8x1k:1", "8x4k:1", "8x32k:1", "8x32k:1@int8", "1x8k:8k", "1x32k:32k", "1x16k:2k")
+README_PEERS = ("sdpa cudnn", "sdpa flash", "gather + sdpa")
+
+
+def short_table(path: Path, title: str) -> str:
+    """The README's table of one machine: a few cases at 32/8 × 128 and page 16, beside peers."""
+    timed = [row for row in read_csv(path) if row.get("median_us") and row.get("page_size") == 16]
+    usual = [row for row in timed if row.get("heads") == "32/8x128"]
+
+    def cell(case: str, who: str) -> str:
+        name, _, kv_dtype = case.partition("@")
+        for row in usual:
+            if (row["case"], row["who"], row.get("kv_dtype", "")) == (name, who, kv_dtype):
+                return _time_and_rate(row)
+        return "–"
+
+    columns = ("quire", *README_PEERS)
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines += [
+        f"| `{case}` | " + " | ".join(cell(case, who) for who in columns) + " |" for case in README_CASES
+    ]
+    return "\n".join(lines)
+
+
+def _time_and_rate(row: Row) -> str:
+    us = row["median_us"]
+    time = f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
+    by_bytes = str(row["case"]).endswith(":1")
+    rate = f"{row['tb_per_s']:.2f} TB/s" if by_bytes else f"{row['tflop_per_s']:.0f} TFLOP/s"
+    return f"{time}, {rate}"
 
 
 def _checked(rows: Sequence[Row]) -> str:

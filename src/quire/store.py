@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from quire import checks
-from quire.custom_op import register
+from quire.custom_op import is_watched, register
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError, DtypeError, ShapeError
 from quire.kernels import load_backend, resolve_backend
@@ -43,7 +43,11 @@ def write_kv(
     if not checks.hold_data((k, v, k_pages, v_pages, slot_mapping), (k_scale, v_scale)):
         checks.check_pages("k_pages", k_pages)
         _check_devices(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-    torch.ops.quire.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend)
+    call = k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend
+    if is_watched(k):
+        torch.ops.quire.write_kv(*call)
+    else:
+        _write_kv_op(*call)
 
 
 def _check_devices(

@@ -107,8 +107,8 @@ class WorkList(NamedTuple):
 class StepPlan:
     """One step's lengths, page table and work, shared by all layers of one attention shape. Not to be changed.
 
-    ``decode`` holds the sequences with a single query token, ``prefill`` the others: two groups with their
-    own tile shapes, because one kernel that branches between them is good at neither.
+    ``decode`` holds the sequences with at most ``Tiling.decode_max_q_len`` query tokens, ``prefill`` the others: two
+    groups with their own tile shapes, because one kernel that branches between them is good at neither.
     """
 
     page_table: NDArray[np.int32]  # [batch, max_pages]

@@ -8,6 +8,7 @@ from machine_code import CHIPS, assembler_remarks, read_machine_code, standing_i
 from support import Shape, features, make_batch
 
 from quire.kernels import triton as backend
+from quire.kernels.triton import tune
 from quire.plan import plan_step
 from quire.work import AttentionCall
 
@@ -96,6 +97,23 @@ def test_attention_fits_its_chip_and_loads_whole_vectors(case):
         return
     assert code.count(code.vector_loads) * code.threads * 16 >= 2 * shape.head_dim * 16 * shape.dtype.itemsize
     assert code.count(code.narrow_loads) == 0
+
+
+# Queries that fill shared memory: what is not refused must compile.
+LARGE = [Shape(F32, 256, group=4), Shape(F32, 128, group=64), Shape(BF16, 256, group=128)]
+LARGE += [Shape(BF16, 128, group=128, kv_dtype="int8"), Shape(F32, 256, group=16, kv_dtype="int8")]
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("chip", ["sm_89", "sm_90"])
+def test_a_tile_fits_shared_memory_or_is_refused_before(chip, shape):
+    known = tune.known_chip("cuda", CHIPS[chip].target.arch, CHIPS[chip].multiprocessors)
+    if not tune.fits(shape.spec(16), known):
+        assert shape.group * shape.head_dim * shape.dtype.itemsize > known.shared_bytes // 5
+        return
+    for step in Q_LENS:
+        code = read_machine_code(compile_attention(chip, shape, Q_LENS[step]))
+        assert code.shared_bytes <= CHIPS[chip].shared_bytes
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -41,6 +41,11 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     chip = tune.chip_of(device)
     if chip.name == "cuda" and chip.capability < 80:
         return f'it needs compute capability 8.0; got {chip.capability / 10}. Fix: backend="reference"'
+    if not tune.fits(spec, chip):
+        return (
+            f"the {spec.group_size} query heads of {spec.head_dim} that share a KV head must fit shared memory of "
+            f'{chip.shared_bytes // tune.KIB} KiB three times over. Fix: a 16-bit dtype, or backend="reference"'
+        )
     return None
 
 

@@ -8,6 +8,7 @@ a ``Form`` by those and hands raw addresses to it: about 4 µs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +55,10 @@ class Form(NamedTuple):
         arguments = (*map(as_bytes, tensors), *numbers, *tail)
         # AMD's compiler knows no launch_pdl, not even None.
         asked = {name: value for name, value in options._asdict().items() if value is not None}
-        compiled = kernel.warmup(*arguments, grid=(1,), **asked)
-        compiled._init_handles()
+        where = next(tensor.device for tensor in tensors if tensor is not None)
+        with torch.cuda.device(where) if where.type == "cuda" else nullcontext():  # code is loaded per device
+            compiled = kernel.warmup(*arguments, grid=(1,), **asked)
+            compiled._init_handles()
         return cls(kernel, compiled, tail)
 
     def launch(

@@ -77,6 +77,24 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def query_bytes(spec: AttentionSpec, rows: int) -> int:
+    """A tile's queries in shared memory."""
+    return rows * block_dim(spec.head_dim) * spec.dtype.itemsize
+
+
+def fits(spec: AttentionSpec, chip: Chip) -> bool:
+    """Whether the smallest tiles do, by what compiling them takes: prefill holds its queries up to three times over,
+    as they came, split for float32's products, and on their way out; decode twice and an eighth, beside two blocks."""
+    queries = query_bytes(spec, max(MIN_ROWS, power_of_two(spec.group_size)))
+    blocks = 2 * MIN_ROWS * token_bytes(spec)
+    return chip.name == "hip" or max(3 * queries, blocks + queries * 17 // 8) <= chip.shared_bytes
+
+
+def token_bytes(spec: AttentionSpec) -> int:
+    """A key and its value in shared memory."""
+    return 2 * block_dim(spec.head_dim) * spec.storage_dtype.itemsize
+
+
 def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Few rows, bound by memory: enough bytes in flight, and on Hopper as measured (docs/performance.md).
 
@@ -84,30 +102,34 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     often. Quantised blocks cost arithmetic instead: there several workers of two warps wait for one another least.
     """
     rows = max(MIN_ROWS, power_of_two(spec.group_size))
-    token_bytes = 2 * block_dim(spec.head_dim) * spec.storage_dtype.itemsize
     if chip.name == "hip":
         return Tile(
-            rows, min(64, max(16, 16 * KIB // token_bytes)), num_warps=4, num_stages=2, workers_per_sm=2
+            rows, min(64, max(16, 16 * KIB // token_bytes(spec))), num_warps=4, num_stages=2, workers_per_sm=2
         )
     if spec.quantized:
         narrow = spec.dtype != torch.float32
         rows = max(MIN_COLUMNS if narrow else MIN_ROWS, power_of_two(spec.group_size))
         num_warps = 2 if rows <= MIN_ROWS else 4
-        return Tile(rows, 64, num_warps, num_stages=3, workers_per_sm=4, transposed=narrow)
+        kv_tokens = 64 if 2 * 64 * token_bytes(spec) <= chip.shared_bytes // 2 else 32
+        return Tile(rows, kv_tokens, num_warps, num_stages=3, workers_per_sm=4, transposed=narrow)
     # Of three stages two are in shared memory at a time. float32 takes three products' registers, so half the keys.
     large = chip.shared_bytes > 2 * 64 * KIB and spec.dtype != torch.float32
     stage_bytes = 64 * KIB if large else 32 * KIB
-    kv_tokens = min(128, max(16, stage_bytes // token_bytes))
+    room = chip.shared_bytes - 2 * query_bytes(spec, rows)
+    stage_bytes = min(stage_bytes, room // 5 * 2)  # two of them, and a fifth for what else there is
+    kv_tokens = min(128, max(16, power_of_two(stage_bytes // token_bytes(spec) + 1) // 2))
     return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1)
 
 
 def prefill_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Many rows, bound by the matrix units: as large a tile as registers and shared memory hold."""
     wide, slow = block_dim(spec.head_dim) > 128, spec.dtype == torch.float32
-    rows = max(64 if wide or slow or chip.name == "hip" else 128, power_of_two(spec.group_size))
+    few = 32 if wide and slow else 64
+    rows = max(few if wide or slow or chip.name == "hip" else 128, power_of_two(spec.group_size))
     if slow:  # it spills on every chip but AMD's; by these warps the least
-        num_warps = 4 if chip.capability == 90 else 8
-        return Tile(rows, 32, num_warps, 2 if chip.shared_bytes > 128 * KIB else 1, workers_per_sm=1)
+        num_warps = 4 if wide or chip.capability == 90 else 8
+        num_stages = 2 if chip.shared_bytes > 128 * KIB else 1
+        return Tile(rows, 16 if wide else 32, num_warps, num_stages, workers_per_sm=1)
     if chip.name == "hip":
         return Tile(rows, 32 if wide else 64, num_warps=4, num_stages=1, workers_per_sm=1)
     small = chip.shared_bytes < 128 * KIB
