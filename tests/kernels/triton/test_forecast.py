@@ -1,5 +1,8 @@
 """What a plan's launches are said to be, and to take."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from quire.kernels.triton import forecast, tune
 from quire.plan import plan_step
 from quire.work import TileShape, Tiling
 
+ROOT = Path(__file__).parents[3]
 SPEC = quire.AttentionSpec(8, 2, 64, page_size=16, kv_dtype="int8")
 
 
@@ -54,5 +58,30 @@ def test_a_plan_says_that_nobody_measured_the_chip_it_runs_on():
     text = quire.plan(*batch.lengths, batch.shape.spec(16), backend="triton").explain()
     assert "decode tile: 16 rows" in text
     assert "prefill tile: 128 rows" in text
-    assert text.count("nobody measured this chip") == 2
+    assert text.count("nobody measured it here") == 2
     assert "prefill kernel: portable, not Hopper's" in text
+    decode_only = quire.plan(
+        batch.page_table[:1], batch.seq_lens[:1], None, batch.shape.spec(16), backend="triton"
+    )
+    assert "prefill kernel" not in decode_only.explain()
+
+
+def test_the_rates_are_those_of_the_committed_measurements():
+    for chip, file in (("NVIDIA H200", "gpu-h200.csv"), ("NVIDIA H100 80GB HBM3", "gpu-h100.csv")):
+        with (ROOT / "benchmarks/results" / file).open(newline="") as rows:
+            usual = [
+                row for row in csv.DictReader(rows) if row["heads"] == "32/8x128" and row["page_size"] == "16"
+            ]
+        [decode] = [
+            float(row["tb_per_s"])
+            for row in usual
+            if (row["section"], row["case"], row["kv_dtype"]) == ("decode", "8x32k:1", "")
+        ]
+        [prefill] = [
+            float(row["tflop_per_s"])
+            for row in usual
+            if (row["section"], row["case"], row["kv_dtype"]) == ("prefill", "1x16k:16k", "")
+        ]
+        rates = forecast.MEASURED[chip]
+        assert rates.decode_bytes / 1e12 == pytest.approx(decode, rel=0.05)
+        assert rates.prefill_flops / 1e12 == pytest.approx(prefill, rel=0.05)

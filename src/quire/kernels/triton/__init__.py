@@ -171,10 +171,15 @@ def _describe(
     """Each launch, and which kernel takes the prefill."""
     rates, lines = forecast.rates_of(device), []
     for work, tile, phases in used:
-        name = "decode" if phases == 1 else "prefill"
-        shape = hopper.TILE if phases == 2 and reason is None else tile
-        lines.append(forecast.describe(name, spec, shape, work, causal, rates))
-    return [*lines, hopper.note(reason)]
+        if phases == 1:
+            lines.append(forecast.describe("decode", spec, tile, work, causal, rates))
+        elif reason is None:
+            lines.append(forecast.describe("prefill", spec, hopper.TILE, work, causal, rates))
+            lines.append(hopper.note(None))
+        else:  # what is measured of prefill is Hopper's
+            lines.append(forecast.describe("prefill", spec, tile, work, causal, None))
+            lines.append(hopper.note(reason))
+    return lines
 
 
 def constants(

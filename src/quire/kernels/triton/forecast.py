@@ -13,7 +13,7 @@ from quire.work import WorkList
 
 
 class Rates(NamedTuple):
-    """What long steps reached on a chip (docs/gpu.md): decode's reading, prefill's arithmetic, and a launch's rest."""
+    """What long steps reached on a chip (benchmarks/results): decode's reading, Hopper's prefill; a launch's rest."""
 
     decode_bytes: float  # a second
     prefill_flops: float  # a second, bfloat16
@@ -23,7 +23,7 @@ class Rates(NamedTuple):
 # By what the driver calls the chip.
 MEASURED = {
     "NVIDIA H200": Rates(4.4e12, 570e12, 9e-6),
-    "NVIDIA H100 80GB HBM3": Rates(2.9e12, 540e12, 9e-6),
+    "NVIDIA H100 80GB HBM3": Rates(2.9e12, 590e12, 9e-6),
 }
 
 
@@ -41,7 +41,7 @@ def describe(
         f"workers per multiprocessor: {tile.workers_per_sm}"
     )
     if rates is None:
-        return f"{shape}; no time expected, for nobody measured this chip"
+        return f"{shape}; no time expected, for nobody measured it here"
     seconds = rates.launch + (
         read_bytes(spec, work) / rates.decode_bytes
         if name == "decode"
