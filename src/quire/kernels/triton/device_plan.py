@@ -61,7 +61,8 @@ def move_to_device(
 ) -> DevicePlan:
     """Pack a step and its work lists, each with its tile's rows and block_dim, and copy them over.
 
-    Cost: one host-to-device copy, which the host does not wait for.
+    Cost: one host-to-device copy, which the host does not wait for. It must stay a copy: a kernel that OVERLAPS reads
+    the plan before it waits for the kernel ahead of it, which therefore must not be what writes it.
     """
     counts = [(len(shares.worker_indptr) - 1, len(shares.items), shares.num_partials) for shares, *_ in lists]
     shapes = [step.page_table.shape, step.cu_seqlens_q.shape]
