@@ -35,6 +35,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "Quire needs Python 3.10 to 3.13. Fix: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# The Triton that Hopper's kernel has run with; a build of torch for CUDA puts its own in its place.
+	@$(BIN)/pip install --quiet --disable-pip-version-check "triton==3.6.0; sys_platform == 'linux'"
 	@$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@

@@ -111,9 +111,8 @@ def measure(run: Run) -> None:
     if "checks" in args.only:
         together += make_jobs("checks", args.quick, args.seed)
     run.do(together, share=TOGETHER_SHARE if timed else 1.0, workers=args.workers)
-    for priority in sorted(
-        {job.priority for job in timed}
-    ):  # a call that is cut off has measured what matters most
+    # A call that is cut off has measured what matters most.
+    for priority in sorted({job.priority for job in timed}):
         run.do([job for job in timed if job.priority == priority])
         run.write()
 

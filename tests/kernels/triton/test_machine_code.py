@@ -4,11 +4,12 @@ import os
 
 import pytest
 import torch
+import triton
 from machine_code import CHIPS, assembler_remarks, read_machine_code, standing_in
 from support import Shape, features, make_batch
 
 from quire.kernels import triton as backend
-from quire.kernels.triton import tune
+from quire.kernels.triton import hopper, tune
 from quire.plan import plan_step
 from quire.work import AttentionCall
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="where kernels are interpreted, none is compiled"
 )
 
+HOPPERS_TRITON = triton.__version__.startswith(hopper.TRITON)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 LLAMA = Shape(BF16, 128, group=4)
 SHAPES = [
@@ -35,7 +37,8 @@ CASES = [
     for step in Q_LENS
     for chip in (CHIPS if shape in SHAPES[:3] else ["sm_90"])
 ]
-# Bytes of registers that a thread spills to memory, where it is more than none. They may only go down.
+# Bytes of registers that a thread spills to memory, where it is more than none, as Hopper's Triton compiles them.
+# They may only go down.
 SPILLS = {
     "sm_80-bfloat16-same-d128-g4-prefill": 8,
     "sm_90-bfloat16-same-d128-g4-prefill": 24,
@@ -90,7 +93,8 @@ def test_attention_fits_its_chip_and_loads_whole_vectors(case):
     code = read_machine_code(kernel)
     print(code)
     assert code.shared_bytes <= CHIPS[chip].shared_bytes
-    assert code.spilled_bytes <= SPILLS.get(name(case), 0)
+    if HOPPERS_TRITON:
+        assert code.spilled_bytes <= SPILLS.get(name(case), 0)
     if kernel.metadata.name == "hopper_prefill":  # whole boxes, by the copy engine
         assert code.count("UTMALDG")
         assert code.count("UTMASTG")
@@ -148,6 +152,7 @@ HOPPER = [
 ]
 
 
+@pytest.mark.skipif(not HOPPERS_TRITON, reason=f"Hopper's kernel is served by Triton {hopper.TRITON}x alone")
 @pytest.mark.parametrize("page_size", [16, 48, 64, 128, 256])
 def test_prefill_on_hopper_is_a_kernel_of_its_own_that_never_waits_for_single_products(page_size):
     shape = HOPPER[page_size % 7]
@@ -176,6 +181,15 @@ def test_where_hoppers_kernel_does_not_serve_the_portable_one_does(chip, shape, 
     rules = features(batch, **asked)
     with standing_in(CHIPS[chip]) as kernels:
         attend(batch, rules, rules.pop("window_left", -1))
+    assert [kernel.metadata.name for kernel in kernels] == ["attend"]
+
+
+def test_another_triton_means_the_portable_kernel(monkeypatch):
+    """Gluon's meaning changes between releases: what compiles need not compute the same."""
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    batch = make_batch(LLAMA, [100, 70], [40, 30])
+    with standing_in(CHIPS["sm_90"]) as kernels:
+        attend(batch, {})
     assert [kernel.metadata.name for kernel in kernels] == ["attend"]
 
 

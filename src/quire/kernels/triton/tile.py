@@ -34,7 +34,7 @@ SMALLEST = tl.constexpr(2.0**-126)  # the first unit: no scale is smaller but 0
 @triton.jit
 def tanh(y):
     """(1 − e) / (1 + e) with e = 2^(−2·log2(e)·|y|); near 0, where that cancels, the odd series."""
-    e = tl.exp2(-2.0 * LOG2_E * tl.abs(y))
+    e = tl.exp2(tl.abs(y) * (-2.0 * LOG2_E))
     far = (1.0 - e) / (1.0 + e)
     square = y * y
     near = y * (
