@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quire.cut import ITEM_OVERHEAD
@@ -159,6 +159,18 @@ def test_merges_name_the_split_tiles_and_their_parts_and_no_others(step, kv_spli
             )
 
 
+def one_query(seq_len, **asked):
+    one = dict.fromkeys(["num_kv_heads", "page_size", "num_workers", "kv_tokens", "q_tokens"], 1)
+    return {**one, "sequences": [(seq_len, 1)], "causal": False, **asked}
+
+
+# A tile no longer than a part, across a multiple of it; and parts of unequal length.
+ACROSS = one_query(3, window_left=1)
+UNEQUAL = one_query(300, window_left=52, num_kv_heads=3, num_workers=10, kv_tokens=16)
+
+
+@example(step=ACROSS, part_cost=1)
+@example(step=UNEQUAL, part_cost=20)
 @given(step=steps, part_cost=st.sampled_from([1, 20, 400]))
 def test_where_splitting_has_a_price_no_worker_pays_it_twice_while_there_is_one_for_each_part(
     step, part_cost

@@ -85,7 +85,12 @@ def own_parts(
     )
     if tiles * num_kv_heads > num_workers:
         return 0
-    fewest, most = 1, -(-max(longest, 1) // kv_tokens)  # blocks to a part
+    end = 1
+    for seq_len in seq_lens:
+        end = max(end, seq_len)
+    # Blocks to a part. Parts end at multiples of it, so that which leaves every tile whole must reach their ends.
+    whole = -(-end // kv_tokens)
+    fewest, most = 1, whole
     while fewest < most:
         middle = (fewest + most) // 2
         parts = count_parts(
@@ -98,7 +103,7 @@ def own_parts(
     straddled = weight * num_kv_heads // (q_tokens * num_workers) + 2 * part_cost
     own = fewest * kv_tokens + part_cost
     if longest <= min(own, straddled):
-        return int(-(-max(longest, 1) // kv_tokens) * kv_tokens)
+        return int(whole * kv_tokens)
     return int(fewest * kv_tokens) if own <= straddled else 0
 
 
@@ -133,8 +138,9 @@ def share_work(
 
     Takes the sequences with least_q to most_q queries; ``starts`` is cu_seqlens_q.
     """
+    own_split = 0
     if part_cost and not kv_split:
-        kv_split = own_parts(
+        kv_split = own_split = own_parts(
             seq_lens, starts, least_q, most_q, q_tokens, kv_tokens, part_cost, num_kv_heads, causal,
             window_left, num_workers,
         )  # fmt: skip
@@ -187,4 +193,6 @@ def share_work(
                     num_partials += num_items - first_item
                     num_merges += 1
     worker_indptr[num_workers] = num_items
+    if own_split:
+        worker_indptr = np.minimum(np.arange(num_workers + 1), num_items)
     return items[:num_items], worker_indptr, merges[:num_merges], num_partials
