@@ -306,11 +306,14 @@ store_i64 = _scalar_store(_i64, types.int64)
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address; a wrong address does no harm."""
+    """Ask for the cache line at an address, into the second level; a wrong address does no harm.
+
+    The first level waits for few lines at a time: on Zen 4 twelve GB/s of a core, where the second has room for 28.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         line = _pointer(builder, args[0], _i8)
-        _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [line, _i32(0), _i32(3), _i32(1)])
+        _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [line, _i32(0), _i32(2), _i32(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
