@@ -78,7 +78,7 @@ def _widen(builder: Any, dtype: int, raw: Any) -> Any:
     return builder.fmul(_widen_half(builder, half), _all(_f32, 256.0))
 
 
-def _narrow(builder: Any, dtype: int, values: Any) -> Any:
+def narrow(builder: Any, dtype: int, values: Any) -> Any:
     """float32 lanes as raw elements, rounded to nearest even."""
     if dtype == F32:
         return values
@@ -235,7 +235,7 @@ def store(typingctx: Any, dtype: Any, address: Any, values: Any) -> Any:
     code = dtype.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        raw = _narrow(builder, code, args[2])
+        raw = narrow(builder, code, args[2])
         builder.store(raw, _pointer(builder, args[1], raw.type), align=BYTES[code])
         return context.get_dummy_value()
 
@@ -248,7 +248,7 @@ def store_head(typingctx: Any, dtype: Any, address: Any, values: Any, count: Any
     code = dtype.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        raw = _narrow(builder, code, args[2])
+        raw = narrow(builder, code, args[2])
         spill = cgutils.alloca_once(builder, raw.type)
         builder.store(raw, spill)
         with cgutils.for_range(builder, args[3], intp=_i64) as loop:

@@ -33,6 +33,7 @@ from quire.kernels.cpu.rows import (
     load_row,
     load_scales,
     locate_tokens,
+    query_scale,
     share_of,
 )
 from quire.kernels.cpu.scores import (
@@ -172,9 +173,7 @@ def load_queries(
     cfg: Any, call: Call, token: int, head: int, heads: int, rows: int, queries: int, acc: int
 ) -> None:
     """Lay out Qᵀ, scaled so that scores come out in base 2, and empty the accumulators."""
-    scale = np.float32(call.softmax_scale) * LOG2_E
-    if call.softcap > 0.0:
-        scale = np.float32(call.softmax_scale / call.softcap)
+    scale = query_scale(call)
     for offset in range(0, ROWS * cfg.row_bytes, LANES * 4):
         store(F32, acc + offset, splat(ZERO))
     for row in range(rows):  # acc holds the rows as they lie, for a moment
