@@ -89,7 +89,7 @@ def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_pa
     assert result.returncode == 0, result.stdout
 
 
-PAIRS = ["decode-bfloat16-same-d128-g4", "decode-bfloat16-int8-d64-g4"]
+PAIRS = ["decode-bfloat16-same-d128-g4", "prefill-bfloat16-same-d128-g4", "decode-bfloat16-int8-d64-g4"]
 SINGLE = ["decode-bfloat16-same-d80-g1", "decode-float16-int8-d64-g1"]  # a tail; queries that are finer
 
 

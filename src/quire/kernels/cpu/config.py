@@ -46,6 +46,16 @@ class Config(NamedTuple):
         return int(exact and self.head_dim % read_at_once == 0 and has_pair_products())
 
     @property
+    def prefill_pairs(self) -> int:
+        """Whether prefill multiplies pairs: keys have to be bfloat16 as they lie."""
+        return int(self.pairs and self.kv_dtype == BF16)
+
+    @property
+    def steps(self) -> int:
+        """Steps along head_dim that prefill takes for a score."""
+        return self.head_dim // 2 if self.prefill_pairs else self.head_dim
+
+    @property
     def parts(self) -> int:
         """Whole vectors, of pairs or of single numbers, in a row."""
         return self.head_dim // (PAIRED if self.pairs else LANES)
