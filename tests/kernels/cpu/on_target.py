@@ -76,6 +76,7 @@ def run(cases):
         "kernels": len(texts),
         "registers": sorted({name for text in texts for name in re.findall(r"%([xyz]mm)\d", text)}),
         "fused": sum(len(re.findall(r"\bvfn?m(?:add|sub)\w*ps\b", text)) for text in texts),
+        "pair_products": sum(map(pair_products, texts)),
         "called": sorted(set(itertools.chain(*map(outside_calls, texts)))),
     }
 
@@ -100,7 +101,8 @@ def cross(triple, cases):
     llvm.get_process_triple = lambda: triple
     import numba
 
-    from quire.kernels.cpu import decode, launch, prefill, rows
+    from quire.kernels.cpu import decode, prefill, rows
+    from quire.kernels.cpu.config import DTYPE_CODES, Config
 
     step = rows.Step(*[0] * len(rows.Step._fields))
     call = rows.Call(**dict.fromkeys(rows.Call._fields, 0) | {"softmax_scale": 1.0, "softcap": 0.0})
@@ -109,17 +111,25 @@ def cross(triple, cases):
         name, shape = parse(case)
         kernel = {"decode": decode.decode, "prefill": prefill.prefill}[name]
         spec = shape.spec(16)
-        config = launch.Config(
-            launch.DTYPE_CODES[spec.dtype],
-            launch.DTYPE_CODES[spec.storage_dtype],
+        config = Config(
+            DTYPE_CODES[spec.dtype],
+            DTYPE_CODES[spec.storage_dtype],
             shape.head_dim,
             shape.group,
         )
         signature = tuple(numba.typeof(value) for value in (config, 1, 1, step, call))
         kernel.compile(signature)
         text = kernel.overloads[signature].library.get_asm_str()
-        found[case] = {"instructions": Counter(neon(text)), "called": sorted(outside_calls(text))}
+        found[case] = {
+            "instructions": Counter(neon(text)),
+            "pair_products": pair_products(text),
+            "called": sorted(outside_calls(text)),
+        }
     return found
+
+
+def pair_products(text):
+    return len(re.findall(r"\bvdpbf16ps\b", text))
 
 
 def neon(text):

@@ -30,6 +30,9 @@ SHAPES = [
     Shape(BF16, 88, group=7),  # five vectors, of which the first four are taken apart in pairs, and a tail
     Shape(BF16, 64, group=71, num_kv_heads=1),  # five tiles of 15, the last one short
     Shape(BF16, 64, group=4, kv_dtype="int8"),
+    Shape(
+        BF16, 128, group=12, kv_dtype="fp8_e4m3", num_kv_heads=1
+    ),  # two tiles of 6 where pairs are multiplied
     Shape(F32, 40, group=3, kv_dtype="fp8_e5m2"),
     Shape(F16, 72, group=2, kv_dtype="fp8_e4m3"),
 ]
@@ -40,7 +43,7 @@ def grouped(shapes):
     return [pytest.param(s, id=str(s), marks=pytest.mark.xdist_group(f"decode-{s}")) for s in shapes]
 
 
-SMALL, SPLIT, NARROW = grouped([SHAPES[0], SHAPES[1], SHAPES[14]])
+SMALL, SPLIT, NARROW = grouped([SHAPES[0], SHAPES[1], SHAPES[15]])
 every_shape = pytest.mark.parametrize("shape", grouped(SHAPES))
 few_shapes = pytest.mark.parametrize("shape", [SMALL, SPLIT, NARROW])
 
@@ -175,7 +178,7 @@ def test_any_batch_equals_the_reference(shape, data):
 
 # The kernels read what the page table names and nothing else: behind each tensor lies memory that may not be
 # touched, so a read past a row's end, a last page or a last scale ends the process.
-@pytest.mark.parametrize("shape", grouped([SHAPES[0], SHAPES[2], SHAPES[4], SHAPES[11], SHAPES[14]]))
+@pytest.mark.parametrize("shape", grouped([SHAPES[0], SHAPES[2], SHAPES[4], SHAPES[11], SHAPES[15]]))
 @pytest.mark.parametrize("q_lens", [[1, 1], [3, 20]])
 def test_no_byte_beyond_the_tensors_is_touched(shape, q_lens):
     batch = make_batch(shape, [48, 33], q_lens, page_size=16)

@@ -9,7 +9,8 @@ from processes import run_python
 from support import Shape, attend, make_batch, plan_for
 
 from quire.kernels.cpu import launch, memory
-from quire.kernels.cpu.launch import Config, ConfigType
+from quire.kernels.cpu.config import DTYPE_CODES, Config
+from quire.kernels.cpu.launch import ConfigType
 from quire.kernels.cpu.simd import LANES
 
 SHAPE = Shape(torch.float32, 16, 3)  # compiled by other modules too
@@ -43,7 +44,7 @@ def test_a_decode_tile_fills_vectors_of_scores_and_fits_registers(heads, head_di
     ("dtype", "largest"), [(torch.int8, 127), (torch.float8_e4m3fn, 448), (torch.float8_e5m2, 57344)]
 )
 def test_the_largest_value_is_that_of_the_pages_dtype(dtype, largest):
-    config = Config(memory.F32, launch.DTYPE_CODES[dtype], 16)
+    config = Config(memory.F32, DTYPE_CODES[dtype], 16)
     assert config.kv_largest == largest
     assert torch.tensor(float(largest)).to(dtype).float() == largest
 

@@ -75,7 +75,7 @@ def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_pat
 def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_path):
     tests = [
         "-k",
-        "read or stores",
+        "read or stores or pairs",
         "-p",
         "no:cacheprovider",
         "-p",
@@ -83,8 +83,30 @@ def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_pa
         "-o",
         "addopts=--import-mode=importlib",
     ]
-    result = on_target("x86-64", tmp_path, "-m", "pytest", *tests, str(HERE / "test_memory.py"))
+    result = on_target(
+        "x86-64", tmp_path, "-m", "pytest", *tests, str(HERE / "test_memory.py"), str(HERE / "test_pairs.py")
+    )
     assert result.returncode == 0, result.stdout
+
+
+PAIRS = ["decode-bfloat16-same-d128-g4", "prefill-bfloat16-same-d128-g4", "decode-bfloat16-int8-d64-g4"]
+SINGLE = ["decode-bfloat16-same-d80-g1", "decode-float16-int8-d64-g1"]  # a tail; queries that are finer
+
+
+@pytest.mark.parametrize(
+    ("cpu", "in_pairs", "singly"),
+    [("znver4", PAIRS, SINGLE), ("sapphirerapids", [], PAIRS[:1])],  # Intel's cost four multiply-adds
+)
+def test_bfloat16_pairs_are_multiplied_where_that_is_fast(cpu, in_pairs, singly, tmp_path):
+    """Compiled, not run."""
+    found = found_on(cpu, tmp_path, "cross", "x86_64-unknown-linux-gnu", *in_pairs, *singly)
+    multiplying = [case for case, code in found.items() if code["pair_products"]]
+    assert multiplying == in_pairs
+
+
+@pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
+def test_bfloat16_is_right_where_pairs_are_not_multiplied(tmp_path):
+    assert found_on("haswell", tmp_path, "run", *PAIRS)["pair_products"] == 0
 
 
 WIDENING = {"bfloat16-same": "shl.4s", "float16-int8": "scvtf.4s", "float32-fp8_e4m3": "fcvtl.4s"}

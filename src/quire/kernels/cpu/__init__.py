@@ -10,11 +10,12 @@ import torch
 
 from quire.kernels.cpu import decode as decoding
 from quire.kernels.cpu import prefill as prefilling
-from quire.kernels.cpu.launch import DTYPE_CODES, Config, addresses, num_threads, run
+from quire.kernels.cpu import scores
+from quire.kernels.cpu.config import DTYPE_CODES, Config
+from quire.kernels.cpu.launch import addresses, num_threads, run
 from quire.kernels.cpu.merge import merge
-from quire.kernels.cpu.products import BLOCK, MAX_HEADS
+from quire.kernels.cpu.products import BLOCK
 from quire.kernels.cpu.rows import Call, Step
-from quire.kernels.cpu.scores import ROWS
 from quire.kernels.cpu.store import Write, write
 from quire.spec import PAGE_ALIGNMENT_BYTES, AttentionSpec
 from quire.work import AttentionCall, StepPlan, TileShape, Tiling, WorkList
@@ -37,13 +38,13 @@ def _tiling(spec: AttentionSpec, threads: int) -> Tiling:
     return Tiling(
         num_workers=threads,
         decode=TileShape(q_tokens=1, kv_tokens=BLOCK),
-        prefill=TileShape(q_tokens=_prefill_tokens(spec), kv_tokens=prefilling.BLOCK),
+        prefill=TileShape(q_tokens=_prefill_tokens(spec), kv_tokens=scores.BLOCK),
         rows_stand_alone=True,
     )
 
 
 def _prefill_tokens(spec: AttentionSpec) -> int:
-    return max(1, ROWS // spec.group_size)
+    return max(1, scores.ROWS // spec.group_size)
 
 
 class _Kernel(NamedTuple):
@@ -58,18 +59,18 @@ class _Kernel(NamedTuple):
 @functools.cache
 def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
     """Decode and prefill."""
-    q_dtype, kv_dtype = DTYPE_CODES[spec.dtype], DTYPE_CODES[spec.storage_dtype]
-    tiles = -(-spec.group_size // MAX_HEADS)
+    config = Config(DTYPE_CODES[spec.dtype], DTYPE_CODES[spec.storage_dtype], spec.head_dim)
+    tiles = -(-spec.group_size // config.most_heads)
     return (
         _Kernel(
             decoding.decode,
-            Config(q_dtype, kv_dtype, spec.head_dim, heads=-(-spec.group_size // tiles)),
+            config._replace(heads=-(-spec.group_size // tiles)),
             spec.group_size,
-            _apart(decoding.scratch_bytes(spec.head_dim, spec.group_size)),
+            _apart(decoding.scratch_bytes(spec.head_dim, tiles)),
         ),
         _Kernel(
             prefilling.prefill,
-            Config(q_dtype, kv_dtype, spec.head_dim),
+            config,
             _prefill_tokens(spec) * spec.group_size,
             _apart(prefilling.scratch_bytes(spec.head_dim)),
         ),

@@ -23,6 +23,7 @@ import numpy as np
 
 from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import (
+    BF16,
     BYTES,
     F32,
     load,
@@ -36,6 +37,7 @@ from quire.kernels.cpu.memory import (
     store_f32,
     store_i64,
 )
+from quire.kernels.cpu.pairs import pair_up, turn
 from quire.kernels.cpu.products import (
     BLOCK,
     BLOCK_SCRATCH,
@@ -52,6 +54,7 @@ from quire.kernels.cpu.products import (
     L,
     M,
     accumulate_values,
+    convert_block,
     load_part,
     put_in_order,
     score_block,
@@ -68,6 +71,7 @@ from quire.kernels.cpu.rows import (
     finish_row,
     load_scales,
     locate_tokens,
+    query_scale,
     share_of,
 )
 from quire.kernels.cpu.simd import (
@@ -86,11 +90,15 @@ from quire.kernels.cpu.simd import (
 )
 
 
-def scratch_bytes(head_dim: int, group: int) -> int:
-    """Scratch memory of one worker: two blocks, their scores, and the tiles of one group."""
+def scratch_bytes(head_dim: int, tiles: int) -> int:
+    """Scratch memory of one worker: two blocks, their scores, the tiles of one group, and a block as bfloat16."""
     row_bytes = -(-head_dim // LANES) * LANES * 4
-    tiles = -(-group // MAX_HEADS)
-    return 2 * BLOCK_SCRATCH + BLOCK * LANES * 4 + tiles * (Q_ROWS + 2 * MAX_HEADS * row_bytes)
+    return (
+        2 * BLOCK_SCRATCH
+        + BLOCK * LANES * 4
+        + tiles * (Q_ROWS + 2 * MAX_HEADS * row_bytes)
+        + BLOCK * row_bytes
+    )
 
 
 @kernel
@@ -140,9 +148,16 @@ def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> No
             scales = kv_head * call.scale_head
             load_scales(step, call, sequence, begin, block_end, call.k_scale + scales, here + K_SCALES)
             load_scales(step, call, sequence, begin, block_end, call.v_scale + scales, here + V_SCALES)
+            store_f32(
+                here + V_SCALES + (block_end - begin) * 4, ZERO
+            )  # an odd last token's partner weighs nothing
+        if cfg.pairs and cfg.kv_dtype != BF16:
+            converted = states + tiles * tile_bytes(cfg.row_bytes)
+            convert_block(cfg, here + K_ROWS, converted)
+            convert_block(cfg, here + V_ROWS, converted + BLOCK * cfg.head_dim * BYTES[BF16])
         for i in range(tiles):
             state = states + i * tile_bytes(cfg.row_bytes)
-            score_block(cfg, block_end - begin, here, upcoming, state, scores)
+            score_block(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
             adjust_scores(cfg, call, position - begin, block_end - begin, here, state, scores)
             update_softmax(cfg, call, block_end - begin, here, state, scores)
             accumulate_values(cfg, block_end - begin, here, upcoming, state, scores)
@@ -160,10 +175,8 @@ def tile_bytes(row_bytes: int) -> int:
 
 @part
 def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, state: int) -> None:
-    """Load the tile's queries, scaled so that scores come out in base 2, and empty its softmax state."""
-    scale = np.float32(call.softmax_scale) * LOG2_E
-    if call.softcap > 0.0:
-        scale = np.float32(call.softmax_scale / call.softcap)
+    """Load the tile's queries and empty its softmax state."""
+    scale = query_scale(call)
     store(F32, state + M, splat(LOWEST))
     store(F32, state + L, splat(ZERO))
     store(F32, state + SLOPE, splat(ZERO))
@@ -184,9 +197,10 @@ def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, numbe
 
 @part
 def load_query(cfg: Any, source: int, factor: float, target: int) -> None:
-    """One row of q times a factor, as float32, in the order that keys are loaded in."""
-    for i in range(cfg.vectors):
-        store(F32, target + i * LANES * 4, mul(load_part(cfg, cfg.q_dtype, source, i), splat(factor)))
+    """One row of q as keys are loaded: times a factor and as float32, unless in pairs."""
+    for i in range(cfg.parts):
+        values = load_part(cfg, cfg.q_dtype, source, i)
+        store(F32, target + i * LANES * 4, values if cfg.pairs else mul(values, splat(factor)))
     if cfg.tail:
         i = cfg.vectors
         values = load_head(cfg.q_dtype, source + i * LANES * BYTES[cfg.q_dtype], cfg.tail)
@@ -254,7 +268,7 @@ def adjust_scores(
 def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scores: int) -> None:
     """Scores become weights p = 2^(s − m'); m, l and the correction 2^(m − m') move on (online softmax).
 
-    Weights of quantised values come out times their scales, which l leaves out.
+    Weights of quantised values come out times their scales, which l leaves out; in pairs, each with the next token's.
     """
     vectors = (count * cfg.padded_heads + LANES - 1) // LANES
     before = load(F32, state + M)
@@ -270,6 +284,8 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
         if call.v_scale:
             scale = load(F32, here + V_SCALES + j * cfg.tokens * 4)
             p = mul(p, repeat(scale, cfg.padded_heads))
+        if cfg.pairs:
+            p = pair_up(p, turn(p, cfg.padded_heads))
         store(F32, scores + j * LANES * 4, p)
     store(F32, state + M, highest)
     store(F32, state + L, total)

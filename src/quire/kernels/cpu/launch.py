@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 import numba
@@ -32,72 +32,9 @@ from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
 from quire.compiled import OPTIONS, compiled
-from quire.kernels.cpu.memory import BF16, E4M3, E5M2, F16, F32, INT8
-from quire.kernels.cpu.simd import LANES
-
-DTYPE_CODES = {
-    torch.float32: F32,
-    torch.float16: F16,
-    torch.bfloat16: BF16,
-    torch.int8: INT8,
-    torch.float8_e4m3fn: E4M3,
-    torch.float8_e5m2: E5M2,
-}
-
+from quire.kernels.cpu.config import Config
 
 AnyConfig = TypeVar("AnyConfig", bound=tuple[int, ...])
-
-
-class Config(NamedTuple):
-    """What a kernel is specialised for. Every field and property is a compile-time number inside the kernel."""
-
-    q_dtype: int  # dtype codes of memory.py
-    kv_dtype: int
-    head_dim: int
-    heads: int = 1  # decode: query heads of one tile, at most 16
-
-    @property
-    def vectors(self) -> int:
-        """Whole vectors in a row of head_dim elements."""
-        return self.head_dim // LANES
-
-    @property
-    def tail(self) -> int:
-        """Elements of a row behind its whole vectors."""
-        return self.head_dim % LANES
-
-    @property
-    def kv_largest(self) -> int:
-        """The largest value of a quantised page's dtype."""
-        return {INT8: 127, E4M3: 448, E5M2: 57344}.get(self.kv_dtype, 0)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row in float32 scratch, padded to whole vectors."""
-        return -(-self.head_dim // LANES) * LANES * 4
-
-    @property
-    def padded_heads(self) -> int:
-        """Heads of a decode tile rounded up to a power of two, so that vectors of scores hold whole tokens."""
-        return 1 << (self.heads - 1).bit_length()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens whose scores fill one vector in decode."""
-        return LANES // self.padded_heads
-
-    @property
-    def strip(self) -> int:
-        """Output vectors per head that decode accumulates at once: as many as divide the row and fit registers."""
-        fitting = [
-            n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n * self.heads <= LANES
-        ]
-        return max(fitting)
-
-    @property
-    def strip_tile(self) -> int:
-        """Registers that one such strip takes."""
-        return self.heads * self.strip
 
 
 @functools.cache

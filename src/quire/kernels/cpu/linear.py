@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from quire.kernels.cpu import borrow_scratch
-from quire.kernels.cpu.launch import DTYPE_CODES, compile_time, kernel, num_threads, parallel_for, part, run
+from quire.kernels.cpu.config import DTYPE_CODES
+from quire.kernels.cpu.launch import compile_time, kernel, num_threads, parallel_for, part, run
 from quire.kernels.cpu.memory import BYTES, F32, load, load_head, prefetch, store, store_head
 from quire.kernels.cpu.simd import LANES, add, fma, splat, sum_rows, tile
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from quire.kernels.cpu.launch import kernel, parallel_for, part
-from quire.kernels.cpu.memory import F32, load, load_f32, load_i64, store, store_f32, store_i64
+from quire.kernels.cpu.memory import BF16, F32, load, load_f32, load_i64, store, store_f32, store_i64
+from quire.kernels.cpu.pairs import load_pairs, zip_pairs_high, zip_pairs_low
 from quire.kernels.cpu.rows import (
     ITEM_BYTES,
     LOG2_E,
@@ -33,10 +34,11 @@ from quire.kernels.cpu.rows import (
     load_row,
     load_scales,
     locate_tokens,
+    query_scale,
     share_of,
 )
 from quire.kernels.cpu.scores import (
-    CORRECTION,
+    BLOCK,
     END_KEY,
     FIRST_KEY,
     POSITION,
@@ -49,23 +51,24 @@ from quire.kernels.cpu.scores import (
     adjust_scores,
     hide_by_tree,
     hide_keys,
+    pair_weights,
     update_softmax,
 )
-from quire.kernels.cpu.simd import LANES, add, fma, mul, splat, tile, transpose
-
-BLOCK = 64  # tokens per block: K and V as float32 are 64 KiB at head_dim 128
-SCORE_TOKENS, SCORE_VECTORS = 8, 3  # register tile of S: tokens × vectors of rows
-SEGMENT = 64  # of head_dim, at a time
-VALUE_ROWS, VALUE_VECTORS = 6, 4  # register tile of acc: rows × vectors of head_dim
-SCORE_TILE, VALUE_TILE = SCORE_TOKENS * SCORE_VECTORS, VALUE_ROWS * VALUE_VECTORS
-
-K_ROWS = SCORES + BLOCK * ROW_BYTES  # byte addresses and scales of a block
-V_ROWS, K_SCALES, V_SCALES = K_ROWS + BLOCK * 8, K_ROWS + BLOCK * 16, K_ROWS + BLOCK * 20
-MATRICES = K_ROWS + BLOCK * 24  # Qᵀ [head_dim][ROWS], acc [ROWS][head_dim], K and V [BLOCK][head_dim]
+from quire.kernels.cpu.simd import LANES, splat, tile, transpose
+from quire.kernels.cpu.tiles import (
+    K_ROWS,
+    K_SCALES,
+    MATRICES,
+    SCORE_TOKENS,
+    V_ROWS,
+    V_SCALES,
+    accumulate_values,
+    score_block,
+)
 
 
 def scratch_bytes(head_dim: int) -> int:
-    """Scratch memory of one worker."""
+    """Scratch memory of one worker: Qᵀ [head_dim][ROWS], acc [ROWS][head_dim], K and V [BLOCK][head_dim] behind it."""
     return MATRICES + -(-head_dim // LANES) * LANES * 4 * (2 * ROWS + 2 * BLOCK)
 
 
@@ -124,14 +127,17 @@ def attend_heads(
         # same blocks whatever tile it is in, and those it cannot see change no bit of it.
         count = min(BLOCK - begin % BLOCK, end - begin)
         load_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
-        score_block(cfg, rows, count, queries, scratch + K_ROWS, scratch + SCORES)
+        score_block(cfg, rows, count, queries, scratch + K_ROWS, query_scale(call), scratch + SCORES)
         adjust_scores(call, rows, begin, position, count, scratch)
         if begin < all_first or begin + count > all_end:
             hide_keys(rows, begin, position, count, scratch)
         if call.tree_mask:
             hide_by_tree(step, call, sequence, token, heads, rows, begin, count, scratch)
         update_softmax(rows, count, scratch)
-        accumulate_values(cfg, rows, count, acc, scratch)
+        steps = count
+        if cfg.prefill_pairs:
+            steps = pair_weights(rows, begin % 2, count, scratch)
+        accumulate_values(cfg, rows, steps, acc, scratch)
         begin += count
 
     for row in range(rows):
@@ -171,18 +177,21 @@ def start_rows(
 def load_queries(
     cfg: Any, call: Call, token: int, head: int, heads: int, rows: int, queries: int, acc: int
 ) -> None:
-    """Lay out Qᵀ, scaled so that scores come out in base 2, and empty the accumulators."""
-    scale = np.float32(call.softmax_scale) * LOG2_E
-    if call.softcap > 0.0:
-        scale = np.float32(call.softmax_scale / call.softcap)
+    """Lay out Qᵀ, in pairs or scaled so that scores come out in base 2, and empty the accumulators."""
     for offset in range(0, ROWS * cfg.row_bytes, LANES * 4):
         store(F32, acc + offset, splat(ZERO))
     for row in range(rows):  # acc holds the rows as they lie, for a moment
         source = call.q + (token + row // heads) * call.q_token + (head + row % heads) * call.q_head
-        load_row(cfg, cfg.q_dtype, source, scale, acc + row * cfg.row_bytes)
+        if cfg.prefill_pairs:
+            for i in range(cfg.parts):
+                store(
+                    F32, acc + row * cfg.row_bytes + i * LANES * 4, load_pairs(BF16, source + i * LANES * 4)
+                )
+        else:
+            load_row(cfg, cfg.q_dtype, source, query_scale(call), acc + row * cfg.row_bytes)
     square = tile(LANES)
     for row in range(0, rows, LANES):
-        for d in range(0, cfg.row_bytes // 4, LANES):
+        for d in range(0, cfg.steps, LANES):
             for i in range(LANES):
                 square[i] = load(F32, acc + (row + i) * cfg.row_bytes + d * 4)
             transpose(square)
@@ -197,12 +206,14 @@ def load_block(
     cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, count: int,
     keys: int, values: int, scratch: int,
 ) -> None:  # fmt: skip
-    """Find a block's K and V rows, padded to whole register tiles of scores; all but whole float32 rows are
-    converted, once for all rows of the tile."""
+    """Find a block's K and V rows, padded to whole register tiles of scores; values are paired up, or all but whole
+    float32 rows converted, once for all rows of the tile."""
     k, v, end = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head, begin + count
     locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, scratch + K_ROWS)
     locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, scratch + V_ROWS)
-    if cfg.kv_dtype != F32 or cfg.tail:
+    if cfg.prefill_pairs:
+        pair_values(cfg, begin % 2, count, values, scratch + V_ROWS)
+    elif cfg.kv_dtype != F32 or cfg.tail:
         convert_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
     for t in range(count, -(-count // SCORE_TOKENS) * SCORE_TOKENS):
         store_i64(scratch + K_ROWS + t * 8, load_i64(scratch + K_ROWS))
@@ -230,104 +241,18 @@ def convert_block(
 
 
 @part
-def score_block(cfg: Any, rows: int, count: int, queries: int, k_rows: int, scores: int) -> None:
-    """S[t, row] = k_t · q_row. Scores behind the block's last token come out too, and are never read.
+def pair_values(cfg: Any, odd: int, count: int, values: int, v_rows: int) -> None:
+    """Zip rows of neighbouring tokens, an even one and the next, and let the block's addresses point there.
 
-    head_dim is walked in segments whose sums are added at the end: their share of Qᵀ stays in the first cache
-    while all tokens pass, and short chains of additions round less.
+    Pairs lie where all sequences' pairs lie, wherever the block begins, so that a row's sums are taken in one order.
+    A token without partner, before which the block begins (``odd``) or ends, is its own, of weight zero.
     """
-    vectors = (rows + LANES - 1) // LANES
-    for segment in range(0, cfg.head_dim, SEGMENT):
-        for first in range(0, count, SCORE_TOKENS):
-            keys, target = k_rows + first * 8, scores + first * ROW_BYTES
-            column = 0
-            while column + SCORE_VECTORS <= vectors:
-                at = column * LANES * 4
-                score_tile(cfg, segment, queries + at, keys, target + at)
-                column += SCORE_VECTORS
-            while column < vectors:  # a short tile's last vectors, one by one
-                at = column * LANES * 4
-                score_column(cfg, segment, queries + at, keys, target + at)
-                column += 1
-
-
-@part
-def score_tile(cfg: Any, segment: int, queries: int, keys: int, scores: int) -> None:
-    """One register tile of S over one segment of head_dim: SCORE_TOKENS × SCORE_VECTORS."""
-    sums = tile(SCORE_TILE)
-    for i in range(SCORE_TILE):
-        sums[i] = splat(ZERO)
-    for d in range(segment, min(segment + SEGMENT, cfg.head_dim)):
-        q = tile(SCORE_VECTORS)
-        for c in range(SCORE_VECTORS):
-            q[c] = load(F32, queries + d * ROW_BYTES + c * LANES * 4)
-        for t in range(SCORE_TOKENS):
-            k = splat(load_f32(load_i64(keys + t * 8) + d * 4))
-            for c in range(SCORE_VECTORS):
-                sums[t * SCORE_VECTORS + c] = fma(k, q[c], sums[t * SCORE_VECTORS + c])
-    for t in range(SCORE_TOKENS):
-        for c in range(SCORE_VECTORS):
-            add_segment(segment, sums[t * SCORE_VECTORS + c], scores + t * ROW_BYTES + c * LANES * 4)
-
-
-@part
-def score_column(cfg: Any, segment: int, queries: int, keys: int, scores: int) -> None:
-    """The same, one vector of rows wide."""
-    sums = tile(SCORE_TOKENS)
-    for t in range(SCORE_TOKENS):
-        sums[t] = splat(ZERO)
-    for d in range(segment, min(segment + SEGMENT, cfg.head_dim)):
-        q = load(F32, queries + d * ROW_BYTES)
-        for t in range(SCORE_TOKENS):
-            sums[t] = fma(splat(load_f32(load_i64(keys + t * 8) + d * 4)), q, sums[t])
-    for t in range(SCORE_TOKENS):
-        add_segment(segment, sums[t], scores + t * ROW_BYTES)
-
-
-@part
-def add_segment(segment: int, total: Any, at: int) -> None:
-    """Add a segment's sums to those before it."""
-    if segment:
-        total = add(total, load(F32, at))
-    store(F32, at, total)
-
-
-@part
-def accumulate_values(cfg: Any, rows: int, count: int, acc: int, scratch: int) -> None:
-    """acc[row] = correction[row] · acc[row] + Σ_t p[t, row] v_t. Rows of a last, short tile are padding."""
-    for first in range(0, rows, VALUE_ROWS):
-        column = 0
-        while column + VALUE_VECTORS * LANES * 4 <= cfg.row_bytes:
-            sums = tile(VALUE_TILE)
-            for r in range(VALUE_ROWS):
-                correction = splat(load_f32(scratch + CORRECTION + (first + r) * 4))
-                for c in range(VALUE_VECTORS):
-                    at = acc + (first + r) * cfg.row_bytes + column + c * LANES * 4
-                    sums[r * VALUE_VECTORS + c] = mul(correction, load(F32, at))
-            for t in range(count):
-                v = tile(VALUE_VECTORS)
-                values = load_i64(scratch + V_ROWS + t * 8) + column
-                for c in range(VALUE_VECTORS):
-                    v[c] = load(F32, values + c * LANES * 4)
-                for r in range(VALUE_ROWS):
-                    p = splat(load_f32(scratch + SCORES + t * ROW_BYTES + (first + r) * 4))
-                    for c in range(VALUE_VECTORS):
-                        sums[r * VALUE_VECTORS + c] = fma(p, v[c], sums[r * VALUE_VECTORS + c])
-            for r in range(VALUE_ROWS):
-                for c in range(VALUE_VECTORS):
-                    at = acc + (first + r) * cfg.row_bytes + column + c * LANES * 4
-                    store(F32, at, sums[r * VALUE_VECTORS + c])
-            column += VALUE_VECTORS * LANES * 4
-        while column < cfg.row_bytes:  # head_dim's last vectors, one by one
-            sums = tile(VALUE_ROWS)
-            for r in range(VALUE_ROWS):
-                correction = splat(load_f32(scratch + CORRECTION + (first + r) * 4))
-                sums[r] = mul(correction, load(F32, acc + (first + r) * cfg.row_bytes + column))
-            for t in range(count):
-                one = load(F32, load_i64(scratch + V_ROWS + t * 8) + column)
-                for r in range(VALUE_ROWS):
-                    p = splat(load_f32(scratch + SCORES + t * ROW_BYTES + (first + r) * 4))
-                    sums[r] = fma(p, one, sums[r])
-            for r in range(VALUE_ROWS):
-                store(F32, acc + (first + r) * cfg.row_bytes + column, sums[r])
-            column += LANES * 4
+    for pair in range((odd + count + 1) // 2):
+        first, second = max(2 * pair - odd, 0), min(2 * pair - odd + 1, count - 1)
+        row, next_row = load_i64(v_rows + first * 8), load_i64(v_rows + second * 8)
+        target = values + pair * cfg.row_bytes
+        for i in range(cfg.parts):
+            a, b = load_pairs(BF16, row + i * LANES * 4), load_pairs(BF16, next_row + i * LANES * 4)
+            store(F32, target + 2 * i * LANES * 4, zip_pairs_low(a, b))
+            store(F32, target + (2 * i + 1) * LANES * 4, zip_pairs_high(a, b))
+        store_i64(v_rows + pair * 8, target)

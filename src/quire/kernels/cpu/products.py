@@ -3,6 +3,9 @@
 K and V stream through registers once and serve every head; the next block's rows are asked for on the way. A row of
 bfloat16 is taken apart into even and odd elements, which costs a shift and a mask for 32 of them, where widening them
 in order costs four operations: q and acc lie in that order too, vector by vector (``load_part``).
+
+Where the CPU multiplies bfloat16 pairs (``pairs``), neither is needed, and there are half the multiplications: queries
+meet keys as they are, pairs along head_dim; weights, rounded to bfloat16, meet values in pairs of tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +25,16 @@ from quire.kernels.cpu.memory import (
     load_odd,
     prefetch,
     store,
+    store_i64,
+)
+from quire.kernels.cpu.pairs import (
+    LINE,
+    PAIRED,
+    load_pairs,
+    load_second_pairs,
+    multiply_pairs,
+    zip_pairs_high,
+    zip_pairs_low,
 )
 from quire.kernels.cpu.rows import ZERO
 from quire.kernels.cpu.simd import LANES, fma, mul, splat, sum_rows, tile, zip_high, zip_low
@@ -43,16 +56,48 @@ Q_ROWS = 320
 
 @part
 def load_part(cfg: Any, dtype: Any, row: int, i: int) -> Any:
-    """Vector i of a row, in the order that the pages' dtype is taken apart in."""
+    """Vector i of a row: pairs, or single numbers in the order that the pages' dtype is taken apart in."""
+    if cfg.pairs:
+        return load_pairs(BF16, row + i * PAIRED * BYTES[BF16])
     if cfg.kv_dtype == BF16 and (i | 1) < cfg.vectors:
         return load_odd(row + (i - 1) * 32) if i & 1 else load_even(row + i * 32)
     return load(dtype, row + i * LANES * BYTES[dtype])
 
 
 @part
+def convert_block(cfg: Any, rows: int, target: int) -> None:
+    """Convert a block's rows of 8 bits to bfloat16, and let its addresses point there."""
+    for t in range(BLOCK):
+        row = load_i64(rows + t * 8)
+        for i in range(cfg.head_dim // LINE):
+            line, at = row + i * LINE, target + i * LINE * BYTES[BF16]
+            # Both before either is stored: the compiler shares their work only if nothing is written between.
+            first, second = load_pairs(cfg.kv_dtype, line), load_second_pairs(cfg.kv_dtype, line)
+            store(F32, at, first)
+            store(F32, at + LANES * 4, second)
+        store_i64(rows + t * 8, target)
+        target += cfg.head_dim * BYTES[BF16]
+
+
+@part
+def load_values(cfg: Any, row: int, next_row: int, i: int) -> Any:
+    """What output vector i takes from one token's row, or from two tokens' rows in pairs."""
+    if cfg.pairs:
+        one, other = load_part(cfg, cfg.kv_dtype, row, i // 2), load_part(cfg, cfg.kv_dtype, next_row, i // 2)
+        return zip_pairs_high(one, other) if i & 1 else zip_pairs_low(one, other)
+    return load_part(cfg, cfg.kv_dtype, row, i)
+
+
+@part
+def multiply(cfg: Any, a: Any, b: Any, c: Any) -> Any:
+    """c + a·b, of pairs or of single numbers."""
+    return multiply_pairs(a, b, c) if cfg.pairs else fma(a, b, c)
+
+
+@part
 def put_in_order(cfg: Any, row: int) -> None:
     """Undo ``load_part``'s order in a row of float32 scratch."""
-    if cfg.kv_dtype == BF16:
+    if cfg.kv_dtype == BF16 and not cfg.pairs:
         for i in range(0, cfg.vectors - 1, 2):
             even, odd = row + i * LANES * 4, row + (i + 1) * LANES * 4
             first, second = load(F32, even), load(F32, odd)
@@ -73,20 +118,27 @@ def prefetch_ahead(upcoming_rows: int, turn: int, offset: int) -> None:
 
 
 @part
-def score_block(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
-    """scores[t, g] = q_g · k_t, 16 at a time, asking for the next block's keys on the way."""
+def score_block(
+    cfg: Any, count: int, here: int, upcoming: int, state: int, scale: float, scores: int
+) -> None:
+    """scores[t, g] = q_g · k_t, 16 at a time, asking for the next block's keys on the way.
+
+    Queries in pairs are as they came; ``scale`` is then for the scores, where else it is in the queries.
+    """
     k_rows, q_rows, step_bytes = here + K_ROWS, state + Q_ROWS, LANES * BYTES[cfg.kv_dtype]
     for first in range(0, count, cfg.tokens):
         products = tile(LANES)
         for j in range(LANES):
             products[j] = splat(ZERO)
-        for i in range(cfg.vectors):
+        for i in range(cfg.parts):
             for t in range(cfg.tokens):
-                prefetch_ahead(upcoming + K_ROWS, first + t, i * step_bytes)
+                prefetch_ahead(upcoming + K_ROWS, first + t, i * cfg.part_bytes)
                 k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + (first + t) * 8), i)
                 for g in range(cfg.heads):
                     q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
-                    products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
+                    products[t * cfg.padded_heads + g] = multiply(
+                        cfg, k, q, products[t * cfg.padded_heads + g]
+                    )
         if cfg.tail:
             for t in range(cfg.tokens):
                 k = load_head(
@@ -95,7 +147,10 @@ def score_block(cfg: Any, count: int, here: int, upcoming: int, state: int, scor
                 for g in range(cfg.heads):
                     q = load(F32, q_rows + g * cfg.row_bytes + cfg.vectors * LANES * 4)
                     products[t * cfg.padded_heads + g] = fma(k, q, products[t * cfg.padded_heads + g])
-        store(F32, scores + first * cfg.padded_heads * 4, sum_rows(products))
+        sums = sum_rows(products)
+        if cfg.pairs:
+            sums = mul(sums, splat(scale))
+        store(F32, scores + first * cfg.padded_heads * 4, sums)
 
 
 @part
@@ -114,15 +169,16 @@ def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int
             for i in range(cfg.strip):
                 at = accs + g * cfg.row_bytes + (first + i) * LANES * 4
                 sums[g * cfg.strip + i] = mul(correction, load(F32, at))
-        for t in range(count):
-            row = load_i64(v_rows + t * 8)
+        for t in range(0, count, cfg.at_once):
+            row, next_row = load_i64(v_rows + t * 8), load_i64(v_rows + (t + cfg.at_once - 1) * 8)
             for i in range(cfg.strip):
-                prefetch_ahead(upcoming + V_ROWS, t, (first + i) * step_bytes)
-                values[i] = load_part(cfg, cfg.kv_dtype, row, first + i)
+                for ahead in range(cfg.at_once):
+                    prefetch_ahead(upcoming + V_ROWS, t + ahead, (first + i) * step_bytes)
+                values[i] = load_values(cfg, row, next_row, first + i)
             for g in range(cfg.heads):
                 p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
                 for i in range(cfg.strip):
-                    sums[g * cfg.strip + i] = fma(p, values[i], sums[g * cfg.strip + i])
+                    sums[g * cfg.strip + i] = multiply(cfg, p, values[i], sums[g * cfg.strip + i])
         for g in range(cfg.heads):
             for i in range(cfg.strip):
                 store(F32, accs + g * cfg.row_bytes + (first + i) * LANES * 4, sums[g * cfg.strip + i])

@@ -98,6 +98,14 @@ def share_of(worker: int, step: Step) -> tuple[int, int, int]:
 
 
 @part
+def query_scale(call: Call) -> Any:
+    """What q · k is multiplied with so that scores come out in base 2, or as the argument of tanh under a softcap."""
+    if call.softcap > 0.0:
+        return np.float32(call.softmax_scale / call.softcap)
+    return np.float32(call.softmax_scale) * LOG2_E
+
+
+@part
 def load_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> None:
     """Convert one row of head_dim elements to float32 scratch, times a factor, padded with zeros."""
     for i in range(cfg.vectors):

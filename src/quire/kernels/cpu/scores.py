@@ -10,6 +10,7 @@ import numpy as np
 
 from quire.kernels.cpu.launch import part
 from quire.kernels.cpu.memory import F32, load, load_i64, load_u8, store, store_f32
+from quire.kernels.cpu.pairs import pair_up
 from quire.kernels.cpu.rows import LOG2_E, MINUS_INFINITY, ZERO, Call, Step
 from quire.kernels.cpu.simd import (
     LANES,
@@ -26,6 +27,7 @@ from quire.kernels.cpu.simd import (
     tanh,
 )
 
+BLOCK = 64  # tokens per block: K and V as float32 are 64 KiB at head_dim 128
 ROWS = 96  # query rows per tile: six vectors across lanes, sixteen blocks of six down
 ROW_BYTES = ROWS * 4
 
@@ -108,3 +110,20 @@ def update_softmax(rows: int, count: int, scratch: int) -> None:
         store(F32, scratch + M + column, highest)
         store(F32, scratch + L + column, total)
         store(F32, scratch + CORRECTION + column, correction)
+
+
+@part
+def pair_weights(rows: int, odd: int, count: int, scratch: int) -> int:
+    """Pair up the weights of an even token and the next, rounded to bfloat16, as ``pair_values`` does their values.
+
+    Returns the number of pairs; they lie as weights did, [pair][row].
+    """
+    pairs = (odd + count + 1) // 2
+    for column in range(0, rows * 4, LANES * 4):
+        weights = scratch + SCORES + column
+        for pair in range(pairs):
+            t = 2 * pair - odd
+            even = load(F32, weights + t * ROW_BYTES) if t >= 0 else splat(ZERO)
+            following = load(F32, weights + (t + 1) * ROW_BYTES) if t + 1 < count else splat(ZERO)
+            store(F32, weights + pair * ROW_BYTES, pair_up(even, following))
+    return pairs
