@@ -33,9 +33,7 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values the step must read at least once (all of each sequence's, with scales)."""
-        scale = 4 if self.spec.kv_dtype else 0
-        per_head = self.spec.head_dim * self.spec.storage_dtype.itemsize + scale
-        return 2 * self.spec.num_kv_heads * per_head * sum(self.seq_lens)
+        return self.spec.num_kv_heads * self.spec.bytes_per_token * sum(self.seq_lens)
 
     @property
     def working_set(self) -> int:

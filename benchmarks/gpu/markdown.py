@@ -8,8 +8,7 @@ from pathlib import Path
 from benchmarks.gpu.jobs import Row
 from benchmarks.gpu.report import read_csv
 
-DECODE_PEERS = ("sdpa flash", "sdpa cudnn", "gather + sdpa", "flex")
-PREFILL_PEERS = ("sdpa flash", "sdpa cudnn", "gather + sdpa", "flex")
+PEERS = ("sdpa flash", "sdpa cudnn", "gather + sdpa", "flex")
 
 
 def tables(path: Path) -> str:
@@ -30,8 +29,8 @@ def tables(path: Path) -> str:
             "Ceilings of the same run: " + ", ".join(_ceiling(row) for row in ceilings.values()) + ".",
         ]
     for section, title, peers, rate in (
-        ("decode", "Decode, µs a layer (TB/s of keys, values and scales)", DECODE_PEERS, _bytes),
-        ("prefill", "Prefill, µs a layer (TFLOP/s, causal pairs once)", PREFILL_PEERS, _flops),
+        ("decode", "Decode, µs a layer (TB/s of keys, values and scales)", PEERS, _bytes),
+        ("prefill", "Prefill, µs a layer (TFLOP/s, causal pairs once)", PEERS, _flops),
         ("mixed", "Mixed step and its parts, µs a layer (TB/s)", (), _bytes),
     ):
         found = [row for row in timed if row["section"] == section]

@@ -37,10 +37,9 @@ def _describe(spec: AttentionSpec, work: WorkList) -> str:
     if not len(work.items):
         return "nothing to do"
     per_worker = work.kv_tokens_per_worker()
-    row_bytes = 2 * spec.head_dim * spec.storage_dtype.itemsize + (8 if spec.quantized else 0)
-    mean = per_worker.mean()
+    megabytes, mean = per_worker.sum() * spec.bytes_per_token / 1e6, per_worker.mean()
     balance = f"{per_worker.max() / mean:.2f} × the mean" if mean else "no keys"
     return (
         f"{len(work.items)} items on {len(per_worker)} workers, {len(work.merges)} tiles split into "
-        f"{work.num_partials} parts; reads {per_worker.sum() * row_bytes / 1e6:.1f} MB; busiest worker {balance}"
+        f"{work.num_partials} parts; reads {megabytes:.1f} MB; busiest worker {balance}"
     )

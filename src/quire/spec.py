@@ -83,6 +83,12 @@ class AttentionSpec:
         return self.dtype if self.kv_dtype is None else QUANTIZED_DTYPES[self.kv_dtype]
 
     @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's key and value of one head, scales included."""
+        scale = torch.float32.itemsize if self.quantized else 0
+        return 2 * (self.head_dim * self.storage_dtype.itemsize + scale)
+
+    @property
     def page_stride(self) -> int:
         """Elements from the start of one page of one head to the next, in whole cache lines."""
         elements_per_line = PAGE_ALIGNMENT_BYTES // self.storage_dtype.itemsize

@@ -148,9 +148,8 @@ def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> No
             scales = kv_head * call.scale_head
             load_scales(step, call, sequence, begin, block_end, call.k_scale + scales, here + K_SCALES)
             load_scales(step, call, sequence, begin, block_end, call.v_scale + scales, here + V_SCALES)
-            store_f32(
-                here + V_SCALES + (block_end - begin) * 4, ZERO
-            )  # an odd last token's partner weighs nothing
+            # An odd last token's partner weighs nothing.
+            store_f32(here + V_SCALES + (block_end - begin) * 4, ZERO)
         if cfg.pairs and cfg.kv_dtype != BF16:
             converted = states + tiles * tile_bytes(cfg.row_bytes)
             convert_block(cfg, here + K_ROWS, converted)

@@ -57,8 +57,7 @@ def describe(
 
 def read_bytes(spec: AttentionSpec, work: WorkList) -> int:
     """Keys, values and their scales, counted each time an item reads them."""
-    row = 2 * spec.head_dim * spec.storage_dtype.itemsize + (8 if spec.quantized else 0)
-    return int(work.kv_tokens_per_worker().sum()) * row
+    return int(work.kv_tokens_per_worker().sum()) * spec.bytes_per_token
 
 
 def flops(spec: AttentionSpec, work: WorkList, causal: bool) -> int:
