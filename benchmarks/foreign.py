@@ -10,8 +10,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,22 @@ from benchmarks.turns import Absent
 ROOT = Path(__file__).parent.parent
 WORKERS = ROOT / "benchmarks/workers"
 LOAD_SECONDS, TURN_SECONDS = 900, 300
+
+
+def without_absent_environments(names: Iterable[str], pythons: Mapping[str, Path | None]) -> list[str]:
+    """The peers that can take part: those whose environment nobody gave are left out, and said on stderr.
+
+    Args:
+        pythons: by the package that its peers' names begin with.
+    """
+    kept = list(names)
+    for package, python in pythons.items():
+        absent = [name for name in kept if name.startswith(package)]
+        if absent and python is None:
+            hint = f"--{package}-python PATH, or {package.upper()}_PYTHON=PATH for make bench"
+            print(f"left out: {'; '.join(absent)}. To measure: {hint}", file=sys.stderr)
+            kept = [name for name in kept if name not in absent]
+    return kept
 
 
 class Worker:

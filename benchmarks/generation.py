@@ -6,7 +6,7 @@ Examples:
     {prog} --vllm-python ~/envs/vllm/bin/python --openvino-python ~/envs/ov/bin/python
 
 All engines get the same random Llama and the same prompts. No speed is reported before the texts agree with the
-model in float64. Engines take turns, round by round; those whose environment is missing are listed as such.
+model in float64. Engines take turns, round by round; vLLM and OpenVINO take part where their Python is given.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarks import environment, records
 from benchmarks.engines import ENGINES, Job
+from benchmarks.foreign import without_absent_environments
 from benchmarks.generation_gate import TextGate
 from benchmarks.options import Parser
 from benchmarks.progress import Progress, wide_console
@@ -146,8 +147,8 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument(
         "cases", nargs="*", default=DEFAULT_CASES, help="such as 8x16-256:64; see requests.py"
     )
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE",
-                        help=f"default: all of {', '.join(ENGINES)}")  # fmt: skip
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), metavar="ENGINE",
+                        help=f"default: those that can take part of {', '.join(map(repr, ENGINES))}")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--layers", type=int, default=ModelShape.layers, help="of the random Llama")
@@ -168,6 +169,7 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
         args.cases = [parse_requests(text) for text in args.cases]
     except ValueError as error:
         parser.error(str(error))
+    args.engines = args.engines or without_absent_environments(ENGINES, args.pythons)
     return args
 
 

@@ -91,6 +91,13 @@ def test_what_a_peer_cannot_do_is_said_in_its_row():
     assert rows["vllm, page 128"]["median_ms"] == ""
 
 
+def test_a_run_without_vllms_python_has_no_rows_of_vllm_unless_asked_by_name():
+    everyone = attention.parse_args(["2x9:1"], "bench").peers
+    assert everyone == [*IN_PROCESS, "flex, paged"]
+    assert attention.parse_args(["2x9:1", "--vllm-python", "python"], "bench").peers == list(peers.PEERS)
+    assert attention.parse_args(["2x9:1", "--peers", "quire", "vllm"], "bench").peers == ["quire", "vllm"]
+
+
 def test_the_gate_computes_without_quire_and_in_blocks(monkeypatch):
     case = parse_case(MIXED, SPEC)
     inputs = make_inputs(case)

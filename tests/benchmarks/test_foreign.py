@@ -92,6 +92,18 @@ def test_no_interpreter_is_not_installed(tmp_path):
         Worker(tmp_path / "python", "vllm_attention.py")
 
 
+def test_peers_whose_environment_nobody_gave_are_left_out_with_a_hint(capsys):
+    peers = ["quire", "vllm", "vllm, page 128", "openvino-genai"]
+    pythons = {"vllm": None, "openvino": Path("python")}
+    assert foreign.without_absent_environments(peers, pythons) == ["quire", "openvino-genai"]
+    [hint] = capsys.readouterr().err.splitlines()
+    assert hint.startswith(
+        "left out: vllm; vllm, page 128. To measure: --vllm-python PATH, or VLLM_PYTHON=PATH"
+    )
+    assert foreign.without_absent_environments(peers, dict.fromkeys(pythons, Path("python"))) == peers
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads process states from /proc")
 def test_a_stopped_worker_ends_when_we_die(tmp_path):
     """Even by a signal that no one can catch."""

@@ -67,6 +67,13 @@ def test_an_engine_that_is_not_installed_is_listed_without_a_speed(folder):
     assert rows[1]["tokens_per_s"] == ""
 
 
+def test_a_run_without_foreign_pythons_has_no_rows_of_them_unless_asked_by_name():
+    own = [name for name in engines.ENGINES if not name.startswith(("vllm", "openvino"))]
+    assert generation.parse_args([], "bench").engines == own
+    assert "vllm, eager" in generation.parse_args(["--vllm-python", "python"], "bench").engines
+    assert generation.parse_args(["--engines", "openvino-genai"], "bench").engines == ["openvino-genai"]
+
+
 def test_a_text_of_another_length_is_wrong(folder):
     gate = TextGate(folder, "float32")
     assert gate.judge([[5, 6]], [[[7, 8, 9]]], 4)[0] == float("inf")

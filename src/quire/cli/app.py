@@ -207,7 +207,7 @@ _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_op
 def _bench() -> None:
     """Measure this machine, Quire beside its peers: correctness first, then time.
 
-    Ceilings are measured in the same run; peers take turns, and those that are not installed are listed as such.
+    Ceilings are measured in the same run; peers take turns; vLLM and OpenVINO need a Python of their own to be given.
     Needs a checkout of Quire. Each command has its own [bold]--help[/bold] and the grammar of its cases.
 
     \b
