@@ -296,6 +296,43 @@ def test_a_last_dimension_of_one_is_contiguous_whatever_its_stride():
     torch.testing.assert_close(out, pages[:, 0, :, 0].T[..., None])
 
 
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "nonsense",
+        3.5,
+        "cuda:x",
+        pytest.param("cuda", marks=needs_no_cuda),
+        pytest.param("cuda:0", marks=needs_no_cuda),
+        pytest.param(torch.device("cuda"), marks=needs_no_cuda),
+        pytest.param(torch.device("cuda", 0), marks=needs_no_cuda),
+    ],
+    ids=repr,
+)
+def test_a_device_that_is_not_there_is_refused_in_a_sentence(device):
+    spec = quire.AttentionSpec(HEADS, KV_HEADS, DIM, PAGE, torch.float32)
+    for _ in range(2):
+        with pytest.raises(DeviceError) as error:
+            quire.plan(**step_arguments(), spec=spec, device=device)
+        assert_one_sentence(error, DeviceError, "device")
+        assert f"got {device!r} (" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "device", [None, "cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)], ids=repr
+)
+def test_every_name_of_the_host_is_the_one_its_tensors_have(device):
+    spec = quire.AttentionSpec(HEADS, KV_HEADS, DIM, PAGE, torch.float32)
+    plan = quire.plan(**step_arguments(), spec=spec, device=device, backend="reference")
+    assert plan.device == torch.zeros(1).device
+    plan.run(**layer_arguments())
+    elsewhere = quire.plan(**step_arguments(), spec=spec, device="meta", backend="reference")
+    assert elsewhere.device == torch.device("meta")
+
+
 def test_every_argument_error_is_a_value_error_and_quires_own():
     for kind in (ArgumentError, ShapeError, DtypeError, DeviceError):
         assert issubclass(kind, ValueError)

@@ -178,7 +178,7 @@ def plan(
     Returns:
         An AttentionPlan, valid until a length or a page changes.
     Raises:
-        ArgumentError: lengths and tables that do not fit together.
+        ArgumentError: lengths and tables that do not fit together; a device that is not there.
         UnsupportedError: the backend asked for cannot serve this spec here, or not batch-invariantly.
     Cost: host only, tens of microseconds; tensors on a device are copied to the host once.
     Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
@@ -189,7 +189,7 @@ def plan(
             f"spec must be an AttentionSpec; got {checks.describe(spec)}. Fix: quire.AttentionSpec(...)"
         )
     table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
-    where = page_table.device if device is None else torch.empty(0, device=device).device
+    where = checks.resolve_device(device, page_table)
     name = resolve_backend(backend, where)
     kernels = load_backend(name, spec, where)
     tiling = kernels.tiling(spec, where)

@@ -6,6 +6,7 @@ lengths and tables are in ``step_checks``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Iterator
 
@@ -15,6 +16,7 @@ from quire.errors import ArgumentError, DeviceError, DtypeError, ShapeError, Uns
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype
 from quire.work import AttentionCall
 
+_CPU = torch.device("cpu")
 _KV_NAMES: dict[torch.dtype, KVDtype] = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}  # type: ignore[misc]
 
 
@@ -60,6 +62,40 @@ def hold_data(needed: tuple[object, ...], optional: tuple[object, ...]) -> bool:
         if value is not None and (not isinstance(value, torch.Tensor) or value.is_meta):
             return False
     return True
+
+
+def resolve_device(device: torch.device | str | None, page_table: torch.Tensor) -> torch.device:
+    """Where q and the pages will be, as their own ``device`` will say it: of "cuda" with a number, of "cpu:0" without.
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
+    if device is None:
+        return page_table.device
+    if device in ("cpu", _CPU):
+        return _CPU
+    if isinstance(device, torch.device) and device.index is not None:
+        return _numbered_device(device)
+    return _existing_device(device)
+
+
+def _existing_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # each of torch's devices fails in its own way, and some with pages of text
+        raise DeviceError(
+            f"device must be one that this torch and machine have; got {device!r} ({_first_line(error)}). "
+            "Fix: device=None, for page_table's"
+        ) from error
+
+
+# "cuda" alone is another device after torch.cuda.set_device; one with a number stays what it was.
+_numbered_device = functools.cache(_existing_device)
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).partition("\n")[0].rstrip(".")
+    return line if len(line) <= 100 else f"{line[:100]} …"
 
 
 def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
