@@ -25,8 +25,9 @@ VLLM := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 OPENVINO := $(if $(OPENVINO_PYTHON),--openvino-python $(OPENVINO_PYTHON))
 RESULTS := benchmarks/results
 
-bench: $(READY)  ## Measure this machine, then remake the README's CPU tables and plots
+bench: $(READY)  ## Measure this machine, then remake the CPU tables and plots
 	@$(BIN)/python -m benchmarks.attention $(VLLM) --out $(RESULTS)/cpu.csv
+	@$(BIN)/python -m benchmarks.shapes --out $(RESULTS)/cpu-shapes.csv
 	@$(BIN)/python -m benchmarks.generation $(VLLM) $(OPENVINO) --out $(RESULTS)/cpu-generation.csv
 	@$(BIN)/python -m benchmarks.report
 

@@ -6,7 +6,8 @@ Examples:
     {prog} 2x8k:512+32x1k:1 --heads 32/8x128 --page-size 16 --peers quire "sdpa, contiguous"
     {prog} --vllm-python ~/envs/vllm/bin/python --out mine.csv
 
-Cases: SEQUENCESxKEYS:QUERIES, joined by +, k for 1024; @ and a dtype at the end for another one than --dtype.
+Cases: SEQUENCESxKEYS:QUERIES, joined by +, k for 1024; at the end @float32, @int8, @32/8x128 or @page64
+for another dtype, other heads or pages.
 Nothing is timed before it agrees with float64. Peers take turns, round by round, so that a noisy moment hits all of
 them; medians are reported, with the 20th and 80th percentile beside them. vLLM takes part where its Python is given.
 """
@@ -24,7 +25,7 @@ from rich.table import Table
 
 import quire
 from benchmarks import environment, records
-from benchmarks.cases import Case, Inputs, make_inputs, parse_case
+from benchmarks.cases import Case, Inputs, make_inputs, parse_case, parse_heads
 from benchmarks.ceilings import GEMM, READ, SGEMM, make_ceilings
 from benchmarks.foreign import without_absent_environments
 from benchmarks.gate import Gate, make_gate
@@ -187,10 +188,7 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
     add("--keep", action="store_true", help="keep the file's rows of other cases")
     args = parser.parse_args(arguments)
     try:
-        heads, rest = args.heads.split("/")
-        kv_heads, head_dim = rest.split("x")
-        sizes = int(heads), int(kv_heads), int(head_dim)
-        spec = quire.AttentionSpec(*sizes, args.page_size, getattr(torch, args.dtype))
+        spec = quire.AttentionSpec(*parse_heads(args.heads), args.page_size, getattr(torch, args.dtype))
         args.cases = [parse_case(case, spec) for case in args.cases]
     except ValueError as error:
         parser.error(str(error))

@@ -5,6 +5,8 @@
 2x8k:512+32x1k:1    two chunks of 512 behind 7680 cached tokens, beside 32 decodes
 8x2k:1@float32      another dtype than the run's
 8x8k:1@int8         quantised pages: int8, fp8_e4m3 or fp8_e5m2
+8x2k:1@32/1x128     other heads: query heads / KV heads x head_dim
+8x2k:1@page64       another page size; several @ may follow one another
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import quire
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES
 
 _GROUP = re.compile(r"(\d+)x(\d+k?):(\d+k?)")
+_HEADS = re.compile(r"(\d+)/(\d+)x(\d+)")
+_PAGE = re.compile(r"page(\d+)")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES}
 
 
@@ -57,7 +61,7 @@ def parse_case(text: str, spec: quire.AttentionSpec) -> Case:
     """A case from its name; ValueError with the grammar if it does not parse."""
     seq_lens: list[int] = []
     q_lens: list[int] = []
-    lengths, at, dtype = text.partition("@")
+    lengths, *changes = text.split("@")
     for group in lengths.split("+"):
         match = _GROUP.fullmatch(group)
         if match is None:
@@ -67,7 +71,18 @@ def parse_case(text: str, spec: quire.AttentionSpec) -> Case:
             raise ValueError(f"case needs 1 to {seq_len} queries for {seq_len} keys; got {group!r}")
         seq_lens += [seq_len] * count
         q_lens += [q_len] * count
-    return Case(text, tuple(seq_lens), tuple(q_lens), _with_dtype(spec, dtype) if at else spec)
+    for change in changes:
+        spec = _changed(spec, change)
+    return Case(text, tuple(seq_lens), tuple(q_lens), spec)
+
+
+def parse_heads(text: str) -> tuple[int, int, int]:
+    """`32/8x128` as query heads, KV heads and head_dim; ValueError if it does not parse."""
+    match = _HEADS.fullmatch(text)
+    if match is None:
+        raise ValueError(f"heads must look like 32/8x128; got {text!r}")
+    num_qo_heads, num_kv_heads, head_dim = map(int, match.groups())
+    return num_qo_heads, num_kv_heads, head_dim
 
 
 def number(text: str) -> int:
@@ -75,12 +90,19 @@ def number(text: str) -> int:
     return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
-def _with_dtype(spec: quire.AttentionSpec, name: str) -> quire.AttentionSpec:
-    if name in _DTYPES:
-        return replace(spec, dtype=_DTYPES[name])
-    if name in QUANTIZED_DTYPES:
-        return replace(spec, kv_dtype=name)
-    raise ValueError(f"case may end in @ and one of {', '.join([*_DTYPES, *QUANTIZED_DTYPES])}; got @{name}")
+def _changed(spec: quire.AttentionSpec, change: str) -> quire.AttentionSpec:
+    """The spec with what stands behind an @."""
+    if change in _DTYPES:
+        return replace(spec, dtype=_DTYPES[change])
+    if change in QUANTIZED_DTYPES:
+        return replace(spec, kv_dtype=change)
+    if page := _PAGE.fullmatch(change):
+        return replace(spec, page_size=int(page[1]))
+    if _HEADS.fullmatch(change):
+        num_qo_heads, num_kv_heads, head_dim = parse_heads(change)
+        return replace(spec, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    dtypes = ", ".join([*_DTYPES, *QUANTIZED_DTYPES])
+    raise ValueError(f"case may end in @ and one of {dtypes}, page64 or 32/8x128; got @{change}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Put the committed measurements into the README: its tables, and the plots beside the CSV files.
+"""Put the committed measurements into the README and docs/benchmarks.md, and the plots beside the CSV files.
 
 Example:
     python -m benchmarks.report          # after python -m benchmarks.attention --out …, or in `make bench`
@@ -9,23 +9,24 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks import records
 from benchmarks.ceilings import NAMES as CEILINGS
 from benchmarks.environment import ROOT
 
 RESULTS = ROOT / "benchmarks/results"
-ATTENTION, GENERATION = RESULTS / "cpu.csv", RESULTS / "cpu-generation.csv"
+ATTENTION, SHAPES, GENERATION = (RESULTS / f"cpu{name}.csv" for name in ("", "-shapes", "-generation"))
 BASELINE = "model.generate"
 
 
 def main() -> int:
-    """Rewrite the README's tables and draw the plots; the exit code is 0."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in tables().items():
-        text = put(text, name, table)
-    readme.write_text(text)
+    """Rewrite the tables and draw the plots; the exit code is 0."""
+    for page, of_page in tables().items():
+        text = page.read_text()
+        for name, table in of_page.items():
+            text = put(text, name, table)
+        page.write_text(text)
     try:
         from benchmarks import plots
     except ModuleNotFoundError as error:
@@ -36,11 +37,15 @@ def main() -> int:
     return 0
 
 
-def tables() -> dict[str, str]:
-    """The README's tables by their marks."""
+def tables() -> dict[Path, dict[str, str]]:
+    """By the page that has them: tables by their marks."""
+    attention, shapes, generation = (records.read(path) for path in (ATTENTION, SHAPES, GENERATION))
     return {
-        "attention": attention_table(records.read(ATTENTION)),
-        "generation": generation_table(records.read(GENERATION)),
+        ROOT / "README.md": {
+            "attention": attention_table(attention),
+            "generation": generation_table(generation),
+        },
+        ROOT / "docs/benchmarks.md": {"shapes": f"{attention_table(shapes)}\n\n{origin(shapes)}"},
     }
 
 
@@ -68,6 +73,13 @@ def attention_table(rows: Sequence[records.Row]) -> str:
         cells += [_milliseconds(of_case.get(peer)) for peer in peers]
         lines.append("| " + " | ".join([*cells, *_rate(ours)]) + " |")
     return "\n".join(lines)
+
+
+def origin(rows: Sequence[records.Row]) -> str:
+    """What a table's rows have in common: machine, threads, date, commit, rounds."""
+    row = rows[0]
+    threads = f"{row['threads']} thread{'' if row['threads'] == '1' else 's'}"
+    return f"*{row['machine']}, {threads}; {row['date']}, commit {row['commit']}, {row['rounds']} rounds.*"
 
 
 def generation_table(rows: Sequence[records.Row]) -> str:

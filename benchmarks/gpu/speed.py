@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import quire
-from benchmarks.cases import Case, parse_case
+from benchmarks.cases import Case, parse_case, parse_heads
 from benchmarks.gpu.device import Device, host_cost, measure
 from benchmarks.gpu.jobs import Row, Setting
 from benchmarks.gpu.layers import Layers, layers_beyond_cache, make_layers
@@ -17,10 +17,7 @@ from benchmarks.gpu.layers import Layers, layers_beyond_cache, make_layers
 
 def parse_spec(heads: str, page_size: int, dtype: str, kv_dtype: str | None) -> quire.AttentionSpec:
     """A spec from "32/8x128" and names of dtypes."""
-    queries, rest = heads.split("/")
-    kv_heads, head_dim = rest.split("x")
-    sizes = int(queries), int(kv_heads), int(head_dim), page_size
-    return quire.AttentionSpec(*sizes, dtype=getattr(torch, dtype), kv_dtype=kv_dtype)  # type: ignore[arg-type]
+    return quire.AttentionSpec(*parse_heads(heads), page_size, getattr(torch, dtype), kv_dtype)  # type: ignore[arg-type]
 
 
 def describe(case: Case, label: str | None = None) -> Row:

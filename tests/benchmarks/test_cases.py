@@ -45,6 +45,19 @@ def test_a_case_may_name_its_dtype():
         parse_case("1x5:1@int3", SPEC)
 
 
+def test_a_case_may_name_its_heads_and_its_page_size():
+    spec = parse_case("1x5:1@32/1x96@page64@int8", SPEC).spec
+    assert (spec.num_qo_heads, spec.num_kv_heads, spec.head_dim) == (32, 1, 96)
+    assert (spec.page_size, spec.kv_dtype, spec.dtype) == (64, "int8", torch.float32)
+    assert parse_case("1x5:1@page1", SPEC).spec.num_qo_heads == SPEC.num_qo_heads
+
+
+@pytest.mark.parametrize("change", ["page", "page0", "32/8", "32x128", "6/4x16", "", "float32@"])
+def test_heads_and_pages_that_no_layer_has_are_refused(change):
+    with pytest.raises(ValueError, match="got"):
+        parse_case(f"1x5:1@{change}", SPEC)
+
+
 @pytest.mark.parametrize(("text", "decodes"), [("3x9:1", True), ("1x9:9", False), ("1x9:1+1x9:2", False)])
 def test_steps_of_single_queries_are_decodes(text, decodes):
     assert parse_case(text, SPEC).decodes is decodes

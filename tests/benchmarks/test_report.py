@@ -59,6 +59,13 @@ def test_a_line_per_case_with_the_ceiling_that_binds_it():
     assert lines[3] == "| `1x2k:2k` | L2 | 80.00 | wrong | 412 GFLOP/s | 20% of bfloat16 gemm |"
 
 
+def test_the_origin_of_rows_is_their_machine_and_commit():
+    row = ROWS[0] | {"rounds": "9"}
+    text = "*2-core Kind avx512f, 2 threads; 2026-01-02, commit abc1234, 9 rounds.*"
+    assert report.origin([row]) == text
+    assert report.origin([row | {"threads": "1"}]) == text.replace("2 threads", "1 thread")
+
+
 def test_a_line_per_engine_beside_the_padded_batch():
     lines = report.generation_table(ENGINES).splitlines()
     assert lines[2] == "| quire | 180 | 170 – 190 | 2.00 |"
@@ -109,7 +116,7 @@ def test_the_committed_plots_hold_the_committed_rows(path):
 
 
 def test_committed_rows_name_where_they_come_from():
-    for path in (report.ATTENTION, report.GENERATION):
+    for path in (report.ATTENTION, report.SHAPES, report.GENERATION):
         for row in records.read(path):
             assert all(row[name] for name in ("date", "machine", "threads", "versions", "commit", "command"))
             assert row["command"].startswith("python -m benchmarks.")
