@@ -88,7 +88,7 @@ def time_quire(device: Device, setting: Setting, layers: Layers, timed: bool = T
 def time_write_kv(
     device: Device, setting: Setting, *, tokens: int, heads: str, page_size: int, kv_dtype: str | None = None
 ) -> list[Row]:
-    """The store of one step's tokens, into slots all over a pool; bytes read and written."""
+    """The store of one step's tokens, into slots all over a pool; bytes read and written, of scales and slots too."""
     spec = parse_spec(heads, page_size, "bfloat16", kv_dtype)
     num_pages = max(math.ceil(tokens / page_size), 1 << 9 if setting.quick else 1 << 13)
     pool = quire.KVPool(spec, 2, num_pages, device.where)
@@ -103,9 +103,8 @@ def time_write_kv(
             partial(quire.write_kv, k, v, *pool.layer(layer), slots, backend=setting.backend, **scales)
         )
     row = describe(Case(f"write_kv {tokens} tokens {kv_dtype or 'bf16'}", (), (), spec))
-    moved = (
-        2 * tokens * spec.num_kv_heads * spec.head_dim * (spec.dtype.itemsize + spec.storage_dtype.itemsize)
-    )
+    read = k[0].nbytes + v[0].nbytes + slots.itemsize
+    moved = tokens * (read + spec.num_kv_heads * spec.bytes_per_token)
     return [row | {"who": "quire", "status": "ok", "kv_bytes": moved} | measure(device, calls)]
 
 

@@ -83,7 +83,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
 
 def test_the_store_is_timed():
     [row] = speed.time_write_kv(Host(), SETTING, tokens=8, heads="4/2x16", page_size=16, kv_dtype="int8")
-    assert row["kv_bytes"] == 2 * 8 * 2 * 16 * (2 + 1)
+    assert row["kv_bytes"] == 8 * (2 * 2 * (16 * 2 + 16 * 1 + 4) + 8)  # rows, pages, scales; and a slot
     assert row["median_us"] > 0
 
 
