@@ -45,7 +45,10 @@ def tables() -> dict[Path, dict[str, str]]:
             "attention": attention_table(attention),
             "generation": generation_table(generation),
         },
-        ROOT / "docs/benchmarks.md": {"shapes": f"{attention_table(shapes)}\n\n{origin(shapes)}"},
+        ROOT / "docs/benchmarks.md": {
+            "spread": f"{attention_table(attention, spread=True)}\n\n{origin(attention)}",
+            "shapes": f"{attention_table(shapes, spread=True)}\n\n{origin(shapes)}",
+        },
     }
 
 
@@ -61,8 +64,12 @@ def put(text: str, name: str, table: str) -> str:
     return mark.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
 
 
-def attention_table(rows: Sequence[records.Row]) -> str:
-    """One line per case: each peer's median in milliseconds, and Quire's rate beside the ceiling that binds it."""
+def attention_table(rows: Sequence[records.Row], *, spread: bool = False) -> str:
+    """One line per case: each peer's median in milliseconds, and Quire's rate beside the ceiling that binds it.
+
+    Args:
+        spread: behind each median say between what times the middle 60 % of the rounds lie.
+    """
     peers = [name for name in dict.fromkeys(row["who"] for row in rows) if name not in CEILINGS]
     lines = ["| case | fits in | " + " | ".join(peers) + " | Quire's rate | ceiling |"]
     lines.append("| --- | --- |" + " ---: |" * (len(peers) + 2))
@@ -70,7 +77,7 @@ def attention_table(rows: Sequence[records.Row]) -> str:
         of_case = {row["who"]: row for row in rows if row["case"] == case}
         ours = of_case["quire"]
         cells = [f"`{case}`", ours["fits_in"]]
-        cells += [_milliseconds(of_case.get(peer)) for peer in peers]
+        cells += [_milliseconds(of_case.get(peer), spread) for peer in peers]
         lines.append("| " + " | ".join([*cells, *_rate(ours)]) + " |")
     return "\n".join(lines)
 
@@ -98,10 +105,11 @@ def generation_table(rows: Sequence[records.Row]) -> str:
     return "\n".join(lines)
 
 
-def _milliseconds(row: records.Row | None) -> str:
+def _milliseconds(row: records.Row | None, spread: bool) -> str:
     if row is None or not row["median_ms"]:
         return "–" if row is None or row["status"] == "unavailable" else row["status"]
-    return f"{float(row['median_ms']):.2f}"
+    median, p20, p80 = (f"{float(row[name]):.2f}" for name in ("median_ms", "p20_ms", "p80_ms"))
+    return f"{median} ({p20} – {p80})" if spread else median
 
 
 def _rate(row: records.Row) -> tuple[str, str]:

@@ -59,6 +59,12 @@ def test_a_line_per_case_with_the_ceiling_that_binds_it():
     assert lines[3] == "| `1x2k:2k` | L2 | 80.00 | wrong | 412 GFLOP/s | 20% of bfloat16 gemm |"
 
 
+def test_the_middle_rounds_stand_behind_the_median_where_asked_for():
+    lines = report.attention_table(ROWS, spread=True).splitlines()
+    assert lines[2] == "| `8x2k:1` | L2 | 1.23 (1.20 – 1.30) | – | 12.3 GB/s | 85% of reading |"
+    assert lines[3].startswith("| `1x2k:2k` | L2 | 80.00 (79.00 – 81.00) | wrong |")
+
+
 def test_the_origin_of_rows_is_their_machine_and_commit():
     row = ROWS[0] | {"rounds": "9"}
     text = "*2-core Kind avx512f, 2 threads; 2026-01-02, commit abc1234, 9 rounds.*"
