@@ -14,6 +14,7 @@ from quire.kernels.cpu import scores
 from quire.kernels.cpu.config import DTYPE_CODES, Config
 from quire.kernels.cpu.launch import addresses, num_threads, run
 from quire.kernels.cpu.merge import merge
+from quire.kernels.cpu.notes import describe_machine, describe_tile
 from quire.kernels.cpu.products import BLOCK
 from quire.kernels.cpu.rows import Call, Step
 from quire.kernels.cpu.store import Write, write
@@ -141,13 +142,27 @@ class _Prepared(NamedTuple):
     step: StepPlan
     launches: list[_Launch]
     strides: dict[int | None, tuple[int | float, ...]]
+    spec: AttentionSpec
+
+    @property
+    def notes(self) -> list[str]:
+        """Tiles, threads and vectors, for plan.explain()."""
+        tiles, (decode, prefill) = _tiling(self.spec, num_threads()), _kernels(self.spec)
+        lines = []
+        if len(self.step.decode.items):
+            config = decode.config
+            lines.append(describe_tile("decode", tiles.decode, config.heads, config.pairs))
+        if len(self.step.prefill.items):
+            rows, pairs = prefill.partial_rows, prefill.config.prefill_pairs
+            lines.append(describe_tile("prefill", tiles.prefill, rows, pairs))
+        return [*lines, describe_machine(num_threads())] if lines else []
 
 
 def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepared:
     """The launches of a plan: decode, prefill or both."""
     work = zip(_kernels(spec), (step.decode, step.prefill), strict=True)
     launches = [_Launch(kernel, spec, step, shares) for kernel, shares in work if len(shares.items)]
-    return _Prepared(step, launches, {})
+    return _Prepared(step, launches, {}, spec)
 
 
 _borrowed = threading.local()
