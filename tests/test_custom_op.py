@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from support import Batch, Shape, exact, make_batch, plan_for
+from accuracy import exact
+from support import Batch, Shape, make_batch, plan_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quire

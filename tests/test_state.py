@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from accuracy import assert_accurate, exact, plain
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Shape, assert_accurate, attend, exact, make_batch, plain
+from support import Shape, attend, make_batch
 
 import quire
 from quire import SoftmaxState, merge

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import Shape, attend, exact, features, make_batch, plain, step_of
+from accuracy import exact, plain, step_of
+from support import Shape, attend, features, make_batch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import quire

@@ -31,7 +31,8 @@ def parse(case):
 
 def judge(kernel, shape, workers):
     """The kernel on a small poisoned batch, against float64; on several workers its long sequence is merged."""
-    from support import check, make_batch
+    from accuracy import check
+    from support import make_batch
 
     q_lens = None if kernel == "decode" else [60, 2, 3, 9]
     check(make_batch(shape, [700, 5, 0 if q_lens is None else 4, 33], q_lens), workers=workers)

@@ -11,9 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
+from accuracy import assert_accurate, exact, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Shape, assert_accurate, exact, features, make_batch, plain, plan_for
+from support import Shape, features, make_batch, plan_for
 
 import quire
 

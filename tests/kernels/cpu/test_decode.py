@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accuracy import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, Shape, attend, check, features, guarded_copy, make_batch
+from support import LAYOUTS, Shape, attend, features, guarded_copy, make_batch
 
 from quire.kernels import cpu, reference
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from support import Shape, attend, check, make_batch, plan_for
+from accuracy import check
+from support import Shape, attend, make_batch, plan_for
 
 # Shapes that test_decode and test_prefill compile too, with whole vectors and with a tail.
 shapes = pytest.mark.parametrize(

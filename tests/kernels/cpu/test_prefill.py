@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from accuracy import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, Shape, attend, check, features, make_batch
+from support import LAYOUTS, Shape, attend, features, make_batch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

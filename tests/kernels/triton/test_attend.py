@@ -6,8 +6,9 @@ import random
 import interpreter
 import pytest
 import torch
+from accuracy import assert_accurate, exact, plain
 from pairs import every_pair
-from support import LAYOUTS, Shape, assert_accurate, attend, exact, features, make_batch, plain
+from support import LAYOUTS, Shape, attend, features, make_batch
 
 import quire
 from quire.kernels.triton import tune

@@ -9,8 +9,9 @@ import gluon_machine
 import numpy as np
 import pytest
 import torch
+from accuracy import assert_accurate, exact, plain
 from pairs import every_pair
-from support import Shape, assert_accurate, exact, make_batch, plain
+from support import Shape, make_batch
 
 import quire
 from quire.kernels.triton.device_plan import move_to_device
