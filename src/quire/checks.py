@@ -62,6 +62,23 @@ def hold_data(needed: tuple[object, ...], optional: tuple[object, ...]) -> bool:
     return True
 
 
+def check_door(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, tree_mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """What torch would take for something else than a call of the operator; the operator checks the rest."""
+    if hold_data((q, k_pages, v_pages), (out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)):
+        return
+    check_queries(q)
+    check_pages("k_pages", k_pages)
+    check_pages("v_pages", v_pages)
+    check_devices(
+        "q", q.device, k_pages=k_pages, v_pages=v_pages, out=out, alibi_slopes=alibi_slopes, sinks=sinks,
+        tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+
+
 def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
     """All tensors of a call live in one place.
 
@@ -193,12 +210,12 @@ def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: 
     check_last_dim_contiguous("tree_mask", tree_mask)
 
 
-def layout_of(*tensors: torch.Tensor | None) -> Hashable:
-    """All that checks and kernels can read of tensors but addresses and values.
+def layout_of(tensor: torch.Tensor) -> Hashable:
+    """All that checks and kernels can read of a tensor but its address and values.
 
     Arguments that were accepted once need no check when they come again in the same layout.
     """
-    return tuple([t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:
