@@ -25,7 +25,7 @@ EVERY_FILE = sorted(
 ROOMS = {
     0: ["spec|errors|work|debug|compiled|custom_op|assets"],
     1: ["pages", "plan|cut|deal", "kernels"],
-    2: ["attention|store|state|checks|step_checks|flash_attn|explain"],
+    2: ["attention|attention_plan|planner|store|state|checks|step_checks|flash_attn|explain"],
     3: ["hf"],
     4: ["engine"],
     5: ["cli"],

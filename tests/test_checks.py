@@ -318,6 +318,8 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(device):
         with pytest.raises(DeviceError) as error:
             quire.plan(**step_arguments(), spec=spec, device=device)
         assert_one_sentence(error, DeviceError, "device")
+        with pytest.raises(DeviceError, match="device must be"):
+            quire.Planner(spec, max_batch=3, max_seq_len=12, device=device)
         assert f"got {device!r} (" in str(error.value)
 
 

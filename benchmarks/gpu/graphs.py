@@ -1,4 +1,4 @@
-"""CUDA graphs of a whole step against plain launches, and the memory checker."""
+"""CUDA graphs that serve step after step against plain launches, and the memory checker."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 import quire
 from benchmarks.cases import Case
-from benchmarks.gpu.batches import make_batch
+from benchmarks.gpu.batches import Batch, make_batch
 from benchmarks.gpu.checks import check_batch, forms
 from benchmarks.gpu.device import Device, make_device
 from benchmarks.gpu.jobs import Row, Setting
@@ -25,50 +26,90 @@ LAYERS = 3
 def check_graph(
     device: Device, setting: Setting, *, kv_dtype: str | None = None, title: str = ""
 ) -> list[Row]:
-    """A step of several layers, each storing its keys and attending, replayed from a graph: the bits of eager."""
-    spec = parse_spec("32/8x128", 16, "bfloat16", kv_dtype)
-    lengths = [(n, q) for n, q in forms(setting.seed, setting.quick)["mixed"] if n >= q]
-    batch = make_batch(spec, lengths, device.where, setting.seed)
-    pool = quire.KVPool(spec, LAYERS, batch.k_pages.shape[1], device.where)
-    pool.poison(range(pool.num_pages))
-    plan = quire.plan(*batch.lengths, spec, backend=setting.backend, device=device.where)
-    slots = _slots_of_all_tokens(batch.page_table, batch.seq_lens, spec.page_size).to(device.where)
-    keys, values = torch.randn(
-        2, LAYERS, len(slots), spec.num_kv_heads, spec.head_dim, device=device.where
-    ).to(spec.dtype)
-    hidden = [batch.q.clone()] + [torch.full_like(batch.q, math.nan) for _ in range(LAYERS)]
+    """Several layers, each storing its keys and attending, captured on one step's plan and replayed on others'.
 
-    def step() -> None:
-        for i in range(LAYERS):
-            scales = {} if pool.k_scale is None else {"k_scale": pool.k_scale[i], "v_scale": pool.v_scale[i]}
-            quire.write_kv(keys[i], values[i], *pool.layer(i), slots, backend=setting.backend, **scales)
-            plan.run(hidden[i], *pool.layer(i), out=hidden[i + 1], **scales)
+    Every replay must give the bits of plain launches on a plan of that step's own.
+    """
+    spec = parse_spec("32/8x128", 16, "bfloat16", kv_dtype)
+    steps = [[(n, q) for n, q in forms(setting.seed + i, setting.quick)["mixed"] if n >= q] for i in range(3)]
+    steps[1] = [(n, 1) for n, _ in steps[1]]  # decodes alone
+    tokens = max(sum(q for _, q in step) for step in steps)
+    for step in steps:  # a graph has one number of tokens
+        step.append((0, tokens - sum(q for _, q in step)))
+    batches = [make_batch(spec, step, device.where, setting.seed + i) for i, step in enumerate(steps)]
+    work = _Layers(spec, batches, setting, device)
+    planner = quire.Planner(
+        spec, max_batch=max(map(len, steps)), max_seq_len=max(n for step in steps for n, _ in step),
+        max_q_len=tokens, max_tokens=tokens, backend=setting.backend, device=device.where,
+    )  # fmt: skip
 
     row = describe(Case(title, (), (), spec)) | {"who": setting.backend}
+    work.take(0, planner.plan(*batches[0].lengths))
     try:
-        replay = device.capture([step])
+        replay = device.capture([work.run])
     except Exception as error:
         captured = f"no graph: {type(error).__name__}: {str(error)[:200]}"
         return [
             row | {"status": "failed" if device.where.type == "cuda" else "unavailable", "note": captured}
         ]
     wrong = []
-    for seed in range(2):  # the second time on other numbers in the same memory
-        torch.manual_seed(setting.seed + seed)
-        for tensor in (hidden[0], keys, values):
-            tensor.normal_()
-        results = []
-        for run in (step, replay):
-            for out in hidden[1:]:
-                out.fill_(math.nan)
-            run()
-            device.synchronize()
-            results.append(torch.stack(hidden[1:]))
-        if not results[0].isfinite().all():
-            wrong.append("plain launches gave NaN")
-        if not torch.equal(*results):
-            wrong.append(f"replay {seed} differs in {int((results[0] != results[1]).sum())} elements")
+    for i in (0, 1, 2, 0):
+        work.take(i, quire.plan(*batches[i].lengths, spec, backend=setting.backend, device=device.where))
+        plain = work.results(work.run)
+        work.plan = planner.plan(*batches[i].lengths)
+        replayed = work.results(replay)
+        if not plain.isfinite().all():
+            wrong.append(f"step {i}: plain launches gave NaN")
+        if not torch.equal(plain, replayed):
+            wrong.append(f"step {i}: the replay differs in {int((plain != replayed).sum())} elements")
     return [row | {"status": "wrong" if wrong else "ok", "note": "; ".join(wrong)}]
+
+
+class _Layers:
+    """Tensors of a few layers that stay where they are, and the values of one step or another in them."""
+
+    def __init__(
+        self, spec: quire.AttentionSpec, batches: list[Batch], setting: Setting, device: Device
+    ) -> None:
+        self.device, self.backend, self.batches = device, setting.backend, batches
+        where = device.where
+        self.pool = quire.KVPool(spec, LAYERS, max(batch.k_pages.shape[1] for batch in batches), where)
+        self.page_size = spec.page_size
+        most = max(int(batch.seq_lens.sum()) for batch in batches)
+        self.slots = torch.empty(most, dtype=torch.int64, device=where)
+        sizes = (2, LAYERS, most, spec.num_kv_heads, spec.head_dim)
+        self.keys, self.values = torch.empty(sizes, dtype=spec.dtype, device=where)
+        self.hidden = [torch.empty_like(batches[0].q) for _ in range(LAYERS + 1)]
+        self.plan: quire.AttentionPlan
+
+    def take(self, number: int, plan: quire.AttentionPlan) -> None:
+        """Fresh numbers for a step and its plan; the pool is poison until the step stores its keys."""
+        batch, self.plan = self.batches[number], plan
+        self.pool.poison(range(self.pool.num_pages))
+        slots = _slots_of_all_tokens(batch.page_table, batch.seq_lens, self.page_size)
+        self.slots.fill_(-1)
+        self.slots[: len(slots)] = slots.to(self.slots.device)
+        for tensor in (self.hidden[0], self.keys, self.values):
+            tensor.normal_()
+
+    def run(self) -> None:
+        """The step, layer by layer."""
+        k_scale, v_scale = self.pool.k_scale, self.pool.v_scale
+        for i in range(LAYERS):
+            scales = {}
+            if k_scale is not None and v_scale is not None:
+                scales = {"k_scale": k_scale[i], "v_scale": v_scale[i]}
+            pages = self.pool.layer(i)
+            quire.write_kv(self.keys[i], self.values[i], *pages, self.slots, backend=self.backend, **scales)
+            self.plan.run(self.hidden[i], *pages, out=self.hidden[i + 1], **scales)
+
+    def results(self, run: Callable[[], object]) -> torch.Tensor:
+        """Every layer's output, poisoned before."""
+        for out in self.hidden[1:]:
+            out.fill_(math.nan)
+        run()
+        self.device.synchronize()
+        return torch.stack(self.hidden[1:])
 
 
 def _slots_of_all_tokens(page_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> torch.Tensor:

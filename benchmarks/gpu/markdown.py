@@ -33,7 +33,7 @@ def tables(path: Path) -> str:
         ("prefill", "Prefill, µs a layer (TFLOP/s, causal pairs once)", PEERS, _flops),
         ("mixed", "Mixed step and its parts, µs a layer (TB/s)", (), _bytes),
     ):
-        found = [row for row in timed if row["section"] == section]
+        found = [row for row in timed if row["section"] in (section, f"portable {section}")]
         cases = {_case(row) for row in found}
         beside = [
             row for row in timed if row["section"] == "peer" and row["who"] in peers and _case(row) in cases
@@ -105,7 +105,8 @@ def _case(row: Row) -> str:
 def _column(row: Row) -> str:
     if row["section"] == "peer":
         return str(row["who"])
-    return f"{row.get('kv_dtype') or 'bf16'}, page {row['page_size']}"
+    kernel = "portable, " if row["section"] == "portable prefill" else ""
+    return f"{kernel}{row.get('kv_dtype') or 'bf16'}, page {row['page_size']}"
 
 
 def _bytes(row: Row) -> str:

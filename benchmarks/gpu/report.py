@@ -23,7 +23,7 @@ from benchmarks.gpu.jobs import Row
 FACTS = ["date", "gpu", "driver", "python", "torch", "triton", "quire", "commit", "command", "seed"]
 COLUMNS = [
     "section", "case", "heads", "page_size", "dtype", "kv_dtype", "who", "status", "median_us", "p20_us", "p80_us",
-    "by", "launched_us", "host_us", "plan_us", "tb_per_s", "of_copy", "of_read", "tflop_per_s", "of_gemm",
+    "by", "launched_us", "host_us", "plan_us", "replan_us", "tb_per_s", "of_copy", "of_read", "tflop_per_s", "of_gemm",
     "max_error", "allowed_error", "layers", "repeats", "job_seconds", "note",
 ]  # fmt: skip
 MAX_LINES, MAX_CHARACTERS = 80, 10_500
@@ -127,15 +127,19 @@ def table(rows: Sequence[Row]) -> str:
     lines += ["", "decode: us TB/s (keys, values, scales)"]
     lines += pivot(decode, _heads_and_case, _storage, _bandwidth)
     usual = [row for row in decode if row.get("page_size") == 16 and not row.get("kv_dtype")]
-    lines += ["", "decode, page 16 bf16: us a layer by graph, launched, host; us a plan; of copy, of read"]
+    lines += [
+        "",
+        "decode, page 16 bf16: us a layer by graph, launched, host; us a plan, anew; of copy, of read",
+    ]
     for row in usual:
         if row.get("median_us") and row["heads"] == usual[0]["heads"]:
             lines.append(
                 f"  {row['case']:<22} {row['median_us']:8.1f} {row['launched_us']:8.1f} {row['host_us']:7.1f} "
-                f"{row['plan_us']:8.1f} {_percent(row, 'of_copy')} {_percent(row, 'of_read')}"
+                f"{row['plan_us']:8.1f} {row['replan_us']:6.1f} {_percent(row, 'of_copy')} {_percent(row, 'of_read')}"
             )
     lines += ["", "prefill: us TFLOP/s (causal pairs once)"]
-    lines += pivot([row for row in rows if row["section"] == "prefill"], _heads_and_case, _storage, _rate)
+    prefill = [row for row in rows if row["section"] in ("prefill", "portable prefill")]
+    lines += pivot(prefill, _heads_and_case, _storage, _rate)
     timed = [row for row in rows if row.get("median_us")]
     lines += [f"mixed: {row['case']} {_bandwidth(row)}" for row in timed if row["section"] == "mixed"]
     stores = [f"{row['case']} {_bandwidth(row)}" for row in timed if row["section"] == "write_kv"]
@@ -228,7 +232,8 @@ def _heads_and_case(row: Row) -> str:
 
 
 def _storage(row: Row) -> str:
-    return f"{str(row.get('kv_dtype') or 'bf16').removeprefix('fp8_')} p{row.get('page_size', '')}"
+    kernel = "portable " if row["section"] == "portable prefill" else ""
+    return f"{kernel}{str(row.get('kv_dtype') or 'bf16').removeprefix('fp8_')} p{row.get('page_size', '')}"
 
 
 def _bandwidth(row: Row) -> str:

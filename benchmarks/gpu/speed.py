@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -55,9 +59,29 @@ def time_attention(
     return [describe(parsed, label) | time_quire(device, setting, layers, timed)]
 
 
-def compile_kernels(device: Device, setting: Setting, **arguments: Any) -> list[Row]:
+@contextmanager
+def portable_prefill(setting: Setting) -> Iterator[None]:
+    """Plans made inside use the portable prefill kernel on every chip, as they would without Hopper's."""
+    if setting.backend != "triton":
+        yield
+        return
+    hopper = importlib.import_module("quire.kernels.triton.hopper")
+    with patch.object(hopper, "why_not", lambda *_: "the portable kernel is measured"):
+        yield
+
+
+def time_portable(device: Device, setting: Setting, **arguments: Any) -> list[Row]:
+    """``time_attention`` with the portable prefill kernel."""
+    with portable_prefill(setting):
+        return time_attention(device, setting, **arguments)
+
+
+def compile_kernels(
+    device: Device, setting: Setting, *, portable: bool = False, **arguments: Any
+) -> list[Row]:
     """Run a case once, so that its kernels lie compiled on disk when it is timed; only failures make a row."""
-    return [row for row in time_attention(device, setting, **arguments, timed=False) if row["status"] != "ok"]
+    time_any = time_portable if portable else time_attention
+    return [row for row in time_any(device, setting, **arguments, timed=False) if row["status"] != "ok"]
 
 
 def time_quire(device: Device, setting: Setting, layers: Layers, timed: bool = True) -> Row:
@@ -82,7 +106,16 @@ def time_quire(device: Device, setting: Setting, layers: Layers, timed: bool = T
         return row | {"status": "ok"}
     print(plan.explain())
     timing = measure(device, calls)
-    return row | {"status": "ok"} | timing | {"plan_us": round(host_cost(device, make_plan), 2)}
+    planner = quire.Planner(
+        case.spec, max_batch=len(case.seq_lens), max_seq_len=max(case.seq_lens), max_q_len=max(case.q_lens),
+        max_tokens=sum(case.q_lens), backend=setting.backend, device=device.where,
+    )  # fmt: skip
+    planner.plan(*layers.lengths)
+    plans = {
+        "plan_us": round(host_cost(device, make_plan), 2),
+        "replan_us": round(host_cost(device, partial(planner.plan, *layers.lengths)), 2),
+    }
+    return row | {"status": "ok"} | timing | plans
 
 
 def time_write_kv(

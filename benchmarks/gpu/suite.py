@@ -134,6 +134,7 @@ def prefill_jobs(quick: bool, seed: int) -> list[Job]:
         whole, chunked, quantized, heads = ["2x40:40"], ["1x70:20"], ["1x33:33"], "4/2x16"
     jobs = [_timed("prefill", case, heads, 16, None, case, 0) for case in whole + chunked]
     jobs += [_timed("prefill", case, heads, 128, None, case, 1) for case in whole]
+    jobs += [_timed("portable prefill", case, heads, 16, None, case, 1) for case in whole[2:] or whole]
     jobs += [_timed("prefill", case, heads, 16, kv, case, 1) for kv in QUANTIZED for case in quantized]
     return jobs
 
@@ -172,7 +173,7 @@ def graph_jobs(quick: bool, seed: int) -> list[Job]:
     """Replays against plain launches, and memcheck."""
     jobs = []
     for kv_dtype in (None, "int8"):
-        title = f"3 layers, {kv_dtype or 'bfloat16'}, replay = eager"
+        title = f"3 layers, {kv_dtype or 'bfloat16'}, one graph for 3 plans"
         jobs.append(Job("graph", title, {"kv_dtype": kv_dtype, "title": title}, 5, 0))
     arguments = {"seconds": 20 if quick else 80, "title": "memcheck, small mixed step"}
     return [*jobs, Job("sanitizer", "memcheck, small mixed step", arguments, 40, 1, timeout=100)]
@@ -192,6 +193,8 @@ def warm_up_jobs(jobs: list[Job]) -> list[Job]:
             }
             arguments["kv_dtype"] = job.arguments.get("kv_dtype")
             title = f"{small} {arguments['heads']} page {arguments['page_size']} {arguments['kv_dtype'] or 'bf16'}"
+            if job.kind == "portable prefill":
+                arguments["portable"], title = True, f"{title} portable"
             found[title] = Job("warm up", title, arguments, 8, 0)
     return list(found.values())
 
@@ -200,4 +203,5 @@ def _timed(
     kind: str, case: str, heads: str, page_size: int, kv_dtype: str | None, label: str, priority: int
 ) -> Job:
     arguments = {"case": case, "heads": heads, "page_size": page_size, "kv_dtype": kv_dtype, "label": label}
-    return Job(kind, f"{label} {heads} page {page_size} {kv_dtype or 'bf16'}", arguments, 1.7, priority, 60)
+    title = f"{kind} {label} {heads} page {page_size} {kv_dtype or 'bf16'}"
+    return Job(kind, title, arguments, 1.7, priority, 60)

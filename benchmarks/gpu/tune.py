@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.jobs import Job, Row, Setting
-from benchmarks.gpu.speed import time_attention
+from benchmarks.gpu.speed import portable_prefill, time_attention
 
 CANDIDATES: dict[str, dict[str, list[int]]] = {
     "decode": {
@@ -72,7 +72,7 @@ def override(setting: Setting, kernel: str, settings: dict[str, int]) -> Iterato
     def changed(*arguments: Any) -> Any:
         return shipped(*arguments)._replace(**settings)
 
-    with patch.object(table, f"{kernel}_tile", changed):
+    with patch.object(table, f"{kernel}_tile", changed), portable_prefill(setting):
         yield
 
 

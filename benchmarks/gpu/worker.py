@@ -21,6 +21,7 @@ HANDLERS = {
     "ceiling": speed.time_ceiling,
     "decode": speed.time_attention,
     "prefill": speed.time_attention,
+    "portable prefill": speed.time_portable,
     "mixed": speed.time_attention,
     "peer": peers.time_peer,
     "write_kv": speed.time_write_kv,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from quire.attention import AttentionPlan, paged_attention, plan
+from quire.attention import paged_attention
+from quire.attention_plan import AttentionPlan
 from quire.errors import (
     ArgumentError,
     DeviceError,
@@ -23,6 +24,7 @@ from quire.errors import (
 )
 from quire.flash_attn import flash_attn_with_kvcache
 from quire.pages import KVPool, PageAllocator, PageTable
+from quire.planner import Planner, plan
 from quire.spec import AttentionSpec
 from quire.state import SoftmaxState, merge
 from quire.store import write_kv
@@ -44,6 +46,7 @@ __all__ = [  # noqa: RUF022  # sorted as sorted() does
     "OutOfPages",
     "PageAllocator",
     "PageTable",
+    "Planner",
     "QuireError",
     "RequestOutput",
     "SamplingParams",

@@ -64,33 +64,53 @@ def hold_data(needed: tuple[object, ...], optional: tuple[object, ...]) -> bool:
     return True
 
 
+def check_door(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, tree_mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """What torch would take for something else than a call of the operator; the operator checks the rest."""
+    if hold_data((q, k_pages, v_pages), (out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)):
+        return
+    check_queries(q)
+    check_pages("k_pages", k_pages)
+    check_pages("v_pages", v_pages)
+    check_devices(
+        "q", q.device, k_pages=k_pages, v_pages=v_pages, out=out, alibi_slopes=alibi_slopes, sinks=sinks,
+        tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+
+
 def resolve_device(device: torch.device | str | None, page_table: torch.Tensor) -> torch.device:
-    """Where q and the pages will be, as their own ``device`` will say it: of "cuda" with a number, of "cpu:0" without.
+    """Where q and the pages will be: page_table's device when None."""
+    return page_table.device if device is None else existing_device(device)
+
+
+def existing_device(device: torch.device | str) -> torch.device:
+    """A device as its tensors will say it: "cuda" with a number, "cpu:0" without.
 
     Raises:
-        DeviceError: there is no such device here.
+        DeviceError: there is none here.
     """
-    if device is None:
-        return page_table.device
     if device in ("cpu", _CPU):
         return _CPU
     if isinstance(device, torch.device) and device.index is not None:
         return _numbered_device(device)
-    return _existing_device(device)
+    return _device_of_a_tensor(device)
 
 
-def _existing_device(device: torch.device | str) -> torch.device:
+def _device_of_a_tensor(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except Exception as error:  # each of torch's devices fails in its own way, and some with pages of text
         raise DeviceError(
             f"device must be one that this torch and machine have; got {device!r} ({_first_line(error)}). "
-            "Fix: device=None, for page_table's"
+            'Fix: device="cpu", or a torch built for that device'
         ) from error
 
 
 # "cuda" alone is another device after torch.cuda.set_device; one with a number stays what it was.
-_numbered_device = functools.cache(_existing_device)
+_numbered_device = functools.cache(_device_of_a_tensor)
 
 
 def _first_line(error: Exception) -> str:
@@ -229,12 +249,12 @@ def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: 
     check_last_dim_contiguous("tree_mask", tree_mask)
 
 
-def layout_of(*tensors: torch.Tensor | None) -> Hashable:
-    """All that checks and kernels can read of tensors but addresses and values.
+def layout_of(tensor: torch.Tensor) -> Hashable:
+    """All that checks and kernels can read of a tensor but its address and values.
 
     Arguments that were accepted once need no check when they come again in the same layout.
     """
-    return tuple([t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:

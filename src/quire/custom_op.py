@@ -11,7 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
+# Of the operators that attend: what follows their outputs in the schema.
+SCORING = (
+    "float? softmax_scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
+    "Tensor? k_scale, Tensor? v_scale"
+)
 _library = torch.library.Library("quire", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -28,12 +34,19 @@ def is_watched(tensor: torch.Tensor) -> bool:
     If nobody has to, the implementation can be called itself, which saves the way through torch: 5 µs a call.
     """
     return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
+        is_compiling()
+        or type(tensor) not in _PLAIN
+        or _active_modes() > 0
+        or _active_transform() is not None
+        or _profiler_enabled()
     )
+
+
+# Looked up once: each is asked at every call.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_active_modes = torch._C._len_torch_dispatch_stack
+_active_transform = torch._C._functorch.peek_interpreter_stack
+_profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def _writes_in_place(*args: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.work import MERGE_COLUMNS, Ints, StepPlan, Tiling, WorkList
+from quire.work import MERGE_COLUMNS, Ints, StepPlan, TileShape, Tiling, WorkBound, WorkList
 
 
 def plan_step(
@@ -54,6 +54,35 @@ def plan_step(
         page_table, seq_lens, cu_seqlens_q, page_size, causal, window_left,
         WorkList(*decode), many, tiling.kv_split, max_q_len,
     )  # fmt: skip
+
+
+def largest_work(
+    tiling: Tiling, num_kv_heads: int, max_batch: int, max_tokens: int, max_seq_len: int, max_q_len: int
+) -> tuple[WorkBound, WorkBound]:
+    """What decode and prefill of any step within these limits have at most."""
+    few = tiling.decode_max_q_len
+    short = max_batch * -(-min(max_q_len, few) // tiling.decode.q_tokens)
+    long, q_tokens = min(max_batch, max_tokens // (few + 1)), tiling.prefill.q_tokens
+    tiles = 0 if max_q_len <= few else min(long * -(-max_q_len // q_tokens), long + max_tokens // q_tokens)
+    return (
+        _largest(tiling.decode, tiling, short * num_kv_heads, max_seq_len),
+        _largest(tiling.prefill, tiling, tiles * num_kv_heads, max_seq_len),
+    )
+
+
+def _largest(shape: TileShape, tiling: Tiling, tiles: int, max_seq_len: int) -> WorkBound:
+    """For so many tiles, all as long as can be.
+
+    A cut between shares splits at most one tile, and leaves at least two blocks on both sides. Where parts have
+    workers of their own, there are no more parts than workers.
+    """
+    workers, kv_split = shape.num_workers or tiling.num_workers, tiling.kv_split
+    if kv_split:
+        parts = -(-max_seq_len // kv_split)
+        return WorkBound(workers, tiles * parts, tiles * parts if parts > 1 else 0)
+    cuts = min(workers - 1, tiles * max(0, max_seq_len // (2 * shape.kv_tokens) - 1))
+    own = min(workers, tiles * -(-max_seq_len // shape.kv_tokens)) if shape.part_cost else 0
+    return WorkBound(workers, max(tiles + cuts, own), max(cuts + min(cuts, tiles), own))
 
 
 def _dealt(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quire.checks import check_host, check_tensor, describe
 from quire.errors import ArgumentError, DtypeError, ShapeError
-from quire.work import Ints
+from quire.work import Ints, StepPlan
 
 
 def check_step(
@@ -90,6 +90,45 @@ def _host_lengths(name: str, value: object, layout: str) -> Ints:
     if tensor.is_meta:
         check_host(**{name: tensor})
     return tensor.cpu().numpy().astype(np.int64)
+
+
+class Limits(NamedTuple):
+    """The largest step of a ``Planner``."""
+
+    max_batch: int
+    max_seq_len: int
+    max_q_len: int
+    max_tokens: int
+
+    @classmethod
+    def checked(cls, max_batch: object, max_seq_len: object, max_q_len: object, max_tokens: object) -> Limits:
+        """Limits as a user gives them: ints of at least 1, max_tokens or None."""
+        given = {"max_batch": max_batch, "max_seq_len": max_seq_len, "max_q_len": max_q_len}
+        if max_tokens is not None:
+            given["max_tokens"] = max_tokens
+        sizes = {name: _size(name, value) for name, value in given.items()}
+        return cls(**{"max_tokens": sizes["max_batch"] * sizes["max_q_len"]} | sizes)
+
+    def check(self, step: StepPlan) -> None:
+        """Refuse a step that is larger."""
+        sizes = (
+            ("sequences", "max_batch", len(step.seq_lens), self.max_batch),
+            ("KV tokens in a sequence", "max_seq_len", int(step.seq_lens.max(initial=0)), self.max_seq_len),
+            ("query tokens in a sequence", "max_q_len", step.max_q_len, self.max_q_len),
+            ("query tokens", "max_tokens", int(step.cu_seqlens_q[-1]), self.max_tokens),
+        )
+        for what, name, size, limit in sizes:
+            if size > limit:
+                raise ArgumentError(
+                    f"a step must have at most {name}={limit} {what}; got {size}. Fix: a Planner with {name}={size}, "
+                    "or quire.plan for this step"
+                )
+
+
+def _size(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more")
+    return value
 
 
 def check_rules(causal: object, window_left: object, batch_invariant: object, backend: object) -> None:

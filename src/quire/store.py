@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from types import ModuleType
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -40,14 +40,21 @@ def write_kv(
     Cost: reads and writes each element once; no host sync.
     Source: the reshape-and-cache step of PagedAttention, arXiv:2309.06180 §4.
     """
+    if is_watched(k):
+        _check_door(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+        torch.ops.quire.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend)
+    else:
+        _write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend)
+
+
+def _check_door(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """What torch would take for something else than a call of the operator; ``_check`` looks at the rest."""
     if not checks.hold_data((k, v, k_pages, v_pages, slot_mapping), (k_scale, v_scale)):
         checks.check_pages("k_pages", k_pages)
         _check_devices(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-    call = k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend
-    if is_watched(k):
-        torch.ops.quire.write_kv(*call)
-    else:
-        _write_kv_op(*call)
 
 
 def _check_devices(
@@ -117,30 +124,55 @@ def _check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
         )
 
 
-_kernels: dict[Hashable, ModuleType] = {}  # of the calls accepted so far, by all that was checked of them
+_bound: dict[Hashable, Callable[..., None]] = {}  # by all that is checked of a call
+_last: tuple[Hashable, Callable[..., None] | None] = None, None  # tuples are sooner compared than hashed
 _MOST_LAYOUTS = 1024  # a new number of tokens is a new layout
 
 
-def _write_kv_op(
+def _write_kv(
     k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, backend: str,
 ) -> None:  # fmt: skip
-    layout = backend, checks.layout_of(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-    kernels = _kernels.get(layout)
-    if kernels is None:
-        _check(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-        kernels = load_backend(resolve_backend(backend, k.device), checks.infer_spec(k, k_pages), k.device)
-        if len(_kernels) >= _MOST_LAYOUTS:
-            _kernels.clear()
-        _kernels[layout] = kernels
+    """Arguments that were accepted once are not checked again when they come in the same layout."""
+    global _last
+    try:
+        layout: Hashable = (
+            k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k.device, v.device,
+            k_pages.shape, k_pages.stride(), k_pages.dtype, v_pages.shape, v_pages.stride(), v_pages.dtype,
+            k_pages.device, v_pages.device,
+            slot_mapping.shape, slot_mapping.stride(), slot_mapping.dtype, slot_mapping.device,
+            k_scale if k_scale is None else checks.layout_of(k_scale),
+            v_scale if v_scale is None else checks.layout_of(v_scale),
+            backend,
+        )  # fmt: skip
+        last, write = _last
+        if layout != last:
+            write = _bound.get(layout)
+    except (AttributeError, TypeError, RuntimeError):  # something is no tensor: the checks say what
+        layout, write = None, None
+    if write is None:
+        _check_door(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+        write = _bind(layout, backend, k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+    _last = layout, write
     if debug_enabled():
         _check_slots(slot_mapping, k_pages.shape[1] * k_pages.shape[2])
-    kernels.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+    write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+
+
+def _bind(layout: Hashable, backend: str, *tensors: Any) -> Callable[..., None]:
+    _check(*tensors)
+    k, _, k_pages, *_ = tensors
+    kernels = load_backend(resolve_backend(backend, k.device), checks.infer_spec(k, k_pages), k.device)
+    if len(_bound) >= _MOST_LAYOUTS:
+        _bound.clear()
+    write: Callable[..., None] = kernels.bind_write(*tensors)
+    _bound[layout] = write
+    return write
 
 
 register(
     "write_kv",
     "Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, "
     "Tensor(c!)? k_scale, Tensor(d!)? v_scale, str backend",
-    _write_kv_op,
+    _write_kv,
 )

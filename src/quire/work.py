@@ -5,9 +5,10 @@ The planner builds these and the backends read them, so that neither has to know
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +78,14 @@ class Tiling(NamedTuple):
         return self._replace(decode_max_q_len=0, kv_split=-(-INVARIANT_KV_SPLIT // grain) * grain)
 
 
+class WorkBound(NamedTuple):
+    """What a kernel's work lists of a step hold, or at most hold."""
+
+    num_workers: int
+    items: int
+    partials: int
+
+
 class WorkList(NamedTuple):
     """Work of one kernel, cut into one share per worker.
 
@@ -90,6 +99,11 @@ class WorkList(NamedTuple):
     merges: Ints  # [num_split_tiles, 5], see MERGE_COLUMNS
     num_partials: int
 
+    @property
+    def bound(self) -> WorkBound:
+        """Room for this work and no more."""
+        return WorkBound(len(self.worker_indptr) - 1, len(self.items), self.num_partials)
+
     def column(self, name: str) -> Ints:
         """One named column of ``items``."""
         column: Ints = self.items[:, ITEM_COLUMNS.index(name)]
@@ -101,6 +115,21 @@ class WorkList(NamedTuple):
         read = np.concatenate([[0], np.cumsum(lengths)])
         tokens: Ints = np.diff(read[self.worker_indptr])
         return tokens
+
+
+class Capacity(NamedTuple):
+    """What memory for a step's plan has room for, and the rules that its kernels are compiled for.
+
+    That of one step (``StepPlan.capacity``), or of every step that a ``Planner`` takes.
+    """
+
+    batch: int
+    max_pages: int  # columns of the page table
+    decode: WorkBound
+    prefill: WorkBound
+    causal: bool
+    window_left: int
+    kv_split: int
 
 
 @dataclass(eq=False)  # not frozen: that would cost a microsecond of every plan
@@ -121,6 +150,13 @@ class StepPlan:
     prefill: WorkList
     kv_split: int = 0  # as in Tiling: above 0 the step is batch-invariant
     max_q_len: int = 0  # query tokens of the sequence that has most
+
+    @property
+    def capacity(self) -> Capacity:
+        """Room for this step and no more."""
+        batch, max_pages = self.page_table.shape
+        rules = self.causal, self.window_left, self.kv_split
+        return Capacity(batch, max_pages, self.decode.bound, self.prefill.bound, *rules)
 
     @cached_property
     def pages_per_sequence(self) -> Ints:
@@ -155,12 +191,20 @@ class StepPlan:
         return valid
 
 
+Tensors = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None,
+    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None,
+]  # fmt: skip
+# Runs a plan on one layer's tensors, given one by one in the order of AttentionCall.tensors.
+BoundCall = Callable[..., None]
+
+
 class AttentionCall(NamedTuple):
     """Checked arguments of one layer's attention, in the shapes of ``quire.paged_attention``.
 
     ``out`` is written whole. ``lse``, fp32 [tokens, num_qo_heads], is written where it is not None.
-    ``layout`` stands for all that is not an address: two calls of one plan with the same number have every
-    shape, stride, dtype, device and number in common. A backend may keep what it computed from them by it.
+    A backend binds to one call (``kernels.bind``) and then serves every call of the same layout: with every shape,
+    stride, dtype, device and number in common, and the same of the optional tensors given.
     """
 
     q: torch.Tensor
@@ -175,7 +219,22 @@ class AttentionCall(NamedTuple):
     tree_mask: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
-    layout: int | None = None
+
+    @property
+    def tensors(self) -> Tensors:
+        """All that differs between calls of one layout, in the order in which a bound call takes them."""
+        return (
+            self.q, self.k_pages, self.v_pages, self.out, self.lse, self.k_scale, self.v_scale,
+            self.alibi_slopes, self.sinks, self.tree_mask,
+        )  # fmt: skip
+
+    def on(self, tensors: Sequence[Any]) -> AttentionCall:
+        """The same call on other tensors."""
+        q, k_pages, v_pages, out, lse, k_scale, v_scale, alibi_slopes, sinks, tree_mask = tensors
+        return AttentionCall(
+            q, k_pages, v_pages, out, lse, self.softmax_scale, self.softcap, alibi_slopes, sinks, tree_mask,
+            k_scale, v_scale,
+        )  # fmt: skip
 
     @property
     def scale(self) -> float:

@@ -23,7 +23,8 @@ CEILINGS = [
 def a_row(**fields):
     row = {
         "section": "decode", "case": "8x1k:1", "heads": "32/8x128", "page_size": 16, "who": "quire", "status": "ok",
-        "median_us": 100.0, "launched_us": 120.0, "host_us": 9.0, "plan_us": 50.0, "kv_bytes": 1e8, "flops": 1e9,
+        "median_us": 100.0, "launched_us": 120.0, "host_us": 9.0, "plan_us": 50.0, "replan_us": 20.0,
+        "kv_bytes": 1e8, "flops": 1e9,
     }  # fmt: skip
     return row | fields
 

@@ -71,6 +71,7 @@ def test_a_case_is_judged_and_timed(kv_dtype):
     assert (row["status"], row["case"]) == ("ok", "mixed")
     assert row["median_us"] > 0
     assert row["plan_us"] > 0
+    assert row["replan_us"] > 0
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):

@@ -16,12 +16,13 @@ import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from quire.attention import AttentionPlan, plan
+from quire.attention_plan import AttentionPlan
 from quire.custom_op import register
 from quire.errors import UnsupportedError
 from quire.hf.cache import LayerPages, PagedCache, Visibility
 from quire.hf.chunks import split_at_chunks
 from quire.hf.step import Step
+from quire.planner import plan
 from quire.spec import AttentionSpec
 from quire.store import write_kv
 

@@ -1,13 +1,20 @@
 """The attention kernels, one package per kind of machine.
 
-A backend is a module with four functions, and nothing else is asked of it:
+A backend is a module with five functions, and nothing else is asked of it:
 
     why_not(spec, device) -> str | None          a sentence if it cannot serve this spec there
     tiling(spec, device) -> work.Tiling          how it wants the work cut; see Tiling.batch_invariant
     prepare(spec, step, device) -> object        once per plan: what it can compute ahead;
                                                  its ``notes``, if any, are lines for plan.explain()
-    attend(prepared, call)                       once per layer; writes call.out and call.lse
-    write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+    bind(prepared, call) -> work.BoundCall       once per plan and layout of tensors; the bound call runs once per
+                                                 layer and writes that layer's out and lse
+    bind_write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale) -> Callable
+                                                 once per layout; what it returns takes such tensors and writes them
+
+and one more where a plan's memory must not move, for CUDA graphs:
+
+    reserve(spec, capacity, device) -> object    room for every step within a capacity; ``prepare`` then takes it as
+                                                 a fourth argument, and bound calls serve all steps in it
 
 Backends never import one another; they are imported on first use.
 """

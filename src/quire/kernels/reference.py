@@ -15,10 +15,12 @@ It runs wherever PyTorch does, one sequence at a time; speed is not its business
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from quire.spec import AttentionSpec
-from quire.work import AttentionCall, StepPlan, TileShape, Tiling
+from quire.work import AttentionCall, BoundCall, StepPlan, TileShape, Tiling
 
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 INT8_MAX = 127.0
@@ -38,6 +40,15 @@ def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
 def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> StepPlan:
     """Nothing to compute ahead."""
     return step
+
+
+def bind(step: StepPlan, call: AttentionCall) -> BoundCall:
+    """Calls of one layout, each attended on its own."""
+
+    def run(*tensors: torch.Tensor | None) -> None:
+        attend(step, call.on(tensors))
+
+    return run
 
 
 def attend(step: StepPlan, call: AttentionCall) -> None:
@@ -134,6 +145,11 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     if dtype == torch.int8:
         scaled = scaled.round().clamp(-INT8_MAX, INT8_MAX)
     return scaled.clamp(-largest, largest).to(dtype), scale
+
+
+def bind_write(*like: torch.Tensor | None) -> Callable[..., None]:
+    """Nothing to compute ahead."""
+    return write_kv
 
 
 def write_kv(

@@ -51,7 +51,8 @@ def judge_store(shape):
         pages = torch.zeros(2, 2, 4, 8, shape.head_dim, dtype=shape.spec(8).storage_dtype)
         scales = torch.zeros(2, 2, 4, 8)
         scale = (None, None) if shape.kv_dtype is None else scales
-        kernels.write_kv(rows, -rows, *pages, torch.arange(32), *scale)
+        written = rows, -rows, *pages, torch.arange(32), *scale
+        kernels.bind_write(*written)(*written)
         results.append((pages.view(torch.uint8), scales))
     for got, wanted in zip(*results, strict=True):
         assert torch.equal(got, wanted), f"{shape}: write_kv differs from the reference"

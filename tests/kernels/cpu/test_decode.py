@@ -225,7 +225,8 @@ def test_pools_above_two_to_the_31_elements_are_addressed_to_their_end(shape):
     assert torch.equal(attend(batch).out, wanted.out)
 
     rows = torch.randn(48, shape.num_kv_heads, shape.head_dim).to(shape.dtype)
-    cpu.write_kv(rows, -rows, *pages, slots, *scales)
+    written = rows, -rows, *pages, slots, *scales
+    cpu.bind_write(*written)(*written)
     values, scale = reference.quantize(rows, torch.int8)
     assert torch.equal(pages[0][:, last].flatten(1, 2), values.transpose(0, 1))
     assert torch.equal(pages[1][:, last].flatten(1, 2), -values.transpose(0, 1))

@@ -22,6 +22,10 @@ def bits(tensor):
     return tensor.contiguous().view(BITS[tensor.element_size()])
 
 
+def write_kv(*tensors):
+    cpu.bind_write(*tensors)(*tensors)
+
+
 def case(dtype, pages_dtype, head_dim, tokens=9, heads=2, num_pages=5, page_size=3, layout="pool", seed=0):
     generator = torch.Generator().manual_seed(seed)
     size = torch.logspace(-6, 4, tokens)[:, None, None]
@@ -46,7 +50,7 @@ def clone(pages):
 def assert_like_the_reference(k, v, k_pages, v_pages, slots, k_scale, v_scale):
     wanted = [clone(t) for t in (k_pages, v_pages, k_scale, v_scale)]
     reference.write_kv(k, v, *wanted[:2], slots, *wanted[2:])
-    cpu.write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
+    write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
     for got, want in zip((k_pages, v_pages, k_scale, v_scale), wanted, strict=True):
         assert (got is None and want is None) or torch.equal(bits(got), bits(want))
 
@@ -56,7 +60,7 @@ def assert_like_the_reference(k, v, k_pages, v_pages, slots, k_scale, v_scale):
 def test_each_slot_holds_its_tokens_bits_and_every_other_slot_what_it_held(dtype, head_dim, layout):
     k, v, k_pages, v_pages, slots, *_ = case(dtype, dtype, head_dim, layout=layout)
     slots[2] = -1
-    cpu.write_kv(k, v, k_pages, v_pages, slots, None, None)
+    write_kv(k, v, k_pages, v_pages, slots, None, None)
     for rows, pages in ((k, k_pages), (v, v_pages)):
         flat = pages.flatten(1, 2)
         for token, slot in enumerate(slots.tolist()):
@@ -76,7 +80,7 @@ def test_quantised_values_and_scales_are_the_references_to_the_bit(dtype, pages_
 @pytest.mark.parametrize(("dtype", "pages_dtype", "head_dim"), QUANTIZED, ids=str)
 def test_rows_of_zeros_have_scale_zero_and_hold_zeros(dtype, pages_dtype, head_dim):
     k, v, k_pages, v_pages, slots, k_scale, v_scale = case(dtype, pages_dtype, head_dim, tokens=1)
-    cpu.write_kv(k * 0, v * 0, k_pages, v_pages, slots, k_scale, v_scale)
+    write_kv(k * 0, v * 0, k_pages, v_pages, slots, k_scale, v_scale)
     page, slot = divmod(int(slots[0]), 3)
     for pages, scale in ((k_pages, k_scale), (v_pages, v_scale)):
         assert (pages[:, page, slot].float() == 0).all()
@@ -94,7 +98,7 @@ def test_rows_too_small_for_a_normal_scale_are_zeros_and_the_others_are_not(dtyp
             (rows.float() / rows.float().abs().amax(-1, keepdim=True) * largest[:, None, None]).to(dtype)
             for rows in (k, v)
         )
-        cpu.write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
+        write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
         written = k_scale.flatten(1, 2)[:, slots]
         assert (written[:, [0, 1, 2, 8]] == 0).all()
         assert (written[:, [6, 7]] >= torch.finfo(F32).smallest_normal).all()
@@ -115,7 +119,7 @@ def test_infinities_negative_zeros_and_tiny_numbers_are_kept(dtype):
     special = [math.inf, -math.inf, -0.0, 0.0, torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max]
     row = torch.tensor((special * 12)[:head_dim]).to(dtype).expand(1, 1, head_dim)
     k_pages, v_pages = (torch.zeros(1, 1, 2, head_dim, dtype=dtype) for _ in range(2))
-    cpu.write_kv(row, -row, k_pages, v_pages, torch.tensor([1]), None, None)
+    write_kv(row, -row, k_pages, v_pages, torch.tensor([1]), None, None)
     assert torch.equal(bits(k_pages[0, 0, 1]), bits(row[0, 0]))
     assert torch.equal(bits(v_pages[0, 0, 1]), bits(-row[0, 0]))
 
@@ -128,7 +132,7 @@ def test_rows_may_be_strided_as_cut_from_a_fused_projection(dtype, head_dim):
     every_other = torch.stack([slots, slots], dim=1).flatten()[::2]
     assert every_other.stride() == (2,)
     k_again, v_again = torch.full_like(k_pages, 3), torch.full_like(v_pages, 3)
-    cpu.write_kv(k, v, k_again, v_again, every_other, None, None)
+    write_kv(k, v, k_again, v_again, every_other, None, None)
     assert torch.equal(k_again, k_pages)
     assert torch.equal(v_again, v_pages)
 
@@ -138,13 +142,13 @@ def test_no_byte_beyond_the_tensors_is_touched(dtype, head_dim):
     k, v, k_pages, v_pages, _, *_ = case(dtype, dtype, head_dim, tokens=15)
     last_slot_last = torch.arange(15)
     guarded = [guarded_copy(t) for t in (k, v, k_pages, v_pages)]
-    cpu.write_kv(*guarded, last_slot_last, None, None)
+    write_kv(*guarded, last_slot_last, None, None)
     assert torch.equal(guarded[2].flatten(1, 2).transpose(0, 1), k)
 
 
 def test_no_tokens_write_nothing():
     k, v, k_pages, v_pages, slots, *_ = case(F32, F32, 16)
-    cpu.write_kv(k[:0], v[:0], k_pages, v_pages, slots[:0], None, None)
+    write_kv(k[:0], v[:0], k_pages, v_pages, slots[:0], None, None)
     assert (k_pages == 3).all()
 
 

@@ -23,8 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-from quire.kernels import triton as backend
-from quire.kernels.triton import hopper, tune
+from quire.kernels.triton import attend, hopper, store, tune
 from quire.kernels.triton.launch import Form
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -103,13 +102,16 @@ def standing_in(chip: Chip) -> Iterator[list[Any]]:
         return form
 
     with ExitStack() as undo:
-        for kept in (backend._forms, backend._writers, hopper._forms):
+        for kept in (store._forms, hopper._forms):
             undo.enter_context(patch.dict(kept, clear=True))
+        attend._recipe.cache_clear()
+        undo.callback(attend._recipe.cache_clear)
         for owner, name, value in (
             (triton.runtime.driver, "_active", gpu),
             (tune, "chip_of", lambda _: known),
             (Form, "compile", noting),
             (torch.cuda, "current_device", lambda: 0),
+            (torch._C, "_cuda_getDevice", lambda: 0),
             (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),
         ):
             undo.enter_context(patch.object(owner, name, value, create=True))

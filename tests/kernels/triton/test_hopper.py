@@ -14,7 +14,7 @@ from pairs import every_pair
 from support import Shape, make_batch
 
 import quire
-from quire.kernels.triton.device_plan import move_to_device
+from quire.kernels.triton.device_plan import DevicePlan, PartialShape
 from quire.kernels.triton.hopper import attend, finish, geometry, load
 from quire.plan import plan_step
 from quire.work import TileShape, Tiling
@@ -46,7 +46,10 @@ def simulate(batch, *, causal=True, workers=3, num_stages=2, seed=0, modules=MOD
     work = step.prefill
     out = torch.full(batch.q.shape, math.nan, dtype=shape.dtype)
     lse = torch.full((tokens, heads), math.nan)
-    [moved] = move_to_device(step, [(work, geometry.BLOCK_M.value, head_dim)], torch.device("cpu")).work
+    partial = PartialShape(geometry.BLOCK_M.value, head_dim)
+    plan = DevicePlan.reserve(step.capacity, (partial, partial), torch.device("cpu"))
+    plan.fill(step)
+    moved = plan.prefill
     arrivals = moved.arrivals.tensor
 
     def by_group(rows):

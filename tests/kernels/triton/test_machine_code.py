@@ -79,7 +79,7 @@ def attend(batch, rules, window_left=-1, batch_invariant=False):
     )  # fmt: skip
     lse = torch.empty(batch.q.shape[:2])
     call = AttentionCall(*batch.pages, torch.empty_like(batch.q), lse, **batch.scales, **rules)
-    backend.attend(backend.prepare(spec, step, batch.q.device), call)
+    backend.bind(backend.prepare(spec, step, batch.q.device), call)(*call.tensors)
 
 
 def name(case):
@@ -216,7 +216,8 @@ def test_writing_needs_no_fp8_and_no_memory_of_its_own(chip, kv_dtype):
     scales = [None if kv_dtype is None else torch.empty(2, 4, 16) for _ in range(2)]
     rows = torch.empty(5, 2, shape.head_dim, dtype=shape.dtype)
     with standing_in(CHIPS[chip]) as kernels:
-        backend.write_kv(rows, rows, pages, pages.clone(), torch.arange(5), *scales)
+        tensors = rows, rows, pages, pages.clone(), torch.arange(5), *scales
+        backend.bind_write(*tensors)(*tensors)
     (kernel,) = kernels
     assert read_machine_code(kernel).spilled_bytes == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from quire.kernels.cpu.products import BLOCK
 from quire.kernels.cpu.rows import Call, Step
 from quire.kernels.cpu.store import Write, write
 from quire.spec import PAGE_ALIGNMENT_BYTES, AttentionSpec
-from quire.work import AttentionCall, StepPlan, TileShape, Tiling, WorkList
+from quire.work import AttentionCall, BoundCall, StepPlan, TileShape, Tiling, WorkList
 
 
 def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
@@ -137,11 +138,10 @@ class _Launch:
 
 
 class _Prepared(NamedTuple):
-    """The host arrays that launches hold the addresses of, the launches, and strides by a call's layout."""
+    """The host arrays that launches hold the addresses of, and the launches."""
 
     step: StepPlan
     launches: list[_Launch]
-    strides: dict[int | None, tuple[int | float, ...]]
     spec: AttentionSpec
 
     @property
@@ -162,7 +162,7 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepa
     """The launches of a plan: decode, prefill or both."""
     work = zip(_kernels(spec), (step.decode, step.prefill), strict=True)
     launches = [_Launch(kernel, spec, step, shares) for kernel, shares in work if len(shares.items)]
-    return _Prepared(step, launches, {}, spec)
+    return _Prepared(step, launches, spec)
 
 
 _borrowed = threading.local()
@@ -176,20 +176,16 @@ def borrow_scratch(nbytes: int) -> int:
     return buffer.data_ptr()
 
 
-def attend(prepared: _Prepared, call: AttentionCall) -> None:
-    """Run a plan's launches on one layer's tensors."""
-    strides = prepared.strides.get(call.layout)
-    if strides is None:
-        strides = _strides(call)
-        if call.layout is not None:
-            prepared.strides[call.layout] = strides
-    native = Call._make((
-        call.q.data_ptr(), call.k_pages.data_ptr(), call.v_pages.data_ptr(), call.out.data_ptr(), _address(call.lse),
-        _address(call.k_scale), _address(call.v_scale), _address(call.alibi_slopes), _address(call.sinks),
-        _address(call.tree_mask), *strides,
-    ))  # fmt: skip
-    for launch in prepared.launches:
-        launch(native)
+def bind(prepared: _Prepared, call: AttentionCall) -> BoundCall:
+    """A plan's launches for tensors of this call's layout."""
+    strides, launches = _strides(call), prepared.launches
+
+    def attend(*tensors: torch.Tensor | None) -> None:
+        native = Call._make((*[0 if tensor is None else tensor.data_ptr() for tensor in tensors], *strides))
+        for launch in launches:
+            launch(native)
+
+    return attend
 
 
 def _strides(call: AttentionCall) -> tuple[int | float, ...]:
@@ -212,37 +208,31 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def write_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
-    """Write each token's K and V into its slot."""
+def bind_write(*like: Any) -> Callable[..., None]:
+    """``write_kv`` for tensors of the layout of these."""
+    k, v, k_pages, v_pages, _, k_scale, v_scale = like
     tokens, heads, head_dim = k.shape
     config = Config(DTYPE_CODES[k.dtype], DTYPE_CODES[k_pages.dtype], head_dim)
-    slots = slot_mapping.contiguous()
-    k_write, v_write = _native_write(k, k_pages, k_scale), _native_write(v, v_pages, v_scale)
-    run(write, config, num_threads(), tokens, heads, slots.data_ptr(), k_pages.shape[2], k_write, v_write)
+    page_size = k_pages.shape[2]
+    k_strides, v_strides = _write_strides(k, k_pages, k_scale), _write_strides(v, v_pages, v_scale)
+
+    def write_tokens(
+        k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
+        k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        slots = slot_mapping.contiguous()
+        k_write = Write(k.data_ptr(), k_pages.data_ptr(), _address(k_scale), *k_strides)
+        v_write = Write(v.data_ptr(), v_pages.data_ptr(), _address(v_scale), *v_strides)
+        run(write, config, num_threads(), tokens, heads, slots.data_ptr(), page_size, k_write, v_write)
+
+    return write_tokens
 
 
-def _native_write(rows: torch.Tensor, pages: torch.Tensor, scale: torch.Tensor | None) -> Write:
+def _write_strides(rows: torch.Tensor, pages: torch.Tensor, scale: torch.Tensor | None) -> tuple[int, ...]:
+    """All of ``Write`` that is no address, in bytes."""
     element, page_element = rows.element_size(), pages.element_size()
-    pages_head, page, slot, _ = pages.stride()
-    scale_head, scale_page, scale_slot = (0, 0, 0) if scale is None else scale.stride()
-    return Write(
-        rows=rows.data_ptr(),
-        token=rows.stride(0) * element,
-        head=rows.stride(1) * element,
-        pages=pages.data_ptr(),
-        pages_head=pages_head * page_element,
-        page=page * page_element,
-        slot=slot * page_element,
-        scale=_address(scale),
-        scale_head=scale_head * 4,
-        scale_page=scale_page * 4,
-        scale_slot=scale_slot * 4,
+    return (
+        *(stride * element for stride in rows.stride()[:2]),
+        *(stride * page_element for stride in pages.stride()[:3]),
+        *((0, 0, 0) if scale is None else (stride * 4 for stride in scale.stride())),
     )

@@ -30,16 +30,16 @@ SMALLEST_SCALE = np.finfo(np.float32).smallest_normal
 
 
 class Write(NamedTuple):
-    """K's or V's tensors: addresses, and strides in bytes. A scale address of 0 means: not quantised."""
+    """K's or V's tensors: addresses, then strides in bytes. A scale address of 0 means: not quantised."""
 
     rows: int
+    pages: int
+    scale: int
     token: int
     head: int
-    pages: int
     pages_head: int
     page: int
     slot: int
-    scale: int
     scale_head: int
     scale_page: int
     scale_slot: int

@@ -10,10 +10,17 @@ Sources: PagedAttention, arXiv:2309.06180 §4.1; Stream-K, arXiv:2301.03598; GQA
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quire.kernels.triton import hopper, tune
+from quire.kernels.triton.device_plan import COLUMNS, DevicePlan, DeviceWork
+from quire.kernels.triton.launch import INTERPRETED, Enqueue, Form, Options, addresses_of
 from quire.kernels.triton.merge import arrived_last, fold_parts, leave_partial, write_rows
 from quire.kernels.triton.tile import (
     NO_SCORE,
@@ -27,7 +34,12 @@ from quire.kernels.triton.tile import (
     split_queries,
     value_unit,
 )
+from quire.spec import AttentionSpec
+from quire.work import AttentionCall, BoundCall, Capacity
 
+WORD = 4  # one-byte elements to an int32
+_FOLD_ROWS = 32  # of a prefill tile that a worker folds at a time
+_FOLD_ELEMENTS = 4096  # of partial results that a worker folds at a time
 # Numbers that change from step to step: compiled code must not depend on them.
 PER_STEP = ["table_row", "window_left", "mask_token", "mask_columns"]
 
@@ -153,6 +165,8 @@ def attend(
         (
             sequence, kv_head, q_begin, q_len, q_position, begin, end, partial, first_partial, num_parts,
         ) = load_item(items + (item + 1) * ITEM, item + 1 < last_item)  # fmt: skip
+    if OVERLAPS:
+        gdc_wait()  # also without items: who ends before the kernel ahead would let the one behind begin too early
 
 
 @triton.jit
@@ -164,3 +178,170 @@ def load_item(entry, exists):
         tl.load(entry + 6, mask=exists), tl.load(entry + 7, mask=exists), tl.load(entry + 8, mask=exists),
         tl.load(entry + 9, mask=exists),
     )  # fmt: skip
+
+
+class Constants(NamedTuple):
+    """What the attention kernel is compiled for, in the order of its arguments."""
+
+    group: int
+    head_dim: int
+    page_size: int
+    block_m: int
+    block_n: int
+    block_d: int
+    fold_rows: int
+    fold_parts: int
+    item: int
+    causal: bool
+    window: bool
+    softcap: bool
+    plain: bool
+    format: str
+    packed: bool
+    aligned: bool
+    same_strides: bool
+    transposed: bool
+    invariant: bool
+    overlaps: bool
+    capability: int
+    phases: int
+    precision: str
+    num_stages: int
+
+
+class _Recipe(NamedTuple):
+    """How a plan's launch is compiled, and what has been compiled so."""
+
+    constants: Constants
+    options: Options
+    forms: dict[Any, Form]  # by the layout of a call's tensors
+
+
+@functools.lru_cache(maxsize=1024)
+def _recipe(
+    spec: AttentionSpec, tile: tune.Tile, phases: int, device: torch.device, chip: tune.Chip, causal: bool,
+    window: bool, invariant: bool,
+) -> _Recipe:  # fmt: skip
+    """Kept per device, as code is loaded per device."""
+    constants = _constants(spec, tile, phases, chip, causal, window, invariant)
+    return _Recipe(constants, Options.of(tile, constants.overlaps), {})
+
+
+def _constants(
+    spec: AttentionSpec,
+    tile: tune.Tile,
+    phases: int,
+    chip: tune.Chip,
+    causal: bool,
+    window: bool,
+    invariant: bool,
+) -> Constants:
+    """What a step of this spec compiles the kernel for, a call of plain scores on a pool's pages given."""
+    block_d = tune.block_dim(spec.head_dim)
+    fold_rows = min(tile.rows, _FOLD_ROWS) if phases == 2 else tune.power_of_two(spec.group_size)
+    return Constants(
+        group=spec.group_size,
+        head_dim=spec.head_dim,
+        page_size=spec.page_size,
+        block_m=tile.rows,
+        block_n=tile.kv_tokens,
+        block_d=block_d,
+        fold_rows=fold_rows,
+        fold_parts=max(1, _FOLD_ELEMENTS // (fold_rows * block_d)),
+        item=COLUMNS,
+        causal=causal,
+        window=window,
+        softcap=False,
+        plain=True,
+        format=spec.kv_dtype or "same",
+        packed=spec.quantized and spec.dtype != torch.float32 and spec.head_dim % WORD == 0,
+        aligned=not window and (tile.kv_tokens % spec.page_size == 0 or spec.page_size % tile.kv_tokens == 0),
+        same_strides=True,
+        transposed=tile.transposed,
+        invariant=invariant,
+        overlaps=phases == 1 and chip.overlaps_launches and not INTERPRETED,
+        capability=chip.capability if chip.name == "cuda" else 0,
+        phases=1 if window else phases,
+        # Three products of tf32 halves carry float32's precision on the matrix units.
+        precision="ieee" if chip.name == "hip" else "tf32x3",
+        num_stages=tile.num_stages,
+    )
+
+
+class Launch:
+    """The kernel's part of a plan, decode or prefill, for tensors of any layout."""
+
+    def __init__(
+        self, spec: AttentionSpec, rules: Capacity, plan: DevicePlan, work: DeviceWork, tile: tune.Tile, phases: int,
+        device: torch.device, use_hopper: bool,
+    ) -> None:  # fmt: skip
+        rule = rules.causal, rules.window_left >= 0, rules.kv_split > 0
+        self._recipe = _recipe(spec, tile, phases, device, tune.chip_of(device), *rule)
+        self._num_workers, self._device = work.num_workers, device
+        self._sections = (
+            work.items, work.worker_indptr, work.arrivals, plan.cu_seqlens_q, plan.page_table,
+            work.partial_out, work.partial_lse,
+        )  # fmt: skip
+        self._window_left = rules.window_left
+        self._hopper = (
+            hopper.Prefill(spec, work, plan.page_table, rules.causal, device) if use_hopper else None
+        )
+
+    def bind(self, call: AttentionCall) -> BoundCall:
+        """The launch on tensors of this call's layout."""
+        mask, factor, softcap = call.tree_mask, call.scale, float(call.softcap)
+        numbers = (
+            factor, softcap, self._sections[4].shape[1], self._window_left,
+            0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
+        )  # fmt: skip
+        enqueues: dict[Any, Enqueue] = {}
+
+        def run(*tensors: torch.Tensor | None) -> None:
+            addresses, granted = addresses_of(tensors)
+            enqueue = enqueues.get(granted)
+            if enqueue is None:
+                enqueue = enqueues[granted] = self._bind(call.on(tensors), granted, numbers)
+            enqueue(tensors, addresses)
+
+        return run
+
+    def _bind(self, call: AttentionCall, granted: Any, numbers: tuple[float, ...]) -> Enqueue:
+        """The launch on tensors that are also aligned like these, compiled if nobody has asked for it before."""
+        if self._hopper and hopper.why_not_call(call) is None:
+            return self._hopper.bind(call, granted)
+        recipe = self._recipe
+        strides = [None if tensor is None else tensor.stride() for tensor in call.tensors]
+        layout = (*strides, call.softcap > 0, call.scale > 0, granted)
+        form = recipe.forms.get(layout)
+        if form is None:
+            tensors = (*call.tensors, *[section.tensor for section in self._sections])
+            form = Form.compile(
+                attend, self._device, tensors, numbers, _tail(recipe.constants, call), recipe.options
+            )
+            recipe.forms[layout] = form
+        return form.bind(self._num_workers, self._device, self._sections, numbers)
+
+
+def _tail(constants: Constants, call: AttentionCall) -> tuple[Any, ...]:
+    """The kernel's last arguments: strides, then what the call adds to the plan's constants."""
+    q, k_pages, v_pages, out, lse, k_scale, *_ = call.tensors
+    k_head, *k_strides, _ = k_pages.stride()
+    v_head, *v_strides, _ = v_pages.stride()
+    # Whether rows of one-byte elements can be read four at a time.
+    whole = k_pages.data_ptr() | v_pages.data_ptr()
+    for stride in (k_head, v_head, *k_strides, *v_strides):
+        whole |= stride
+    packed = constants.packed and whole % WORD == 0
+    if packed:
+        k_strides, v_strides = ([stride // WORD for stride in strides] for strides in (k_strides, v_strides))
+    strides = (
+        *q.stride()[:2], *out.stride()[:2], 0 if lse is None else lse.stride(0),
+        k_head, *k_strides, v_head, *v_strides, *((0, 0, 0) if k_scale is None else k_scale.stride()),
+    )  # fmt: skip
+    constants = constants._replace(
+        packed=packed,
+        softcap=call.softcap > 0,
+        plain=not call.softcap and call.alibi_slopes is None and call.scale > 0,
+        same_strides=k_strides == v_strides,
+    )
+    return (*strides, *constants)

@@ -1,9 +1,13 @@
-"""A step's plan on the device: every index list in one int32 buffer, moved by one copy."""
+"""A step's plan on the device: every index list in one int32 buffer, moved by one copy.
+
+The buffer's sections have fixed places for a capacity. For a plan of its own that is what the step needs; where
+addresses must not change, for CUDA graphs, it is what the largest step needs.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +15,7 @@ import torch
 
 from quire import work
 from quire.compiled import compiled
-from quire.work import StepPlan, WorkList
+from quire.work import Capacity, StepPlan
 
 SEGMENT = 4  # int32s: every list starts on 16 bytes
 # Columns of an item on the device: those of the host, and where its tile's parts are; num_parts is 1 for a whole tile.
@@ -20,11 +24,12 @@ COLUMNS = len(ITEM_COLUMNS)
 
 
 class Section(NamedTuple):
-    """A list's place in a buffer that several share. Viewed as a tensor only where someone asks for one."""
+    """A list's place in the buffer. Viewed as a tensor only where someone asks for one."""
 
     buffer: torch.Tensor
     start: int
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
     @property
     def address(self) -> int:
@@ -32,7 +37,15 @@ class Section(NamedTuple):
 
     @property
     def tensor(self) -> torch.Tensor:
-        return self.buffer[self.start : self.start + math.prod(self.shape)].view(self.shape)
+        flat = self.buffer[self.start : self.start + math.prod(self.shape)]
+        return flat.view(self.dtype).view(self.shape)
+
+
+class PartialShape(NamedTuple):
+    """A partial state: its rows, and the elements of each."""
+
+    rows: int
+    block_dim: int
 
 
 @dataclass(frozen=True)
@@ -40,56 +53,69 @@ class DeviceWork:
     """One kernel's work list and the room for its partial states; see ``work.WorkList`` for the columns."""
 
     num_workers: int
-    items: Section  # int32 [num_workers + num_items, 10], see ITEM_COLUMNS: each worker's first, then all
     worker_indptr: Section  # int32 [num_workers + 1] into items
     arrivals: Section  # int32 [num_partials]: parts finished so far, counted at the first one's place
+    items: Section  # int32 [num_workers + num_items, 10], see ITEM_COLUMNS: each worker's first, then all
     partial_out: Section  # float32 [num_partials, rows, block_dim]
     partial_lse: Section  # float32 [num_partials, rows], base 2
 
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What both kernels read of a step."""
+    """Memory on the device for the plans of a capacity, one at a time, and what kernels read of it."""
 
-    page_table: Section  # int32 [batch, max_pages]
     cu_seqlens_q: Section  # int32 [batch + 1]
-    work: tuple[DeviceWork, ...]
+    page_table: Section  # int32 [batch, max_pages]
+    decode: DeviceWork | None  # None where no item may be
+    prefill: DeviceWork | None
 
+    @classmethod
+    def reserve(
+        cls, capacity: Capacity, partials: tuple[PartialShape, PartialShape], device: torch.device
+    ) -> DevicePlan:
+        """Room for a capacity; ``partials`` are those of decode and of prefill."""
+        bounds = capacity.decode, capacity.prefill
+        # What is copied comes first and the page table last of that: its rows past the step's batch stay behind.
+        shapes: list[tuple[int, ...]] = [(capacity.batch + 1,)]
+        for workers, items, parts in bounds:
+            shapes += [(workers + 1,), (parts,), (workers + items, COLUMNS)] if items else [(0,)] * 3
+        shapes.append((capacity.batch, capacity.max_pages))
+        copied = len(shapes)
+        for (_, _, parts), (rows, block_dim) in zip(bounds, partials, strict=True):
+            shapes += [(parts, rows, block_dim), (parts, rows)]
+        starts = _starts(shapes)
+        buffer = torch.empty(starts[-1], dtype=torch.int32, device=device)
+        sections = [
+            Section(buffer, start, shape, torch.int32 if i < copied else torch.float32)
+            for i, (start, shape) in enumerate(zip(starts, shapes, strict=False))
+        ]
+        works = [
+            DeviceWork(bound.num_workers, *sections[3 * i + 1 : 3 * i + 4], *sections[2 * i + 8 : 2 * i + 10])
+            if bound.items
+            else None
+            for i, bound in enumerate(bounds)
+        ]
+        return cls(sections[0], sections[7], *works)
 
-def move_to_device(
-    step: StepPlan, lists: Sequence[tuple[WorkList, int, int]], device: torch.device
-) -> DevicePlan:
-    """Pack a step and its work lists, each with its tile's rows and block_dim, and copy them over.
+    def fill(self, step: StepPlan) -> None:
+        """Pack a step that fits and copy it over.
 
-    Cost: one host-to-device copy, which the host does not wait for. It must stay a copy: a kernel that OVERLAPS reads
-    the plan before it waits for the kernel ahead of it, which therefore must not be what writes it.
-    """
-    counts = [(len(shares.worker_indptr) - 1, len(shares.items), shares.num_partials) for shares, *_ in lists]
-    shapes = [step.page_table.shape, step.cu_seqlens_q.shape]
-    for workers, items, partials in counts:
-        shapes += [(workers + items, COLUMNS), (workers + 1,), (partials,)]
-    starts = _starts(shapes)
-    # Pinned, so that the copy needs no host thread; torch keeps the memory until the copy is done.
-    host = torch.empty(starts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
-    packed = host.numpy()
-    _pack_step(step.page_table, step.cu_seqlens_q, packed, starts[1])
-    for i, (shares, *_) in enumerate(lists):
-        _pack_work(shares.items, shares.worker_indptr, shares.merges, packed, starts[2 + 3 * i], starts[3 + 3 * i],
-                   starts[4 + 3 * i], starts[5 + 3 * i])  # fmt: skip
-    moved = _sections(host.to(device, non_blocking=True), starts, shapes)
-    rooms: list[tuple[int, ...]] = []
-    for (_, _, partials), (_, rows, block_dim) in zip(counts, lists, strict=True):
-        rooms += [(partials, rows, block_dim), (partials, rows)]
-    room_starts = _starts(rooms)
-    room = _sections(torch.empty(room_starts[-1], dtype=torch.float32, device=device), room_starts, rooms)
-    return DevicePlan(
-        next(moved),
-        next(moved),
-        tuple(
-            DeviceWork(workers, next(moved), next(moved), next(moved), next(room), next(room))
-            for workers, _, _ in counts
-        ),
-    )
+        Cost: one host-to-device copy, which the host does not wait for. It must stay a copy: a kernel that OVERLAPS
+        reads the plan before it waits for the kernel ahead of it, which therefore must not be what writes it.
+        """
+        table, buffer = self.page_table, self.page_table.buffer
+        columns = table.shape[1]
+        end = table.start + len(step.seq_lens) * columns
+        # Pinned, so that the copy needs no host thread; torch keeps the memory until the copy is done.
+        host = torch.empty(end, dtype=torch.int32, pin_memory=buffer.is_cuda)
+        packed = host.numpy()
+        pages = step.page_table[:, :columns]
+        _pack_step(pages, step.seq_lens, step.page_size, step.cu_seqlens_q, packed, table.start, columns)
+        for room, shares in ((self.decode, step.decode), (self.prefill, step.prefill)):
+            if room is not None:
+                _pack_work(shares.items, shares.worker_indptr, shares.merges, packed, room.worker_indptr.start,
+                           room.arrivals.start, room.items.start)  # fmt: skip
+        buffer[:end].copy_(host, non_blocking=True)
 
 
 def _starts(shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -100,27 +126,28 @@ def _starts(shapes: Sequence[tuple[int, ...]]) -> list[int]:
     return [*starts[:-1], starts[-1] + SEGMENT]
 
 
-def _sections(
-    buffer: torch.Tensor, starts: Sequence[int], shapes: Sequence[tuple[int, ...]]
-) -> Iterator[Section]:
-    return (Section(buffer, start, tuple(shape)) for start, shape in zip(starts, shapes, strict=False))
-
-
 @compiled
-def _pack_step(page_table: Any, cu_seqlens_q: Any, packed: Any, starts_at: int) -> None:
-    rows, columns = page_table.shape
-    for i in range(rows):
-        for j in range(columns):
-            packed[i * columns + j] = page_table[i, j]
+def _pack_step(
+    page_table: Any,
+    seq_lens: Any,
+    page_size: int,
+    cu_seqlens_q: Any,
+    packed: Any,
+    table_at: int,
+    columns: int,
+) -> None:
+    """Pages in use, row by row, and cu_seqlens_q ahead of all else."""
+    for i in range(len(seq_lens)):
+        for j in range(min(page_table.shape[1], (seq_lens[i] + page_size - 1) // page_size)):
+            packed[table_at + i * columns + j] = page_table[i, j]
     for i in range(len(cu_seqlens_q)):
-        packed[starts_at + i] = cu_seqlens_q[i]
+        packed[i] = cu_seqlens_q[i]
 
 
 @compiled
 def _pack_work(
-    items: Any, worker_indptr: Any, merges: Any, packed: Any, items_at: int, indptr_at: int, arrivals_at: int,
-    end: int,
-) -> None:  # fmt: skip
+    items: Any, worker_indptr: Any, merges: Any, packed: Any, indptr_at: int, arrivals_at: int, items_at: int
+) -> None:
     """A work list as ``DeviceWork`` lays it out, its counters at zero."""
     num_workers = len(worker_indptr) - 1
     listed = items_at + num_workers * COLUMNS
@@ -137,10 +164,10 @@ def _pack_work(
             packed[listed + i * COLUMNS + COLUMNS - 2] = merges[merge, 3]
             packed[listed + i * COLUMNS + COLUMNS - 1] = merges[merge, 4]
     for worker in range(num_workers):
-        # Who has no items gets somebody's, and does not look at it.
+        # Who has no items gets somebody's, or none at all, and does not look at it.
         first = listed + min(worker_indptr[worker], len(items) - 1) * COLUMNS
         for column in range(COLUMNS):
-            packed[items_at + worker * COLUMNS + column] = packed[first + column]
+            packed[items_at + worker * COLUMNS + column] = packed[first + column] if len(items) else 0
     for worker in range(num_workers + 1):
         packed[indptr_at + worker] = worker_indptr[worker] + num_workers
-    packed[arrivals_at:end] = 0
+    packed[arrivals_at:items_at] = 0

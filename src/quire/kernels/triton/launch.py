@@ -1,8 +1,8 @@
 """Launching a compiled kernel with little work on the host.
 
 ``kernel[grid](...)`` looks at every argument of every call, 20 µs for forty of them. What compiled code depends on is
-known here: dtypes and strides of the tensors, which of them are there, and whether they are aligned. A caller keeps
-a ``Form`` by those and hands raw addresses to it: about 4 µs.
+known here: dtypes and strides of the tensors, which of them are there, and whether they are aligned. A ``Form`` is
+compiled for those; bound to what does not change from layer to layer, it takes raw addresses.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from quire.kernels.triton.device_plan import Section
 from quire.kernels.triton.tune import Tile
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -44,7 +45,8 @@ class Form(NamedTuple):
     def compile(
         cls,
         kernel: Any,
-        tensors: Sequence[torch.Tensor | None],
+        device: torch.device,
+        tensors: Sequence[Any],
         numbers: Sequence[float],
         tail: tuple[Any, ...],
         options: Options,
@@ -55,42 +57,75 @@ class Form(NamedTuple):
         arguments = (*map(as_bytes, tensors), *numbers, *tail)
         # AMD's compiler knows no launch_pdl, not even None.
         asked = {name: value for name, value in options._asdict().items() if value is not None}
-        where = next(tensor.device for tensor in tensors if tensor is not None)
-        with torch.cuda.device(where) if where.type == "cuda" else nullcontext():  # code is loaded per device
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        ):  # code is loaded per device
             compiled = kernel.warmup(*arguments, grid=(1,), **asked)
             compiled._init_handles()
         return cls(kernel, compiled, tail)
 
-    def launch(
-        self,
-        grid: int,
-        device: torch.device,
-        addresses: Sequence[int | None],
-        numbers: Sequence[float],
-        tensors: Callable[[], Sequence[torch.Tensor | None]],
-    ) -> None:
-        """Run ``grid`` programs on the device's current stream; ``addresses`` are those of ``tensors``."""
+    def bind(
+        self, grid: int, device: torch.device, sections: Sequence[Section], numbers: Sequence[float]
+    ) -> Enqueue:
+        """``grid`` programs on the device's current stream, for tensors given anew each time, and for what stays.
+
+        The bound form takes the tensors and, as it would compute them itself, their addresses.
+        """
         if self.compiled is None:
-            self.kernel[(grid,)](*map(as_bytes, tensors()), *numbers, *self.tail)
-            return
-        index = torch.cuda.current_device()
-        if device.index is not None and device.index != index:
-            with torch.cuda.device(device):
-                self.launch(grid, device, addresses, numbers, tensors)
-            return
-        compiled = self.compiled
-        compiled.run(
-            grid, 1, 1, torch._C._cuda_getCurrentRawStream(index), compiled.function, compiled.packed_metadata,
-            None, None, None, *addresses, *numbers, *self.tail,
-        )  # fmt: skip
+            plan = [section.tensor for section in sections]
+
+            def interpret(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int | None]) -> None:
+                self.kernel[(grid,)](*map(as_bytes, tensors), *plan, *numbers, *self.tail)
+
+            return interpret
+        index = torch.cuda.current_device() if device.index is None else device.index
+        launcher, middle = _launcher_of(self.compiled)
+        rest = (*[section.address for section in sections], *numbers, *self.tail)
+
+        def enqueue(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int | None]) -> None:
+            if torch._C._cuda_getDevice() == index:
+                stream = torch._C._cuda_getCurrentRawStream(index)
+                launcher(grid, 1, 1, stream, *middle, *addresses, *rest)
+            else:
+                with torch.cuda.device(index):
+                    enqueue(tensors, addresses)
+
+        return enqueue
 
 
-def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[int | None], Any]:
+Enqueue = Callable[[Sequence[torch.Tensor | None], Sequence[int | None]], None]
+
+
+def _launcher_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """What enqueues compiled code, and what it wants to be told between the stream and the kernel's arguments.
+
+    In Triton 3.6 its C function, where a launcher has no scratch memory to allocate: that saves a microsecond.
+    """
+    run, hooks = compiled.run, (compiled.packed_metadata, None, None, None)
+    if triton.__version__.startswith("3.6.") and hasattr(run, "launch_pdl"):
+        scratch = run.global_scratch_size, run.profile_scratch_size
+        if scratch == (0, 0):
+            return run.launch, (
+                compiled.function,
+                run.launch_cooperative_grid,
+                run.launch_pdl,
+                None,
+                None,
+                *hooks,
+            )
+    return run, (compiled.function, *hooks)
+
+
+def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[Sequence[int | None], Any]:
     """Where tensors lie, and what compiled code takes for granted of that: alignment, and on AMD small storages."""
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    addresses: list[int | None] = []
     ends = 0
-    for address in addresses:
-        if address is not None:
+    for tensor in tensors:  # one loop takes two thirds of a list's comprehension and another
+        if tensor is None:
+            addresses.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses.append(address)
             ends |= address
     granted: Any = ends % ALIGNMENT == 0 or tuple(
         [address and address % ALIGNMENT == 0 for address in addresses]
@@ -101,8 +136,8 @@ def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[int | Non
     return addresses, granted
 
 
-def as_bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """fp8 tensors as bytes, which kernels read on every chip."""
-    if tensor is not None and tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        return tensor.view(torch.uint8)
-    return tensor
+def as_bytes(argument: Any) -> Any:
+    """fp8 tensors as bytes, which kernels read on every chip; anything else as it is."""
+    if isinstance(argument, torch.Tensor) and argument.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return argument.view(torch.uint8)
+    return argument

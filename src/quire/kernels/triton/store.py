@@ -10,10 +10,20 @@ Source: the reshape-and-cache step of PagedAttention, arXiv:2309.06180 §4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
+from quire.kernels.triton import tune
 from quire.kernels.triton.formats import E4M3_MAX, E5M2_MAX, INT8_MAX, round_to_fp8, round_to_int8
+from quire.kernels.triton.launch import Enqueue, Form, Options, addresses_of
+from quire.spec import QUANTIZED_DTYPES
+
+_FORMATS = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
+_STORE_ELEMENTS = 4096  # of one token that a program of write_kv holds at a time
 
 
 @triton.jit
@@ -59,7 +69,7 @@ def write_token(
 
 @triton.jit
 def write(
-    k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping,
+    k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale,
     k_token, k_head, v_token, v_head, k_pages_head, k_page, k_slot, v_pages_head, v_page, v_slot,
     scale_head, scale_page, scale_slot, slot_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
@@ -78,3 +88,41 @@ def write(
             v, v_pages, v_scale, token, page, offset, v_token, v_head, v_pages_head, v_page, v_slot,
             scale_head, scale_page, scale_slot, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D, FORMAT,
         )  # fmt: skip
+
+
+_forms: dict[Any, Form] = {}  # compiled kernels, by what they are compiled for
+
+
+def bind_write(*like: Any) -> Callable[..., None]:
+    """``write_kv`` for tensors of the layout of these: one program per token."""
+    tokens, device = like[0].shape[0], like[0].device
+    enqueues: dict[Any, Enqueue] = {}
+
+    def run(*tensors: torch.Tensor | None) -> None:
+        addresses, granted = addresses_of(tensors)
+        enqueue = enqueues.get(granted)
+        if enqueue is None:
+            enqueue = enqueues[granted] = _form(tensors, granted).bind(tokens, device, (), ())
+        enqueue(tensors, addresses)
+
+    return run if tokens else lambda *tensors: None
+
+
+def _form(tensors: tuple[Any, ...], granted: Any) -> Form:
+    """The kernel for tensors like these, compiled if nobody has asked for it before."""
+    k, v, k_pages, v_pages, slot_mapping, k_scale, _ = tensors
+    _, heads, head_dim = k.shape
+    block_d = tune.block_dim(head_dim)
+    block_h = min(tune.power_of_two(heads), max(1, _STORE_ELEMENTS // block_d))
+    tail = (
+        *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+        *((0, 0, 0) if k_scale is None else k_scale.stride()), slot_mapping.stride(0),
+        heads, head_dim, k_pages.shape[2], block_h, block_d, _FORMATS.get(k_pages.dtype, "same"),
+    )  # fmt: skip
+    key = k.dtype, k_pages.dtype, k.device, granted, tail
+    form = _forms.get(key)
+    if form is None:
+        form = _forms[key] = Form.compile(
+            write, k.device, tensors, (), tail, Options(num_warps=4, num_stages=1)
+        )
+    return form

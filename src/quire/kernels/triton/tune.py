@@ -7,6 +7,7 @@ stages of all workers of a multiprocessor, and registers the accumulator, BLOCK_
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ def known_chip(name: str, capability: int, multiprocessors: int) -> Chip:
     return Chip(name, capability, shared, multiprocessors)
 
 
+@functools.cache
 def chip_of(device: torch.device) -> Chip:
     """The chip behind a device; a CPU stands for the interpreter, with few workers so that work is still split."""
     if device.type != "cuda":
@@ -95,6 +97,7 @@ def token_bytes(spec: AttentionSpec) -> int:
     return 2 * block_dim(spec.head_dim) * spec.storage_dtype.itemsize
 
 
+@functools.lru_cache
 def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Few rows, bound by memory: enough bytes in flight, and on Hopper as measured (docs/performance.md).
 
@@ -121,6 +124,7 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1)
 
 
+@functools.lru_cache
 def prefill_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Many rows, bound by the matrix units: as large a tile as registers and shared memory hold."""
     wide, slow = block_dim(spec.head_dim) > 128, spec.dtype == torch.float32

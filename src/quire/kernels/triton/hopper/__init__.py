@@ -12,7 +12,7 @@ A sequence's last page must not bring its unused slots along: 0 · NaN is NaN. I
 tokens end it; what lies ahead of the page is outside the tensor and arrives as zeros.
 
 ``geometry`` is what both sides agree on, ``load`` the loaders, ``attend`` the consumers and the kernel, ``finish`` the
-end of a tile. This module is the host's side: when the kernel serves (``why_not``, ``why_not_step``, ``why_not_call``), and its launch.
+end of a tile. This module is the host's side: when the kernel serves (``why_not``, ``why_not_rules``, ``why_not_call``), and its launch.
 
 Sources: FlashAttention-3, arXiv:2407.08608; PagedAttention, arXiv:2309.06180.
 """
@@ -20,17 +20,17 @@ Sources: FlashAttention-3, arXiv:2407.08608; PagedAttention, arXiv:2309.06180.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from quire.kernels.triton.device_plan import DeviceWork, Section
-from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Form, Options, addresses_of
+from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Enqueue, Form, Options
 from quire.kernels.triton.tune import Chip, Tile, power_of_two
 from quire.spec import AttentionSpec
-from quire.work import AttentionCall, StepPlan, TileShape
+from quire.work import AttentionCall, Capacity, TileShape
 
 ROWS = 128  # of a tile, two warpgroups of 64
 BLOCK_N = 128  # keys of a block
@@ -62,11 +62,11 @@ def why_not(spec: AttentionSpec, chip: Chip) -> str | None:
     return None
 
 
-def why_not_step(step: StepPlan) -> str | None:
-    """A phrase if the kernel cannot serve this step, whose layers it could serve otherwise."""
-    if step.window_left >= 0:
+def why_not_rules(rules: Capacity) -> str | None:
+    """A phrase if the kernel cannot serve steps of these rules, whose layers it could serve otherwise."""
+    if rules.window_left >= 0:
         return "a window is set"
-    if step.kv_split:
+    if rules.kv_split:
         return "a batch-invariant step needs each key in the same column whatever ends behind it"
     return None
 
@@ -113,67 +113,75 @@ class Box(NamedTuple):
 _forms: dict[Any, Form] = {}  # compiled kernels, by what they are compiled for
 
 
-@dataclass(frozen=True)
 class Prefill:
     """The kernel for one plan's prefill."""
 
-    spec: AttentionSpec
-    work: DeviceWork
-    page_table: Section
-    causal: bool
-
-    def launch(self, call: AttentionCall) -> None:
-        """One layer's prefill; ``why_not`` and ``why_not_call`` have been asked."""
-        work = self.work
-        sections = (
-            work.items, work.worker_indptr, work.arrivals, self.page_table, work.partial_out, work.partial_lse,
+    def __init__(
+        self, spec: AttentionSpec, work: DeviceWork, page_table: Section, causal: bool, device: torch.device
+    ) -> None:
+        self._spec, self._causal, self._device = spec, causal, device
+        self._num_workers, self._table_row = work.num_workers, page_table.shape[1]
+        self._sections = (
+            work.items, work.worker_indptr, work.arrivals, page_table, work.partial_out, work.partial_lse,
         )  # fmt: skip
-        boxes = self._by_group(call.q), by_page(call.k_pages), by_page(call.v_pages), self._by_group(call.out)
-        numbers = (call.scale * LOG2_E, self.page_table.shape[1])
+
+    def bind(self, call: AttentionCall, granted: Any) -> Enqueue:
+        """The launch on tensors like this call's; ``why_not`` and ``why_not_call`` have been asked."""
+        numbers = call.scale * LOG2_E, self._table_row
         strides = (*call.out.stride()[:2], 0 if call.lse is None else call.lse.stride(0))
-        addresses, aligned = addresses_of((call.out, call.lse))
-
-        def tensors() -> tuple[torch.Tensor | None, ...]:
-            return (call.out, call.lse, *(section.tensor for section in sections))
-
-        key = (self.spec, self.causal, call.q.device, strides, aligned, call.lse is None)
+        key = (self._spec, self._causal, self._device, strides, granted, call.lse is None)
         form = _forms.get(key)
         if form is None:
-            form = _forms[key] = self._compile(tensors(), boxes, numbers, strides)
-        steps: Any = (*boxes, *numbers)
-        addresses += [section.address for section in sections]
-        form.launch(work.num_workers, call.q.device, addresses, steps, tensors)
+            form = _forms[key] = self._compile(call, numbers, strides)
+        launch = form.bind(self._num_workers, self._device, self._sections, numbers)
+
+        def enqueue(tensors: Sequence[Any], addresses: Sequence[int | None]) -> None:
+            q, k_pages, v_pages, out, *_ = tensors
+            given: Any = (*self._boxes(q, k_pages, v_pages, out), addresses[3], addresses[4])
+            launch((), given)
+
+        return enqueue
+
+    def _boxes(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor
+    ) -> tuple[Box, ...]:
+        return self._by_group(q), by_page(k_pages), by_page(v_pages), self._by_group(out)
 
     def _by_group(self, rows: torch.Tensor) -> Box:
         """Queries or results as [tokens, kv_heads, group, head_dim]."""
         tokens, heads, head_dim = rows.shape
         token, head, _ = rows.stride()
-        group = self.spec.group_size
+        group = self._spec.group_size
         return Box(rows, (tokens, heads // group, group, head_dim), (token, group * head, head, 1))
 
-    def _compile(self, tensors: Any, boxes: tuple[Box, ...], numbers: Any, strides: tuple[int, ...]) -> Form:
+    def _compile(self, call: AttentionCall, numbers: tuple[float, ...], strides: tuple[int, ...]) -> Form:
         # Imported here: Gluon is an experimental part of Triton, and only this kernel needs it.
         from triton.experimental.gluon.language import NVMMASharedLayout
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         from quire.kernels.triton.hopper.attend import hopper_prefill
 
-        spec = self.spec
+        spec = self._spec
         group_rows = power_of_two(spec.group_size)
         rows = [ROWS // 2 // group_rows, 1, group_rows, spec.head_dim]
         page = [1, 1, math.gcd(spec.page_size, BLOCK_N), SLAB]
         layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
         descriptors = [
             TensorDescriptor(box.base, list(box.shape), list(box.strides), block, layout)
-            for box, block in zip(boxes, (rows, page, page, rows), strict=True)
+            for box, block in zip(self._boxes(*call.tensors[:4]), (rows, page, page, rows), strict=True)
         ]
         constants = (
-            spec.group_size, spec.page_size, BLOCK_N, STAGES, self.causal, LOADER_REGISTERS, CONSUMER_REGISTERS,
+            spec.group_size, spec.page_size, BLOCK_N, STAGES, self._causal, LOADER_REGISTERS, CONSUMER_REGISTERS,
         )  # fmt: skip
+        tensors = (call.out, call.lse, *[section.tensor for section in self._sections])
         return Form.compile(
-            hopper_prefill, tensors, (*descriptors, *numbers), (*strides, *constants),
+            hopper_prefill,
+            self._device,
+            (*descriptors, *tensors),
+            numbers,
+            (*strides, *constants),
             Options(num_warps=4, num_stages=1),
-        )  # fmt: skip
+        )
 
 
 def by_page(pages: torch.Tensor) -> Box:

@@ -206,8 +206,8 @@ def allocate_ring(dtype: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
 
 @gluon.jit(do_not_specialize=["table_row"])
 def hopper_prefill(
-    out, lse, items, worker_indptr, arrivals, page_table, partial_out, partial_lse,
-    q_descriptor, k_descriptor, v_descriptor, o_descriptor, scale_log2, table_row,
+    q_descriptor, k_descriptor, v_descriptor, o_descriptor,
+    out, lse, items, worker_indptr, arrivals, page_table, partial_out, partial_lse, scale_log2, table_row,
     out_token, out_head, lse_token,
     GROUP: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
