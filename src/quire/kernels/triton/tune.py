@@ -102,7 +102,7 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Few rows, bound by memory: enough bytes in flight, and on Hopper as measured (docs/performance.md).
 
     One worker of large blocks per multiprocessor loses nothing to two of small ones and splits tiles half as
-    often. Quantised blocks cost arithmetic instead: there several workers of two warps wait for one another least.
+    often. Quantised blocks cost arithmetic instead: there many workers of few warps wait for one another least.
     """
     rows = max(MIN_ROWS, power_of_two(spec.group_size))
     if chip.name == "hip":
@@ -112,9 +112,17 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     if spec.quantized:
         narrow = spec.dtype != torch.float32
         rows = max(MIN_COLUMNS if narrow else MIN_ROWS, power_of_two(spec.group_size))
-        num_warps = 2 if rows <= MIN_ROWS else 4
-        kv_tokens = 64 if 2 * 64 * token_bytes(spec) <= chip.shared_bytes // 2 else 32
-        return Tile(rows, kv_tokens, num_warps, num_stages=3, workers_per_sm=4, transposed=narrow)
+        if rows == MIN_COLUMNS and block_dim(spec.head_dim) <= 128:
+            kv_tokens, num_warps, most_workers = 32, 1, 8  # as many as registers hold, two for each scheduler
+        else:
+            kv_tokens = 64 if _resident(spec, rows, 64, 3, chip) >= 4 else 32
+            num_warps, most_workers = 2 if rows <= MIN_ROWS else 4, 4
+        num_stages = 3
+        if _resident(spec, rows, kv_tokens, num_stages, chip) < 4:
+            num_stages = 2
+        workers = min(most_workers, _resident(spec, rows, kv_tokens, num_stages, chip))
+        workers = power_of_two(workers + 1) // 2  # schedulers share evenly
+        return Tile(rows, kv_tokens, num_warps, num_stages, workers, transposed=narrow)
     # Of three stages two are in shared memory at a time. float32 takes three products' registers, so half the keys.
     large = chip.shared_bytes > 2 * 64 * KIB and spec.dtype != torch.float32
     stage_bytes = 64 * KIB if large else 32 * KIB
@@ -122,6 +130,15 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     stage_bytes = min(stage_bytes, room // 5 * 2)  # two of them, and a fifth for what else there is
     kv_tokens = min(128, max(16, power_of_two(stage_bytes // token_bytes(spec) + 1) // 2))
     return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1)
+
+
+def _resident(spec: AttentionSpec, rows: int, kv_tokens: int, num_stages: int, chip: Chip) -> int:
+    """Workers of quantised decode whose shared memory a multiprocessor holds at once; one at least."""
+    stage = kv_tokens * (token_bytes(spec) + 2 * torch.float32.itemsize)  # keys, values and their scales
+    beside = (
+        query_bytes(spec, rows) + KIB // 4 + KIB
+    )  # what else there is, and what the hardware keeps for itself
+    return max(1, (chip.shared_bytes + KIB) // (num_stages * stage + beside))
 
 
 @functools.lru_cache
