@@ -121,9 +121,10 @@ class _Worker:
         if ended or overdue or late:
             self.kill()
             self._read()
-            self._bury(
-                "ran out of the run's time" if late else "no answer in time" if overdue else "process died"
-            )
+            if late and not ended:  # cut off by the others' time, which says nothing of the job
+                self._bury("skipped", "cut off when the run's time was over")
+            else:
+                self._bury("failed", "no answer in time" if overdue else "process died")
             if late:
                 for index in range(len(self.rows), len(self.jobs)):
                     self._finish(index, [self.jobs[index].row("skipped", "no time left")])
@@ -131,13 +132,13 @@ class _Worker:
                 self._start(len(self.rows))
         return len(self.rows) == len(self.jobs)
 
-    def _bury(self, why: str) -> None:
+    def _bury(self, status: str, why: str) -> None:
         """The job that was under way is lost; so is the next one if the process never got to any."""
         never_began = len(self.rows) == self.begin and self.begin < len(self.jobs)
         lost = self.begin if self.running is None and never_began else self.running
         if lost is not None:
             last_words = self.log.read_text(errors="replace")[-600:].strip()
-            self._finish(lost, [self.jobs[lost].row("failed", f"{why}: {last_words}")])
+            self._finish(lost, [self.jobs[lost].row(status, f"{why}: {last_words}")])
 
     def kill(self) -> None:
         """End the process and what it started, if it still runs."""
