@@ -164,19 +164,22 @@ def attend_item(
             locate_first_block(cfg, step, call, item + ITEM_BYTES, upcoming)
         if call.k_scale:
             scales = kv_head * call.scale_head
-            scale_block(step, call, sequence, begin, block_end, call.k_scale + scales, here + K_SCALES)
-            scale_block(step, call, sequence, begin, block_end, call.v_scale + scales, here + V_SCALES)
+            scale_block(cfg, step, call, sequence, begin, block_end, call.k_scale + scales, here + K_SCALES)
+            scale_block(cfg, step, call, sequence, begin, block_end, call.v_scale + scales, here + V_SCALES)
             # An odd last token's partner weighs nothing.
             store_f32(here + V_SCALES + (block_end - begin) * 4, ZERO)
-        if cfg.pairs and cfg.kv_dtype != BF16:
-            converted = states + tiles * tile_bytes(cfg.row_bytes)
+        converted = states + tiles * tile_bytes(cfg.row_bytes)
+        if cfg.converts:
             convert_block(cfg, here + K_ROWS, converted)
-            convert_block(cfg, here + V_ROWS, converted + BLOCK * cfg.head_dim * BYTES[BF16])
         for i in range(tiles):
             state = states + i * tile_bytes(cfg.row_bytes)
             score_block(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
             adjust_scores(cfg, call, position - begin, block_end - begin, here, state, scores)
             update_softmax(cfg, call, block_end - begin, here, state, scores)
+            if cfg.converts and i == 0:
+                # Over the keys if no other tile needs them: both and what they are made from outgrow the first cache.
+                over = min(tiles - 1, 1) * BLOCK * cfg.head_dim * BYTES[BF16]
+                convert_block(cfg, here + V_ROWS, converted + over)
             accumulate_values(cfg, block_end - begin, here, upcoming, state, scores)
         here, upcoming = upcoming, here
         begin, block_end = block_end, next_end
