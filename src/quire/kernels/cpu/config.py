@@ -46,6 +46,11 @@ class Config(NamedTuple):
         return int(exact and self.head_dim % read_at_once == 0 and has_pair_products())
 
     @property
+    def converts(self) -> int:
+        """Whether decode makes bfloat16 pairs of a block's rows before it multiplies them."""
+        return int(self.pairs and self.kv_dtype != BF16)
+
+    @property
     def prefill_pairs(self) -> int:
         """Whether prefill multiplies pairs: keys have to be bfloat16 as they lie."""
         return int(self.pairs and self.kv_dtype == BF16)

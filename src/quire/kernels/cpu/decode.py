@@ -9,8 +9,9 @@ For each block of tokens, with query heads g of the group:
 The kernel is bound by reading K and V: per token of 2·head_dim elements it spends 2·heads·head_dim/16 fused
 multiply-adds, and everything else is arranged so that those keep up with memory. Scores of a block lie
 token-major, [token][head] with heads padded to a power of two, so that a tile of 16 dot products ends up in
-the 16 lanes of one vector (``sum_rows``). While one block's scores are computed, the next one's keys are
-prefetched, then its values: pages lie anywhere, so the hardware cannot guess them.
+the 16 lanes of one vector (``sum_rows``). A block's tokens are taken in the order of ``blocks``. While one block's
+scores are computed, the next one's keys are prefetched, then its values: pages lie anywhere, so the hardware cannot
+guess them.
 
 Sources: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867; FlashDecoding.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from quire.kernels.cpu.blocks import locate_block, scale_block
 from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import (
     BF16,
@@ -29,26 +31,22 @@ from quire.kernels.cpu.memory import (
     load,
     load_f32,
     load_head,
-    load_i32,
     load_i64,
     load_u8,
-    prefetch,
     store,
     store_f32,
-    store_i64,
 )
 from quire.kernels.cpu.pairs import pair_up, turn
 from quire.kernels.cpu.products import (
     BLOCK,
     BLOCK_SCRATCH,
-    CACHE_LINE,
     CORRECTION,
     K_ROWS,
     K_SCALES,
     MAX_HEADS,
+    PLACES,
     Q_ROWS,
     SLOPE,
-    TOKEN,
     V_ROWS,
     V_SCALES,
     L,
@@ -69,8 +67,6 @@ from quire.kernels.cpu.rows import (
     Step,
     finish_partial,
     finish_row,
-    load_scales,
-    locate_tokens,
     query_scale,
     share_of,
 )
@@ -111,59 +107,85 @@ def decode(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> None
 def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
     """One worker's items, in order."""
     begin, end, scratch = share_of(worker, step)
+    here, upcoming = scratch, scratch + BLOCK_SCRATCH
+    if begin < end:
+        locate_first_block(cfg, step, call, begin, here)
     for item in range(begin, end, ITEM_BYTES):
-        attend_item(cfg, step, call, item, scratch)
+        here, upcoming = attend_item(cfg, step, call, item, end, scratch, here, upcoming)
 
 
 @part
-def attend_item(cfg: Any, step: Step, call: Call, item: int, scratch: int) -> None:
-    """One KV range of one sequence and KV head; the group is walked in tiles of at most ``cfg.heads``."""
-    sequence, kv_head, token = load_i64(item), load_i64(item + 8), load_i64(item + 16)
-    position, begin, end, partial = (
-        load_i64(item + 32),
-        load_i64(item + 40),
-        load_i64(item + 48),
-        load_i64(item + 56),
-    )
+def keys_of(call: Call, item: int) -> tuple[int, int]:
+    """The range of tokens that an item's query sees."""
+    begin, end = load_i64(item + 40), load_i64(item + 48)
+    token, position = load_i64(item + 16), load_i64(item + 32)
     if (
         call.tree_mask
         and begin < end == position + 1
         and load_u8(call.tree_mask + token * call.tree_mask_row) == 0
     ):
         end -= 1  # the mask may hide a query's own key, the only new one here
+    return begin, end
 
-    here, upcoming = scratch, scratch + BLOCK_SCRATCH
+
+@part
+def locate_first_block(cfg: Any, step: Step, call: Call, item: int, block: int) -> None:
+    """``locate_block`` for the first tokens of an item."""
+    begin, end = keys_of(call, item)
+    locate_block(cfg, step, call, load_i64(item), load_i64(item + 8), begin, min(begin + BLOCK, end), block)
+
+
+@part
+def attend_item(
+    cfg: Any, step: Step, call: Call, item: int, items_end: int, scratch: int, here: int, upcoming: int
+) -> tuple[int, int]:
+    """One KV range of one sequence and KV head; the group is walked in tiles of at most ``cfg.heads``.
+
+    Its first block is located ``here``, and the next item's is at the end: returns that place and the other one.
+    """
+    sequence, kv_head, token = load_i64(item), load_i64(item + 8), load_i64(item + 16)
+    position, partial = load_i64(item + 32), load_i64(item + 56)
+    begin, end = keys_of(call, item)
     scores = scratch + 2 * BLOCK_SCRATCH
     states = scores + BLOCK * LANES * 4
     tiles = (step.group + cfg.heads - 1) // cfg.heads
     for i in range(tiles):
         start_tile(cfg, step, call, token, kv_head, i, states + i * tile_bytes(cfg.row_bytes))
 
+    has_next = item + ITEM_BYTES < items_end
+    if begin == end and has_next:
+        locate_first_block(cfg, step, call, item + ITEM_BYTES, here)
     block_end = min(begin + BLOCK, end)
-    locate_block(cfg, step, call, sequence, kv_head, begin, block_end, here)
     while begin < end:
         next_end = min(block_end + BLOCK, end)
-        locate_block(cfg, step, call, sequence, kv_head, block_end, next_end, upcoming)
+        if block_end < end:
+            locate_block(cfg, step, call, sequence, kv_head, block_end, next_end, upcoming)
+        elif has_next:
+            locate_first_block(cfg, step, call, item + ITEM_BYTES, upcoming)
         if call.k_scale:
             scales = kv_head * call.scale_head
-            load_scales(step, call, sequence, begin, block_end, call.k_scale + scales, here + K_SCALES)
-            load_scales(step, call, sequence, begin, block_end, call.v_scale + scales, here + V_SCALES)
+            scale_block(cfg, step, call, sequence, begin, block_end, call.k_scale + scales, here + K_SCALES)
+            scale_block(cfg, step, call, sequence, begin, block_end, call.v_scale + scales, here + V_SCALES)
             # An odd last token's partner weighs nothing.
             store_f32(here + V_SCALES + (block_end - begin) * 4, ZERO)
-        if cfg.pairs and cfg.kv_dtype != BF16:
-            converted = states + tiles * tile_bytes(cfg.row_bytes)
+        converted = states + tiles * tile_bytes(cfg.row_bytes)
+        if cfg.converts:
             convert_block(cfg, here + K_ROWS, converted)
-            convert_block(cfg, here + V_ROWS, converted + BLOCK * cfg.head_dim * BYTES[BF16])
         for i in range(tiles):
             state = states + i * tile_bytes(cfg.row_bytes)
             score_block(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
             adjust_scores(cfg, call, position - begin, block_end - begin, here, state, scores)
             update_softmax(cfg, call, block_end - begin, here, state, scores)
+            if cfg.converts and i == 0:
+                # Over the keys if no other tile needs them: both and what they are made from outgrow the first cache.
+                over = min(tiles - 1, 1) * BLOCK * cfg.head_dim * BYTES[BF16]
+                convert_block(cfg, here + V_ROWS, converted + over)
             accumulate_values(cfg, block_end - begin, here, upcoming, state, scores)
         here, upcoming = upcoming, here
         begin, block_end = block_end, next_end
     for i in range(tiles):
         finish_tile(cfg, step, call, token, kv_head, i, partial, states + i * tile_bytes(cfg.row_bytes))
+    return here, upcoming
 
 
 @part
@@ -179,8 +201,6 @@ def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, numbe
     store(F32, state + M, splat(LOWEST))
     store(F32, state + L, splat(ZERO))
     store(F32, state + SLOPE, splat(ZERO))
-    for lane in range(LANES):
-        store_f32(state + TOKEN + lane * 4, np.float32(lane // cfg.padded_heads))
     for g in range(cfg.heads):
         q_row = state + Q_ROWS + g * cfg.row_bytes
         in_group = min(number * cfg.heads + g, step.group - 1)  # a last tile repeats its last head, unread
@@ -207,34 +227,6 @@ def load_query(cfg: Any, source: int, factor: float, target: int) -> None:
 
 
 @part
-def locate_block(
-    cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, end: int, block: int
-) -> None:
-    """Addresses of a block's K and V rows, padded with the last one to a whole block."""
-    k, v = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head
-    locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, block + K_ROWS)
-    locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, block + V_ROWS)
-    if begin < end:
-        last = (end - begin - 1) * 8
-        for at in range(last + 8, BLOCK * 8, 8):
-            store_i64(block + K_ROWS + at, load_i64(block + K_ROWS + last))
-            store_i64(block + V_ROWS + at, load_i64(block + V_ROWS + last))
-    if call.k_scale:
-        prefetch_scales(step, sequence, begin, end, call.k_scale + kv_head * call.scale_head, call)
-        prefetch_scales(step, sequence, begin, end, call.v_scale + kv_head * call.scale_head, call)
-
-
-@part
-def prefetch_scales(step: Step, sequence: int, begin: int, end: int, base: int, call: Call) -> None:
-    """Ask for the scales of every page that tokens begin … end − 1 lie on."""
-    table, floats = step.page_table + sequence * step.page_table_row, CACHE_LINE // 4
-    for page in range(begin // step.page_size, (end + step.page_size - 1) // step.page_size):
-        scales = base + load_i32(table + page * 4) * call.scale_page
-        for slot in range(0, min(step.page_size, BLOCK), floats):
-            prefetch(scales + slot * call.scale_slot)
-
-
-@part
 def adjust_scores(
     cfg: Any, call: Call, distance: int, count: int, here: int, state: int, scores: int
 ) -> None:
@@ -254,10 +246,11 @@ def adjust_scores(
             at = scores + j * LANES * 4
             store(F32, at, mul(cap, tanh(load(F32, at))))
     if call.alibi_slopes:
-        slope, token = load(F32, state + SLOPE), load(F32, state + TOKEN)
+        slope, block_behind = load(F32, state + SLOPE), splat(np.float32(distance))
         for j in range(vectors):
             at = scores + j * LANES * 4
-            behind = sub(token, splat(np.float32(distance - j * cfg.tokens)))
+            token = repeat(load(F32, here + PLACES + j * cfg.tokens * 4), cfg.padded_heads)
+            behind = sub(token, block_behind)
             store(F32, at, fma(slope, behind, load(F32, at)))
     for j in range(used, vectors * LANES):
         store_f32(scores + j * 4, MINUS_INFINITY)

@@ -209,8 +209,8 @@ def load_block(
     """Find a block's K and V rows, padded to whole register tiles of scores; values are paired up, or all but whole
     float32 rows converted, once for all rows of the tile."""
     k, v, end = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head, begin + count
-    locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, scratch + K_ROWS)
-    locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, scratch + V_ROWS)
+    locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, scratch + K_ROWS, 8)
+    locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, scratch + V_ROWS, 8)
     if cfg.prefill_pairs:
         pair_values(cfg, begin % 2, count, values, scratch + V_ROWS)
     elif cfg.kv_dtype != F32 or cfg.tail:
@@ -227,8 +227,8 @@ def convert_block(
     """Convert a block's rows to float32, times their scales, and let the block's addresses point there."""
     if call.k_scale:
         scales, end = kv_head * call.scale_head, begin + count
-        load_scales(step, call, sequence, begin, end, call.k_scale + scales, scratch + K_SCALES)
-        load_scales(step, call, sequence, begin, end, call.v_scale + scales, scratch + V_SCALES)
+        load_scales(step, call, sequence, begin, end, call.k_scale + scales, scratch + K_SCALES, 4)
+        load_scales(step, call, sequence, begin, end, call.v_scale + scales, scratch + V_SCALES, 4)
     k_factor = v_factor = np.float32(1.0)
     for t in range(count):
         if call.k_scale:

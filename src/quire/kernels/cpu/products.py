@@ -42,16 +42,18 @@ from quire.kernels.cpu.simd import LANES, fma, mul, splat, sum_rows, tile, zip_h
 BLOCK = 64  # tokens per block: 32 KiB of bf16 K and V at head_dim 128
 MAX_HEADS = 16  # query heads per tile: as many as one vector has lanes
 CACHE_LINE = 64
-STREAMS = 4  # places of a block to prefetch from in turn: hardware prefetching runs ahead in each
+STREAMS = 4  # places of a block to read from in turn: hardware prefetching runs ahead in each
 
-# Scratch of one block: byte addresses of its K and V rows, and their scales where pages are quantised.
+# Scratch of one block: byte addresses of its K and V rows, their scales where pages are quantised, and for ALiBi
+# where its tokens lie in it. Whole vectors of numbers are read.
 K_ROWS, V_ROWS, K_SCALES, V_SCALES = 0, BLOCK * 8, BLOCK * 16, BLOCK * 20
-BLOCK_SCRATCH = BLOCK * 24 + LANES * 4  # whole vectors of scales are read
+PLACES = V_SCALES + (BLOCK + LANES) * 4
+BLOCK_SCRATCH = PLACES + (BLOCK + LANES) * 4
 
-# Scratch of one tile: float32 vectors by lane (m, l, the last correction, ALiBi slope, token), then q and acc
-# rows of up to 16 heads. Lane j belongs to head j % padded_heads, so that it can meet a vector of scores.
-M, L, CORRECTION, SLOPE, TOKEN = 0, 64, 128, 192, 256
-Q_ROWS = 320
+# Scratch of one tile: float32 vectors by lane (m, l, the last correction, ALiBi slope), then q and acc rows of up to
+# 16 heads. Lane j belongs to head j % padded_heads, so that it can meet a vector of scores.
+M, L, CORRECTION, SLOPE = 0, 64, 128, 192
+Q_ROWS = 256
 
 
 @part
@@ -106,15 +108,24 @@ def put_in_order(cfg: Any, row: int) -> None:
 
 
 @part
-def prefetch_ahead(upcoming_rows: int, turn: int, offset: int) -> None:
-    """Ask for what lies at an offset of one of the next block's rows; turns go around STREAMS places.
+def ask_for_line(rows: int, t: int, offset: int) -> None:
+    """Ask for what lies at an offset of row t.
 
-    One line at a time, between the multiplications: in bursts they would fill the few buffers that a core has
-    for lines under way, and then it waits.
+    One line at a time, between the multiplications: a burst fills the few buffers that a core has for lines under
+    way, and what finds them full is dropped. Each line is asked for twice, half a block apart, for the same reason.
     """
     if offset % CACHE_LINE == 0:
-        t = turn % STREAMS * (BLOCK // STREAMS) + turn // STREAMS
-        prefetch(load_i64(upcoming_rows + t * 8) + offset)
+        prefetch(load_i64(rows + t * 8) + offset)
+
+
+@part
+def ask_for_rows(cfg: Any, rows: int, first: int, t: int) -> None:
+    """Ask for whole rows while strips of values are walked: all of a block's by the end of the last strip."""
+    strips = cfg.vectors // cfg.strip
+    step = first // cfg.strip * BLOCK + t
+    if step % strips == 0:
+        for offset in range(0, cfg.head_dim * BYTES[cfg.kv_dtype], CACHE_LINE):
+            prefetch(load_i64(rows + step // strips * 8) + offset)
 
 
 @part
@@ -125,14 +136,16 @@ def score_block(
 
     Queries in pairs are as they came; ``scale`` is then for the scores, where else it is in the queries.
     """
-    k_rows, q_rows, step_bytes = here + K_ROWS, state + Q_ROWS, LANES * BYTES[cfg.kv_dtype]
+    k_rows, v_rows, q_rows = here + K_ROWS, here + V_ROWS, state + Q_ROWS
+    step_bytes = LANES * BYTES[cfg.kv_dtype]
     for first in range(0, count, cfg.tokens):
         products = tile(LANES)
         for j in range(LANES):
             products[j] = splat(ZERO)
         for i in range(cfg.parts):
             for t in range(cfg.tokens):
-                prefetch_ahead(upcoming + K_ROWS, first + t, i * cfg.part_bytes)
+                ask_for_line(upcoming + K_ROWS, first + t, i * cfg.part_bytes)
+                ask_for_line(v_rows, first + t, i * cfg.part_bytes)
                 k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + (first + t) * 8), i)
                 for g in range(cfg.heads):
                     q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
@@ -171,9 +184,10 @@ def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int
                 sums[g * cfg.strip + i] = mul(correction, load(F32, at))
         for t in range(0, count, cfg.at_once):
             row, next_row = load_i64(v_rows + t * 8), load_i64(v_rows + (t + cfg.at_once - 1) * 8)
+            for ahead in range(cfg.at_once):
+                ask_for_rows(cfg, upcoming + V_ROWS, first, t + ahead)
+                ask_for_rows(cfg, upcoming + K_ROWS, first, t + ahead)
             for i in range(cfg.strip):
-                for ahead in range(cfg.at_once):
-                    prefetch_ahead(upcoming + V_ROWS, t + ahead, (first + i) * step_bytes)
                 values[i] = load_values(cfg, row, next_row, first + i)
             for g in range(cfg.heads):
                 p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))

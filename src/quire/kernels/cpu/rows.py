@@ -174,8 +174,9 @@ def locate_tokens(
     page_stride: int,
     slot_stride: int,
     target: int,
+    apart: int,
 ) -> None:
-    """Write the byte addresses of a sequence's tokens begin … end − 1 to ``target``, page by page."""
+    """Write the byte addresses of a sequence's tokens begin … end − 1 to ``target``, ``apart`` bytes apart."""
     table = step.page_table + sequence * step.page_table_row
     token = begin
     while token < end:
@@ -184,14 +185,17 @@ def locate_tokens(
         last = min(first + step.page_size, end)
         address = base + load_i32(table + page * 4) * page_stride + (token - first) * slot_stride
         while token < last:
-            store_i64(target + (token - begin) * 8, address)
+            store_i64(target, address)
+            target += apart
             address += slot_stride
             token += 1
 
 
 @part
-def load_scales(step: Step, call: Call, sequence: int, begin: int, end: int, base: int, target: int) -> None:
-    """Copy the fp32 scales of a sequence's tokens begin … end − 1 to ``target``, page by page."""
+def load_scales(
+    step: Step, call: Call, sequence: int, begin: int, end: int, base: int, target: int, apart: int
+) -> None:
+    """Copy the fp32 scales of a sequence's tokens begin … end − 1 to ``target``, ``apart`` bytes apart."""
     table = step.page_table + sequence * step.page_table_row
     token = begin
     while token < end:
@@ -200,6 +204,7 @@ def load_scales(step: Step, call: Call, sequence: int, begin: int, end: int, bas
         last = min(first + step.page_size, end)
         address = base + load_i32(table + page * 4) * call.scale_page + (token - first) * call.scale_slot
         while token < last:
-            store_f32(target + (token - begin) * 4, load_f32(address))
+            store_f32(target, load_f32(address))
+            target += apart
             address += call.scale_slot
             token += 1

@@ -274,14 +274,15 @@ def sum_rows(typingctx: Any, registers: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         rows = [builder.load(cgutils.gep_inbounds(builder, args[0], 0, i)) for i in range(LANES)]
         # After a step with distance d, lane j of pair (a, b) holds part of a's sum if bit d of j is clear,
-        # of b's if it is set; rows are paired so that row i's sum ends in lane i.
+        # of b's if it is set; rows are paired so that row i's sum ends in lane i. Of the two addends one stays in its
+        # lanes, which a CPU blends at half the price of moving lanes.
         distance = LANES // 2
         while distance:
             half = len(rows) // 2
-            low = [i if not i & distance else LANES + i - distance for i in range(LANES)]
-            high = [i + distance if not i & distance else LANES + i for i in range(LANES)]
+            stay = [i if not i & distance else LANES + i for i in range(LANES)]
+            move = [i + distance if not i & distance else LANES + i - distance for i in range(LANES)]
             rows = [
-                builder.fadd(_shuffle(builder, a, b, low), _shuffle(builder, a, b, high))
+                builder.fadd(_shuffle(builder, a, b, stay), _shuffle(builder, a, b, move))
                 for a, b in zip(rows[:half], rows[half:], strict=True)
             ]
             distance //= 2
