@@ -27,11 +27,14 @@ class Options(NamedTuple):
 
     num_warps: int
     num_stages: int
+    # Left to itself the compiler rounds a·b + c once or twice by what else is in the kernel: an output's bits then
+    # depend on whether lse was asked for. It rounds as it is told, and once where the source says fma.
+    enable_fp_fusion: bool = False
     launch_pdl: bool | None = None  # programmatic dependent launch
 
     @classmethod
     def of(cls, tile: Tile, overlaps: bool) -> Options:
-        return cls(tile.num_warps, tile.num_stages, overlaps or None)
+        return cls(tile.num_warps, tile.num_stages, launch_pdl=overlaps or None)
 
 
 class Form(NamedTuple):

@@ -34,7 +34,7 @@ def add_sink(m, l, acc, sink):
     highest = tl.maximum(m, sink)
     shift = tl.where(highest == NO_SCORE, 0.0, highest)
     correction = tl.exp2(m - shift)
-    return highest, l * correction + tl.exp2(sink - shift), acc * correction[:, None]
+    return highest, tl.fma(l, correction, tl.exp2(sink - shift)), acc * correction[:, None]
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def fold_parts(
         shift = tl.where(highest == NO_SCORE, 0.0, highest)
         correction = tl.exp2(m - shift)
         weight = tl.exp2(base_2 - shift[None, :])
-        l = l * correction + tl.sum(weight, 0)
-        acc = acc * correction[:, None] + tl.sum(result * weight[:, :, None], 0)
+        l = tl.fma(l, correction, tl.sum(weight, 0))
+        acc = tl.fma(acc, correction[:, None], tl.sum(result * weight[:, :, None], 0))
         m = highest
     return m, l, acc

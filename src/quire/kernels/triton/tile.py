@@ -265,12 +265,12 @@ def attend_keys(
         if PLAIN:
             factor = scale * LOG2_E
             shift = shift * factor
-            p = tl.exp2(s * per_row(factor, TRANSPOSED) - by_row(shift, TRANSPOSED))
-            correction = tl.exp2(m * factor - shift)
+            p = tl.exp2(tl.fma(s, per_row(factor, TRANSPOSED), -by_row(shift, TRANSPOSED)))
+            correction = tl.exp2(tl.fma(m, factor, -shift))
         else:
             p = tl.exp2(s - by_row(shift, TRANSPOSED))
             correction = tl.exp2(m - shift)
-        l = l * correction + tl.sum(p, KEYS)
+        l = tl.fma(l, correction, tl.sum(p, KEYS))
         m = highest
 
         inside = None

@@ -180,7 +180,7 @@ class Prefill:
             (*descriptors, *tensors),
             numbers,
             (*strides, *constants),
-            Options(num_warps=4, num_stages=1),
+            Options(num_warps=4, num_stages=1, enable_fp_fusion=True),
         )
 
 
