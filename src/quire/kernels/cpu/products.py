@@ -43,9 +43,10 @@ BLOCK = 64  # tokens per block: 32 KiB of bf16 K and V at head_dim 128
 MAX_HEADS = 16  # query heads per tile: as many as one vector has lanes
 CACHE_LINE = 64
 STREAMS = 4  # places of a block to read from in turn: hardware prefetching runs ahead in each
+SOON = 24  # tokens from a line's last request to its use
 
 # Scratch of one block: byte addresses of its K and V rows, their scales where pages are quantised, and for ALiBi
-# where its tokens lie in it. Whole vectors of numbers are read.
+# where its tokens lie in it. Whole vectors of numbers are read; what comes SOON behind the last keys are values.
 K_ROWS, V_ROWS, K_SCALES, V_SCALES = 0, BLOCK * 8, BLOCK * 16, BLOCK * 20
 PLACES = V_SCALES + (BLOCK + LANES) * 4
 BLOCK_SCRATCH = PLACES + (BLOCK + LANES) * 4
@@ -112,20 +113,19 @@ def ask_for_line(rows: int, t: int, offset: int) -> None:
     """Ask for what lies at an offset of row t.
 
     One line at a time, between the multiplications: a burst fills the few buffers that a core has for lines under
-    way, and what finds them full is dropped. Each line is asked for twice, half a block apart, for the same reason.
+    way, and what finds them full is dropped. For the same reason each line is asked for three times: a block ahead,
+    half a block ahead, and SOON.
     """
     if offset % CACHE_LINE == 0:
         prefetch(load_i64(rows + t * 8) + offset)
 
 
 @part
-def ask_for_rows(cfg: Any, rows: int, first: int, t: int) -> None:
-    """Ask for whole rows while strips of values are walked: all of a block's by the end of the last strip."""
-    strips = cfg.vectors // cfg.strip
-    step = first // cfg.strip * BLOCK + t
-    if step % strips == 0:
-        for offset in range(0, cfg.head_dim * BYTES[cfg.kv_dtype], CACHE_LINE):
-            prefetch(load_i64(rows + step // strips * 8) + offset)
+def ask_for_row(cfg: Any, rows: int, t: int) -> None:
+    """Ask for all of row t."""
+    row = load_i64(rows + t * 8)
+    for offset in range(0, cfg.head_dim * BYTES[cfg.kv_dtype], CACHE_LINE):
+        prefetch(row + offset)
 
 
 @part
@@ -146,6 +146,8 @@ def score_block(
             for t in range(cfg.tokens):
                 ask_for_line(upcoming + K_ROWS, first + t, i * cfg.part_bytes)
                 ask_for_line(v_rows, first + t, i * cfg.part_bytes)
+                if not cfg.converts:
+                    ask_for_line(k_rows, first + t + SOON, i * cfg.part_bytes)
                 k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + (first + t) * 8), i)
                 for g in range(cfg.heads):
                     q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
@@ -170,10 +172,11 @@ def score_block(
 def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
     """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers.
 
-    Asks for the next block's values on the way.
+    Asks for the next block's rows on the way, for all of them by the end of the last strip.
     """
     v_rows, step_bytes = here + V_ROWS, LANES * BYTES[cfg.kv_dtype]
     accs = state + Q_ROWS + MAX_HEADS * cfg.row_bytes
+    strips = cfg.vectors // cfg.strip
     for first in range(0, cfg.vectors, cfg.strip):
         sums = tile(cfg.strip_tile)
         values = tile(cfg.strip)
@@ -185,8 +188,12 @@ def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int
         for t in range(0, count, cfg.at_once):
             row, next_row = load_i64(v_rows + t * 8), load_i64(v_rows + (t + cfg.at_once - 1) * 8)
             for ahead in range(cfg.at_once):
-                ask_for_rows(cfg, upcoming + V_ROWS, first, t + ahead)
-                ask_for_rows(cfg, upcoming + K_ROWS, first, t + ahead)
+                step = first // cfg.strip * BLOCK + t + ahead
+                if step % strips == 0:
+                    ask_for_row(cfg, upcoming + V_ROWS, step // strips)
+                    ask_for_row(cfg, upcoming + K_ROWS, step // strips)
+                if first == 0 and not cfg.converts:
+                    ask_for_row(cfg, v_rows, min(t + ahead + SOON, BLOCK - 1))
             for i in range(cfg.strip):
                 values[i] = load_values(cfg, row, next_row, first + i)
             for g in range(cfg.heads):
