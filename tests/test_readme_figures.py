@@ -18,5 +18,5 @@ def test_the_tables_of_a_page_are_made_from_the_committed_csv(page):
 
 def test_the_gpu_tables_are_those_of_the_committed_files():
     readme = (ROOT / "README.md").read_text()
-    for name, title in (("h100", "H100"), ("h200", "H200, older code")):
+    for name, title in (("h100", "H100"), ("h200", "H200")):
         assert short_table(ROOT / f"benchmarks/results/gpu-{name}.csv", title) in readme
