@@ -53,6 +53,7 @@ SPILLS = {
     "sm_100-float32-same-d128-g1-prefill": 120,
     "sm_90-bfloat16-fp8_e4m3-d128-g4-prefill": 16,
     "sm_90-bfloat16-same-d256-g2-prefill": 256,
+    "sm_90-float16-fp8_e5m2-d64-g8-prefill": 48,  # the price of bits that do not depend on lse: see Options
 }
 
 
