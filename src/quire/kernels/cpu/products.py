@@ -113,8 +113,8 @@ def ask_for_line(rows: int, t: int, offset: int) -> None:
     """Ask for what lies at an offset of row t.
 
     One line at a time, between the multiplications: a burst fills the few buffers that a core has for lines under
-    way, and what finds them full is dropped. For the same reason each line is asked for three times: a block ahead,
-    half a block ahead, and SOON.
+    way, and what finds them full seems to be dropped. So each line is asked for three times: a block ahead, half a
+    block ahead, and SOON.
     """
     if offset % CACHE_LINE == 0:
         prefetch(load_i64(rows + t * 8) + offset)
