@@ -69,12 +69,15 @@ class FaithfulBuilder(FaithfulArithmetic):
         is_pure: bool,
         pack: int,
     ) -> Any:
-        if pack != 1 or any(value.data.itemsize != 4 for value in values):
-            raise KernelFault("inline assembly is interpreted for one 32-bit element at a time")
-        words = ptx.run(assembly, [value.data.view(np.uint32) for value in values], constraints.count("="))
+        if any(value.data.itemsize * pack != 4 for value in values):
+            raise KernelFault("inline assembly is interpreted for 32 bits at a time")
+        # Which elements share a register is the compiler's choice; here neighbours of the last axis do.
+        registers = [np.ascontiguousarray(value.data).view(np.uint32) for value in values]
+        words = ptx.run(assembly, registers, constraints.count("="))
         handles = [
             TensorHandle(
-                np.broadcast_to(word, values[0].data.shape).view(stock._get_np_dtype(type_)), type_.scalar
+                np.broadcast_to(word, registers[0].shape).copy().view(stock._get_np_dtype(type_)),
+                type_.scalar,
             )
             for word, type_ in zip(words, result_types, strict=True)
         ]

@@ -5,7 +5,14 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.kernels.triton.formats import round_to_fp8, round_to_int8, unit_exponent, widen, widen_words
+from quire.kernels.triton.formats import (
+    round_to_fp8,
+    round_to_int8,
+    unit_exponent,
+    widen,
+    widen_apart,
+    widen_words,
+)
 from quire.spec import QUANTIZED_DTYPES
 
 pytestmark = pytest.mark.interpreted
@@ -59,6 +66,28 @@ def test_every_byte_in_every_place_of_a_word_widens_to_its_number(kv_dtype, capa
     out = torch.empty(64, 16, dtype=F16)
     widen_all_words[(1,)](stored.view(torch.int32), out, FORMAT=kv_dtype, CAPABILITY=capability, ROWS=64)
     assert_means(out.view(256, 4), values, kv_dtype, F16)
+
+
+@triton.jit
+def widen_all_apart(pairs, out, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr, ROWS: tl.constexpr):
+    """``pairs`` [ROWS, 8] as two tables of float16 numbers [ROWS, 8]: of their first bytes, and of their second."""
+    row, pair = tl.arange(0, ROWS), tl.arange(0, 8)
+    at = row[:, None] * 8 + pair[None, :]
+    first, second = widen_apart(tl.load(pairs + at), FORMAT, CAPABILITY)
+    tl.store(out + at, first)
+    tl.store(out + ROWS * 8 + at, second)
+
+
+@formats
+@pytest.mark.parametrize("capability", [0, 80, 90], ids=["portable", "sm_80", "sm_90"])
+def test_every_byte_in_either_place_of_a_pair_widens_to_its_number(kv_dtype, capability):
+    first = torch.arange(256, dtype=torch.uint8)
+    second = first.roll(77)
+    values = torch.stack([first, second]).view(QUANTIZED_DTYPES[kv_dtype]).float()
+    out = torch.empty(2, 32, 8, dtype=F16)
+    pairs = torch.stack([first, second], -1).view(torch.int16)
+    widen_all_apart[(1,)](pairs, out, FORMAT=kv_dtype, CAPABILITY=capability, ROWS=32)
+    assert_means(out.view(2, 256), values, kv_dtype, F16)
 
 
 @triton.jit

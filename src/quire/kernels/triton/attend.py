@@ -26,6 +26,9 @@ from quire.kernels.triton.tile import (
     NO_SCORE,
     attend_keys,
     first_unit,
+    in_rows,
+    is_apart,
+    no_values,
     page_ids,
     per_row,
     prefetch_rows,
@@ -65,6 +68,7 @@ def attend(
     may be launched while the one ahead of it in the stream still runs.
     """
     FINE: tl.constexpr = FORMAT != "same" and out.dtype.element_ty == tl.float16
+    APART: tl.constexpr = is_apart(TRANSPOSED, PACKED, BLOCK_D)
     worker = tl.program_id(0)
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
@@ -114,10 +118,7 @@ def attend(
 
         m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
-        if TRANSPOSED:
-            acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-        else:
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        acc = no_values(BLOCK_M, BLOCK_D, TRANSPOSED, APART)
         unit = first_unit(FORMAT, queries.dtype, INVARIANT, BLOCK_M)
         split = start
         if PHASES == 2:
@@ -137,8 +138,7 @@ def attend(
             FORMAT, PACKED, ALIGNED, TRANSPOSED, INVARIANT, FINE, CAPABILITY, PRECISION, NUM_STAGES,
         )  # fmt: skip
         m = scores_in_base_2(m, score_scale, queries.dtype, PLAIN, FORMAT)
-        if TRANSPOSED:
-            acc = tl.trans(acc)
+        acc = in_rows(acc, TRANSPOSED, APART)
         if FORMAT != "same":
             acc = acc * per_row(unit * value_unit(FORMAT, queries.dtype), False)
 

@@ -68,7 +68,7 @@ def widen_words(words, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
     """
     if CAPABILITY > 0:
         first, second = tl.inline_asm_elementwise(
-            widening_asm(FORMAT, CAPABILITY),
+            widening_asm(FORMAT, CAPABILITY, 0, 1, 2, 3),
             "=r,=r,r",
             [words],
             dtype=(tl.int32, tl.int32),
@@ -85,6 +85,29 @@ def widen_words(words, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
 
 
 @triton.jit
+def widen_apart(pairs, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
+    """``widen`` for two stored elements to an int16: all first ones, then all second ones, as float16 numbers.
+
+    For what is multiplied transposed: the matrix units want neighbours of a column in one register, and get them
+    from shared memory two bytes at a time. Two int16s of a column hold two pairs of neighbours.
+    """
+    if CAPABILITY > 0:
+        first, second = tl.inline_asm_elementwise(
+            widening_asm(FORMAT, CAPABILITY, 0, 2, 1, 3),
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+        return first, second
+    elif FORMAT == "int8":
+        return widen((pairs << 8) >> 8, FORMAT, tl.float16), widen(pairs >> 8, FORMAT, tl.float16)
+    else:
+        return widen(pairs & 0xFF, FORMAT, tl.float16), widen((pairs >> 8) & 0xFF, FORMAT, tl.float16)
+
+
+@triton.jit
 def widen_pair(a, b, FORMAT: tl.constexpr):
     """Two stored elements, each alone in an int32, as the halves of one."""
     if FORMAT == "int8":
@@ -95,31 +118,36 @@ def widen_pair(a, b, FORMAT: tl.constexpr):
 
 
 @triton.constexpr_function
-def widening_asm(FORMAT, CAPABILITY):
-    """PTX for both ``widen_pair`` of a word: a byte permute spreads two bytes over a register's halves.
+def widening_asm(FORMAT, CAPABILITY, *places):
+    """PTX that widens a word's bytes at ``places``, the first two to $0 and the others to $1.
 
-    int8 is made unsigned; as the low bits of 1024.0 it counts in ones, and 1024 + 128 are taken away again. An e5m2
-    byte is the upper one of its float16. For e4m3 there is an instruction from sm_89 on; before, its sign stays, its
-    number moves down by one and comes out 2^8 times too small.
+    A byte permute spreads two bytes over a register's halves. int8 is made unsigned; as the low bits of 1024.0 it
+    counts in ones, and 1024 + 128 are taken away again. An e5m2 byte is the upper one of its float16. For e4m3 there
+    is an instruction from sm_89 on; before, its sign stays, its number moves down by one and comes out 2^8 times too
+    small.
     """
+    a, b, c, d = places
     if FORMAT == "int8":
         return (
             "{ .reg .b32 u, o; xor.b32 u, $2, 0x80808080; mov.b32 o, 0xE480E480; "
-            "prmt.b32 $0, u, 0x64646464, 0x4140; add.rn.f16x2 $0, $0, o; "
-            "prmt.b32 $1, u, 0x64646464, 0x4342; add.rn.f16x2 $1, $1, o; }"
+            f"prmt.b32 $0, u, 0x64646464, 0x4{b}4{a}; add.rn.f16x2 $0, $0, o; "
+            f"prmt.b32 $1, u, 0x64646464, 0x4{d}4{c}; add.rn.f16x2 $1, $1, o; }}"
         )
     if FORMAT == "fp8_e5m2":
-        return "{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }"
+        return f"{{ prmt.b32 $0, $2, 0, 0x{b}4{a}4; prmt.b32 $1, $2, 0, 0x{d}4{c}4; }}"
     if CAPABILITY >= 89:
-        return "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }"
+        return (
+            f"{{ .reg .b16 l, h; .reg .b32 t; prmt.b32 t, $2, 0, 0x{d}{c}{b}{a}; mov.b32 {{l, h}}, t; "
+            "cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }"
+        )
     move = (
         "and.b32 s, t, 0x80008000; shr.u32 t, t, 1; and.b32 t, t, 0x3F803F80; or.b32 t, s, t; "
         "mul.rn.f16x2 {out}, t, o; "
     )
     return (
         "{ .reg .b32 o, s, t; mov.b32 o, 0x5C005C00; "
-        + "prmt.b32 t, $2, 0, 0x1404; " + move.format(out="$0")
-        + "prmt.b32 t, $2, 0, 0x3424; " + move.format(out="$1") + "}"
+        + f"prmt.b32 t, $2, 0, 0x{b}4{a}4; " + move.format(out="$0")
+        + f"prmt.b32 t, $2, 0, 0x{d}4{c}4; " + move.format(out="$1") + "}"
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.kernels.triton.formats import unit_exponent, widen, widen_words
+from quire.kernels.triton.formats import unit_exponent, widen, widen_apart, widen_words
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_SCORE = tl.constexpr(float("-inf"))
@@ -117,25 +117,27 @@ def load_rows(
     if PACKED:
         word = tl.arange(0, BLOCK_D // 4)
         stored = load_tile(
-            pages.to(tl.pointer_type(tl.int32)), row, word, HEAD_DIM // 4, BLOCK_D // 4, inside
+            pages.to(tl.pointer_type(tl.int32)), row, word, HEAD_DIM // 4, BLOCK_D // 4, inside, False
         )
         return widen_words(stored, FORMAT, CAPABILITY)
     else:
         dim = tl.arange(0, BLOCK_D)
-        return widen(load_tile(pages, row, dim, HEAD_DIM, BLOCK_D, inside), FORMAT, dtype)
+        return widen(load_tile(pages, row, dim, HEAD_DIM, BLOCK_D, inside, False), FORMAT, dtype)
 
 
 @triton.jit
-def load_tile(base, row, column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, inside):
-    """[rows, columns] elements, with a mask only where one is needed."""
-    at = base + row[:, None] + column[None, :]
-    if inside is None:
-        if COLUMNS == BLOCK:
-            return tl.load(at)
-        else:
-            return tl.load(at, mask=(column < COLUMNS)[None, :], other=0)
+def load_tile(
+    base, row, column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, inside, TRANSPOSED: tl.constexpr
+):
+    """[rows, columns] elements, or [columns, rows], with a mask only where one is needed."""
+    at = base + by_row(row, TRANSPOSED) + by_key(column, TRANSPOSED)
+    exists = by_key(column < COLUMNS, TRANSPOSED)
+    if inside is not None:
+        return tl.load(at, mask=by_row(inside, TRANSPOSED) & exists, other=0)
+    elif COLUMNS == BLOCK:
+        return tl.load(at)
     else:
-        return tl.load(at, mask=inside[:, None] & (column < COLUMNS)[None, :], other=0)
+        return tl.load(at, mask=exists, other=0)
 
 
 @triton.jit
@@ -223,6 +225,7 @@ def attend_keys(
     NARROW: tl.constexpr = is_narrow(FORMAT, dtype)
     UNIT: tl.constexpr = unit_exponent(FORMAT, dtype)
     KEYS: tl.constexpr = 0 if TRANSPOSED else 1
+    APART: tl.constexpr = is_apart(TRANSPOSED, PACKED, BLOCK_D)
     last = end - 1
     scale = score_scale * 2.0 ** (UNIT - UNIT // 2)
     for first in tl.range(start, stop, BLOCK_N, num_stages=NUM_STAGES):
@@ -276,9 +279,15 @@ def attend_keys(
         inside = None
         if MASKED and ALIGNED:
             inside = key < end
-        values = load_rows(
-            v, at * v_page + slot * v_slot, inside, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, CAPABILITY
-        )
+        row = at * v_page + slot * v_slot
+        if APART:
+            pair = tl.arange(0, BLOCK_D // 2)
+            pairs = load_tile(
+                v.to(tl.pointer_type(tl.int16)), row * 2, pair, HEAD_DIM // 2, BLOCK_D // 2, inside, True
+            )
+            values = widen_apart(pairs, FORMAT, CAPABILITY)
+        else:
+            values = load_rows(v, row, inside, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, CAPABILITY)
         if FORMAT != "same":
             value_scale = tl.load(v_scale + at * scale_page + slot * scale_slot)
             if MASKED and ALIGNED:
@@ -293,21 +302,56 @@ def attend_keys(
                 unit = larger
                 p = p * per_row(1.0 / unit, TRANSPOSED)
             p = p * by_key(value_scale * 2.0 ** (UNIT // 2), TRANSPOSED)
-        acc = acc * by_row(correction, TRANSPOSED)
         weights = p.to(dtype)
-        acc = add_values(acc, weights, values, TRANSPOSED, PRECISION)
+        acc = add_values(acc, by_row(correction, TRANSPOSED), weights, values, TRANSPOSED, APART, PRECISION)
         if FINE:
-            acc = add_values(acc, (p - weights).to(dtype), values, TRANSPOSED, PRECISION)
+            rest = (p - weights).to(dtype)
+            acc = add_values(acc, 1.0, rest, values, TRANSPOSED, APART, PRECISION)
     return m, l, acc, unit, page
 
 
+@triton.constexpr_function
+def is_apart(TRANSPOSED, PACKED, BLOCK_D):
+    """Whether even and odd dims of values are multiplied apart, see ``formats.widen_apart``."""
+    return TRANSPOSED and PACKED and BLOCK_D >= 32
+
+
 @triton.jit
-def add_values(acc, weights, values, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + weights · values, as scores lie."""
-    if TRANSPOSED:
-        return tl.dot(tl.trans(values), weights, acc, input_precision=PRECISION)
+def no_values(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr, APART: tl.constexpr):
+    """``acc`` before any key: [rows, dims], transposed, or even and odd dims of it."""
+    if APART:
+        half = tl.zeros([BLOCK_D // 2, BLOCK_M], tl.float32)
+        return half, half
+    elif TRANSPOSED:
+        return tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
     else:
-        return tl.dot(weights, values, acc, input_precision=PRECISION)
+        return tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+
+@triton.jit
+def add_values(
+    acc, correction, weights, values, TRANSPOSED: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc · correction + weights · values, as scores lie."""
+    if APART:
+        even = tl.dot(values[0], weights, acc[0] * correction)
+        return even, tl.dot(values[1], weights, acc[1] * correction)
+    elif TRANSPOSED:
+        return tl.dot(tl.trans(values), weights, acc * correction, input_precision=PRECISION)
+    else:
+        return tl.dot(weights, values, acc * correction, input_precision=PRECISION)
+
+
+@triton.jit
+def in_rows(acc, TRANSPOSED: tl.constexpr, APART: tl.constexpr):
+    """``acc`` as [rows, dims]."""
+    if APART:
+        even, odd = acc
+        return tl.join(tl.trans(even), tl.trans(odd)).reshape(even.shape[1], 2 * even.shape[0])
+    elif TRANSPOSED:
+        return tl.trans(acc)
+    else:
+        return acc
 
 
 @triton.jit
