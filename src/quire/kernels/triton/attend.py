@@ -27,7 +27,6 @@ from quire.kernels.triton.tile import (
     attend_keys,
     first_unit,
     in_rows,
-    is_apart,
     no_values,
     page_ids,
     per_row,
@@ -68,7 +67,7 @@ def attend(
     may be launched while the one ahead of it in the stream still runs.
     """
     FINE: tl.constexpr = FORMAT != "same" and out.dtype.element_ty == tl.float16
-    APART: tl.constexpr = is_apart(TRANSPOSED, PACKED, BLOCK_D)
+    APART: tl.constexpr = TRANSPOSED and PACKED
     worker = tl.program_id(0)
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
@@ -254,7 +253,7 @@ def _constants(
         softcap=False,
         plain=True,
         format=spec.kv_dtype or "same",
-        packed=spec.quantized and spec.dtype != torch.float32 and spec.head_dim % WORD == 0,
+        packed=spec.quantized and spec.dtype != torch.float32 and spec.head_dim % WORD == 0 and block_d >= 32,
         aligned=not window and (tile.kv_tokens % spec.page_size == 0 or spec.page_size % tile.kv_tokens == 0),
         same_strides=True,
         transposed=tile.transposed,

@@ -225,7 +225,7 @@ def attend_keys(
     NARROW: tl.constexpr = is_narrow(FORMAT, dtype)
     UNIT: tl.constexpr = unit_exponent(FORMAT, dtype)
     KEYS: tl.constexpr = 0 if TRANSPOSED else 1
-    APART: tl.constexpr = is_apart(TRANSPOSED, PACKED, BLOCK_D)
+    APART: tl.constexpr = TRANSPOSED and PACKED  # even and odd dims, see ``formats.widen_apart``
     last = end - 1
     scale = score_scale * 2.0 ** (UNIT - UNIT // 2)
     for first in tl.range(start, stop, BLOCK_N, num_stages=NUM_STAGES):
@@ -286,6 +286,9 @@ def attend_keys(
                 v.to(tl.pointer_type(tl.int16)), row * 2, pair, HEAD_DIM // 2, BLOCK_D // 2, inside, True
             )
             values = widen_apart(pairs, FORMAT, CAPABILITY)
+        elif TRANSPOSED:
+            stored = load_tile(v, row, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D, inside, True)
+            values = widen(stored, FORMAT, dtype)
         else:
             values = load_rows(v, row, inside, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, CAPABILITY)
         if FORMAT != "same":
@@ -310,12 +313,6 @@ def attend_keys(
     return m, l, acc, unit, page
 
 
-@triton.constexpr_function
-def is_apart(TRANSPOSED, PACKED, BLOCK_D):
-    """Whether even and odd dims of values are multiplied apart, see ``formats.widen_apart``."""
-    return TRANSPOSED and PACKED and BLOCK_D >= 32
-
-
 @triton.jit
 def no_values(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr, APART: tl.constexpr):
     """``acc`` before any key: [rows, dims], transposed, or even and odd dims of it."""
@@ -337,7 +334,7 @@ def add_values(
         even = tl.dot(values[0], weights, acc[0] * correction)
         return even, tl.dot(values[1], weights, acc[1] * correction)
     elif TRANSPOSED:
-        return tl.dot(tl.trans(values), weights, acc * correction, input_precision=PRECISION)
+        return tl.dot(values, weights, acc * correction, input_precision=PRECISION)
     else:
         return tl.dot(weights, values, acc * correction, input_precision=PRECISION)
 
