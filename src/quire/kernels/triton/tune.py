@@ -145,14 +145,15 @@ def _resident(spec: AttentionSpec, rows: int, kv_tokens: int, num_stages: int, c
 def prefill_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Many rows, bound by the matrix units: as large a tile as registers and shared memory hold."""
     wide, slow = block_dim(spec.head_dim) > 128, spec.dtype == torch.float32
-    few = 32 if wide and slow else 64
-    rows = max(few if wide or slow or chip.name == "hip" else 128, power_of_two(spec.group_size))
-    if slow:  # it spills on every chip but AMD's; by these warps the least
-        num_warps = 4 if wide or chip.capability == 90 else 8
+    group = power_of_two(spec.group_size)
+    if slow:  # it spills on every chip but AMD's; so the least
         num_stages = 2 if chip.shared_bytes > 128 * KIB else 1
-        return Tile(rows, 16 if wide else 32, num_warps, num_stages, workers_per_sm=1)
+        return Tile(max(32, group), 16 if wide else 32, num_warps=4, num_stages=num_stages, workers_per_sm=1)
     if chip.name == "hip":
-        return Tile(rows, 32 if wide else 64, num_warps=4, num_stages=1, workers_per_sm=1)
+        return Tile(max(64, group), 32 if wide else 64, num_warps=4, num_stages=1, workers_per_sm=1)
+    if wide and chip.capability == 90 and not spec.quantized:
+        return Tile(max(128, group), 64, num_warps=8, num_stages=2, workers_per_sm=1)
+    rows = max(64 if wide else 128, group)
     small = chip.shared_bytes < 128 * KIB
     kv_tokens = 32 if wide or small else 64
     num_stages = 2 if small or chip.capability < 90 else 3
