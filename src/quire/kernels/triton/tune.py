@@ -104,14 +104,13 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     One worker of large blocks per multiprocessor loses nothing to two of small ones and splits tiles half as
     often. Quantised blocks cost arithmetic instead: there many workers of few warps wait for one another least.
     """
-    rows = max(MIN_ROWS, power_of_two(spec.group_size))
     if chip.name == "hip":
-        return Tile(
-            rows, min(64, max(16, 16 * KIB // token_bytes(spec))), num_warps=4, num_stages=2, workers_per_sm=2
-        )
+        rows = max(MIN_ROWS, power_of_two(spec.group_size))
+        kv_tokens = min(64, max(16, 16 * KIB // token_bytes(spec)))
+        return Tile(rows, kv_tokens, num_warps=4, num_stages=2, workers_per_sm=2)
+    narrow = spec.dtype != torch.float32
+    rows = max(MIN_COLUMNS if narrow else MIN_ROWS, power_of_two(spec.group_size))
     if spec.quantized:
-        narrow = spec.dtype != torch.float32
-        rows = max(MIN_COLUMNS if narrow else MIN_ROWS, power_of_two(spec.group_size))
         if rows == MIN_COLUMNS and block_dim(spec.head_dim) <= 128:
             kv_tokens, num_warps, most_workers = 32, 1, 8  # as many as registers hold, two for each scheduler
         else:
@@ -124,12 +123,13 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
         workers = power_of_two(workers + 1) // 2  # schedulers share evenly
         return Tile(rows, kv_tokens, num_warps, num_stages, workers, transposed=narrow)
     # Of three stages two are in shared memory at a time. float32 takes three products' registers, so half the keys.
-    large = chip.shared_bytes > 2 * 64 * KIB and spec.dtype != torch.float32
+    large = chip.shared_bytes > 2 * 64 * KIB and narrow
     stage_bytes = 64 * KIB if large else 32 * KIB
     room = chip.shared_bytes - 2 * query_bytes(spec, rows)
     stage_bytes = min(stage_bytes, room // 5 * 2)  # two of them, and a fifth for what else there is
     kv_tokens = min(128, max(16, power_of_two(stage_bytes // token_bytes(spec) + 1) // 2))
-    return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1)
+    few = rows == MIN_COLUMNS
+    return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1, transposed=few)
 
 
 def _resident(spec: AttentionSpec, rows: int, kv_tokens: int, num_stages: int, chip: Chip) -> int:
