@@ -21,18 +21,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quire.kernels.triton import hopper, tune
 from quire.kernels.triton.device_plan import COLUMNS, DevicePlan, DeviceWork
 from quire.kernels.triton.launch import INTERPRETED, Enqueue, Form, Options, addresses_of
+from quire.kernels.triton.layout import in_rows, no_values, per_row
 from quire.kernels.triton.merge import arrived_last, fold_parts, leave_partial, write_rows
+from quire.kernels.triton.pages import page_ids, prefetch_rows, slots_in_page
 from quire.kernels.triton.tile import (
     NO_SCORE,
     attend_keys,
     first_unit,
-    in_rows,
-    no_values,
-    page_ids,
-    per_row,
-    prefetch_rows,
     scores_in_base_2,
-    slots_in_page,
     split_queries,
     value_unit,
 )
