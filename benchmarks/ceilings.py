@@ -1,6 +1,7 @@
 """What this machine can do at most, measured beside what is compared with it, on as many bytes.
 
-Reading: the faster of two PyTorch reductions that do next to nothing with what they read. Multiplying: a matrix product
+Reading: the faster of two PyTorch reductions that do next to nothing with what they read, on memory that lies as a
+pool's does. Multiplying: a matrix product
 in the case's dtype, and one in float32, whose three matrices together are as large as the case.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+import quire
 from benchmarks.cases import Case
 from benchmarks.turns import Spread, Turn, stopwatch
 
@@ -37,7 +39,7 @@ class Ceilings:
 
 def make_ceilings(case: Case) -> Ceilings:
     """Arrays of the case's size, and what to do with them."""
-    numbers = torch.ones(max(case.kv_bytes, 1 << 16) // 4)
+    numbers = _ones(max(case.kv_bytes, 1 << 16) // 4)
     turns = {
         f"{READ} sum": stopwatch(numbers.sum),
         f"{READ} dot": stopwatch(lambda: torch.dot(numbers, numbers)),
@@ -48,6 +50,12 @@ def make_ceilings(case: Case) -> Ceilings:
         turns[name] = stopwatch(_product(size, dtype))
         flops[name] = 2 * size**3
     return Ceilings(turns, numbers.numel() * 4, flops)
+
+
+def _ones(count: int) -> torch.Tensor:
+    """Numbers of a pool's memory: on huge pages, where the system has them, or the yardstick would flatter."""
+    spec = quire.AttentionSpec(1, 1, head_dim=16, page_size=1, dtype=torch.float32)
+    return quire.KVPool(spec, num_layers=1, num_pages=-(-count // spec.head_dim)).k.view(-1)[:count].fill_(1)
 
 
 def gemm_size(nbytes: int, dtype: torch.dtype) -> int:

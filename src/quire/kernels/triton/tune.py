@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     workers_per_sm: int
-    transposed: bool = False  # scores lie [keys, rows], see ``tile``
+    transposed: bool = False  # scores lie [keys, rows], see ``layout``
 
 
 class Chip(NamedTuple):
