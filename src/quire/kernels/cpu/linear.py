@@ -6,7 +6,8 @@ A decode step multiplies a handful of tokens with all weights of a model, so it 
 matrix product made for many rows packs its operands first, which is as much work as this product itself; here
 a tile of 16 dot products, ``tokens`` × ``rows`` of w, runs along k with lanes on k: two rows of w serve eight
 tokens, and w stays as the model has it. The tokens of a tile are interleaved once, [k / 16][token][16] in float32,
-so that one pointer walks them, and while one tile is computed the rows of the next are prefetched.
+so that one pointer walks them, and while one tile is computed the rows of the next are prefetched. Where the CPU
+multiplies bfloat16 pairs (``pairs``), bfloat16 stays as it is, [k / 32][token][16 pairs], for half the multiplications.
 
 Source: the register tile is the usual one of matrix products (Goto, van de Geijn, 10.1145/1356052.1356053), with
 the packing of the large operand left out.
@@ -22,7 +23,8 @@ import torch
 from quire.kernels.cpu import borrow_scratch
 from quire.kernels.cpu.config import DTYPE_CODES
 from quire.kernels.cpu.launch import compile_time, kernel, num_threads, parallel_for, part, run
-from quire.kernels.cpu.memory import BYTES, F32, load, load_head, prefetch, store, store_head
+from quire.kernels.cpu.memory import BF16, BYTES, F32, load, load_head, prefetch, store, store_head
+from quire.kernels.cpu.pairs import PAIRED, has_pair_products, load_pairs, multiply_pairs
 from quire.kernels.cpu.simd import LANES, add, fma, splat, sum_rows, tile
 
 MAX_TOKENS = 8  # of one tile
@@ -38,6 +40,12 @@ class LinearConfig(NamedTuple):
 
     dtype: int  # of x, weight, bias and out: a code of memory.py
     tokens: int  # of one tile: 1, 2, 4 or 8
+    pairs: int  # whether pairs of bfloat16 are multiplied: a row is then whole vectors of them
+
+    @property
+    def at_once(self) -> int:
+        """Elements of a row in one vector."""
+        return PAIRED if self.pairs else LANES
 
     @property
     def rows(self) -> int:
@@ -73,7 +81,7 @@ def multiply_share(worker: int, cfg: Any, workers: int, product: Product) -> Non
     """Consecutive tiles of rows, each against all tokens while it is in the cache."""
     sums = product.scratch + worker * product.scratch_bytes
     tokens = sums + LANES * 4
-    vectors = (product.width + LANES - 1) // LANES
+    vectors = (product.width + cfg.at_once - 1) // cfg.at_once
     tile_bytes = vectors * cfg.tokens * LANES * 4
     for first in range(0, product.num_tokens, cfg.tokens):
         interleave_tokens(cfg, product, first, tokens + first // cfg.tokens * tile_bytes)
@@ -90,16 +98,28 @@ def multiply_share(worker: int, cfg: Any, workers: int, product: Product) -> Non
 @part
 def interleave_tokens(cfg: Any, product: Product, first: int, tokens: int) -> None:
     """Copy a tile's tokens to [k / 16][token][16]; a last tile repeats its last token, a last vector has zeros."""
-    step = LANES * BYTES[cfg.dtype]
-    vectors, tail = product.width // LANES, product.width % LANES
+    step = cfg.at_once * BYTES[cfg.dtype]
+    vectors, tail = product.width // cfg.at_once, product.width % cfg.at_once
     for t in range(cfg.tokens):
         source = product.x + min(first + t, product.num_tokens - 1) * product.x_token
         target = tokens + t * LANES * 4
         for i in range(vectors):
-            store(F32, target + i * cfg.tokens * LANES * 4, load(cfg.dtype, source + i * step))
+            store(F32, target + i * cfg.tokens * LANES * 4, load_vector(cfg, source + i * step))
         if tail:
             last = load_head(cfg.dtype, source + vectors * step, tail)
             store(F32, target + vectors * cfg.tokens * LANES * 4, last)
+
+
+@part
+def load_vector(cfg: Any, address: int) -> Any:
+    """Elements of x or w, as pairs or as float32."""
+    return load_pairs(BF16, address) if cfg.pairs else load(cfg.dtype, address)
+
+
+@part
+def add_product(cfg: Any, a: Any, b: Any, c: Any) -> Any:
+    """c + a·b, of pairs or of single numbers."""
+    return multiply_pairs(a, b, c) if cfg.pairs else fma(a, b, c)
 
 
 @part
@@ -108,18 +128,19 @@ def multiply_tile(cfg: Any, product: Product, row: int, ahead: int, tokens: int,
     products, weights = tile(LANES), tile(cfg.rows)
     for j in range(LANES):
         products[j] = splat(np.float32(0.0))
-    step = LANES * BYTES[cfg.dtype]
+    step = cfg.at_once * BYTES[cfg.dtype]
     first = product.weight + row * product.weight_row
-    vectors, tail = product.width // LANES, product.width % LANES
+    vectors, tail = product.width // cfg.at_once, product.width % cfg.at_once
     for i in range(vectors):
         for r in range(cfg.rows):
             at = first + r * product.weight_row + i * step
-            weights[r] = load(cfg.dtype, at)
+            weights[r] = load_vector(cfg, at)
             prefetch(at + ahead)
         for t in range(cfg.tokens):
             x = load(F32, tokens + (i * cfg.tokens + t) * LANES * 4)
             for r in range(cfg.rows):
-                products[t * cfg.rows + r] = fma(weights[r], x, products[t * cfg.rows + r])
+                j = t * cfg.rows + r
+                products[j] = add_product(cfg, weights[r], x, products[j])
     if tail:
         for r in range(cfg.rows):
             weights[r] = load_head(cfg.dtype, first + r * product.weight_row + vectors * step, tail)
@@ -153,8 +174,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
     """
     tokens, width = x.shape
     tile_tokens = min(MAX_TOKENS, 1 << (tokens - 1).bit_length())
-    config = LinearConfig(DTYPE_CODES[x.dtype], tile_tokens)
-    tiles, vectors = -(-tokens // tile_tokens), -(-width // LANES)
+    pairs = x.dtype == torch.bfloat16 and width % PAIRED == 0 and has_pair_products()
+    config = LinearConfig(DTYPE_CODES[x.dtype], tile_tokens, int(pairs))
+    tiles, vectors = -(-tokens // tile_tokens), -(-width // config.at_once)
     # An odd number of lines apart, so that workers' tokens do not fight for the same sets of a shared cache.
     scratch_bytes = (tiles * vectors * tile_tokens + 2 | 1) * CACHE_LINE
     threads, element = num_threads(), x.element_size()
