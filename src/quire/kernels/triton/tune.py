@@ -128,8 +128,7 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     room = chip.shared_bytes - 2 * query_bytes(spec, rows)
     stage_bytes = min(stage_bytes, room // 5 * 2)  # two of them, and a fifth for what else there is
     kv_tokens = min(128, max(16, power_of_two(stage_bytes // token_bytes(spec) + 1) // 2))
-    few = rows == MIN_COLUMNS
-    return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1, transposed=few)
+    return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1, transposed=rows == MIN_COLUMNS)
 
 
 def _resident(spec: AttentionSpec, rows: int, kv_tokens: int, num_stages: int, chip: Chip) -> int:
@@ -146,7 +145,7 @@ def prefill_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     """Many rows, bound by the matrix units: as large a tile as registers and shared memory hold."""
     wide, slow = block_dim(spec.head_dim) > 128, spec.dtype == torch.float32
     group = power_of_two(spec.group_size)
-    if slow:  # it spills on every chip but AMD's; so the least
+    if slow:  # three products a step: it spills on every chip but AMD's, with fewer rows less
         num_stages = 2 if chip.shared_bytes > 128 * KIB else 1
         return Tile(max(32, group), 16 if wide else 32, num_warps=4, num_stages=num_stages, workers_per_sm=1)
     if chip.name == "hip":
