@@ -133,8 +133,8 @@ def share_step(
 def share_work(
     seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, kv_tokens: int, kv_split: int,
     part_cost: int, whole_tiles: bool, num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
-) -> tuple[Any, Any, Any, int]:  # fmt: skip
-    """Items, worker_indptr, merges and the number of partials of ``work.WorkList``.
+) -> tuple[Any, int, int, int, int]:  # fmt: skip
+    """The fields of ``work.WorkList``.
 
     Takes the sequences with least_q to most_q queries; ``starts`` is cu_seqlens_q.
     """
@@ -148,9 +148,12 @@ def share_work(
         seq_lens, starts, least_q, most_q, q_tokens, kv_split, whole_tiles, causal, window_left
     )
     total = weight * num_kv_heads
-    items = np.empty((parts * num_kv_heads + num_workers, 8), np.int64)
-    merges = np.empty((tiles * num_kv_heads if kv_split else num_workers, 5), np.int64)
+    most_items = parts * num_kv_heads + num_workers
+    most_merges = tiles * num_kv_heads if kv_split else num_workers
+    # Room behind the items for all else, so that there is one array to hand to Python.
+    items = np.empty((most_items + -(-(num_workers + 1 + most_merges * 5) // 8), 8), np.int64)
     worker_indptr = np.zeros(num_workers + 1, np.int64)
+    merges = np.empty((most_merges, 5), np.int64)
     num_items = num_merges = num_partials = worker = line = 0
     for i in range(len(seq_lens)):
         q_len = starts[i + 1] - starts[i]
@@ -195,4 +198,8 @@ def share_work(
     worker_indptr[num_workers] = num_items
     if own_split:
         worker_indptr = np.minimum(np.arange(num_workers + 1), num_items)
-    return items[:num_items], worker_indptr, merges[:num_merges], num_partials
+    lists, first = items.reshape(-1), num_items * 8
+    last = first + num_workers + 1
+    lists[first:last] = worker_indptr
+    lists[last : last + num_merges * 5] = merges[:num_merges].reshape(-1)
+    return lists, num_workers, num_items, num_merges, num_partials
