@@ -103,3 +103,23 @@ def test_a_step_has_lengths_within_its_table_and_starts_that_only_grow(seq_lens,
     wanted = starts[0] == 0 and sorted(starts) == starts and all(0 <= n <= 10 for n in seq_lens)
     arrays = np.array(seq_lens, np.int64), np.array(starts, np.int64)
     assert cut.is_step(*arrays, 10) == cut.is_step.py_func(*arrays, 10) == wanted
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 9)), max_size=5),
+    dtypes=st.tuples(*[st.sampled_from([np.int32, np.int64])] * 2),
+    one_query=st.booleans(),
+    capacity=st.sampled_from([0, 50, 2**31 - 1]),
+)
+def test_a_step_is_copied_from_integers_of_either_width(lengths, dtypes, one_query, capacity):
+    seq_lens = np.array([n for n, _ in lengths], dtypes[0])
+    starts = np.array([0, *np.cumsum([q for _, q in lengths])], dtypes[1])
+    places = [seq_lens.ctypes.data, seq_lens.itemsize, starts.ctypes.data, starts.itemsize]
+    if one_query:
+        starts, places[2:] = np.arange(len(starts)), [0, 0]
+    copies = np.full(len(seq_lens), -1), np.full(len(starts), -1)
+
+    assert cut.copy_step(*places, *copies, capacity) == (seq_lens.max(initial=0) <= capacity)
+
+    np.testing.assert_array_equal(copies[0], seq_lens)
+    np.testing.assert_array_equal(copies[1], starts)

@@ -14,12 +14,62 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from quire.compiled import compiled
 
 # What loading the queries and writing the result of an item costs, in KV tokens; it keeps a share of many
 # short sequences from being taken for a cheap one.
 ITEM_OVERHEAD = 16
+
+
+def _load_int(bits: int) -> Any:
+    """A word that reads an integer at a byte address."""
+
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], ir.IntType(bits).as_pointer())
+            return builder.sext(builder.load(pointer), ir.IntType(64))
+
+        return types.int64(types.int64), codegen
+
+    return intrinsic(load)
+
+
+_load_i32, _load_i64 = _load_int(32), _load_int(64)
+
+
+@compiled
+def copy_ints(address: int, nbytes: int, target: Any) -> None:
+    """Fill ``target`` with the integers of 4 or 8 bytes that lie at an address; with 0, 1, … if that is 0."""
+    for i in range(len(target)):
+        if address == 0:
+            target[i] = i
+        elif nbytes == 8:
+            target[i] = _load_i64(address + i * 8)
+        else:
+            target[i] = _load_i32(address + i * 4)
+
+
+@compiled
+def copy_step(
+    lens_at: int,
+    lens_bytes: int,
+    starts_at: int,
+    starts_bytes: int,
+    seq_lens: Any,
+    starts: Any,
+    capacity: int,
+) -> bool:
+    """Copy a step's lengths by ``copy_ints``, and say whether the copy is a step.
+
+    They come as addresses because torch takes 0.7 µs to make an array of a tensor, and this call half of that.
+    """
+    copy_ints(lens_at, lens_bytes, seq_lens)
+    copy_ints(starts_at, starts_bytes, starts)
+    return bool(is_step(seq_lens, starts, capacity))
 
 
 @compiled
