@@ -160,8 +160,12 @@ class _Prepared(NamedTuple):
 
 def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepared:
     """The launches of a plan: decode, prefill or both."""
-    work = zip(_kernels(spec), (step.decode, step.prefill), strict=True)
-    launches = [_Launch(kernel, spec, step, shares) for kernel, shares in work if shares.num_items]
+    decode, prefill = _kernels(spec)
+    launches = []
+    if step.decode.num_items:
+        launches.append(_Launch(decode, spec, step, step.decode))
+    if step.prefill.num_items:
+        launches.append(_Launch(prefill, spec, step, step.prefill))
     return _Prepared(step, launches, spec)
 
 
