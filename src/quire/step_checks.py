@@ -18,6 +18,7 @@ from quire.errors import ArgumentError, DtypeError, ShapeError
 from quire.spec import check_size
 from quire.work import Ints, StepPlan
 
+_INTS = (torch.int32, torch.int64)
 # page_table int32 [batch, max_pages], seq_lens int64 [batch], cu_seqlens_q int64 [batch + 1]
 HostStep = tuple[NDArray[np.int32], Ints, Ints]
 
@@ -84,7 +85,7 @@ def _refuse_step(table: torch.Tensor, lens: Ints, starts: Ints, page_size: int) 
 def _on_host(name: str, value: object, layout: str) -> torch.Tensor:
     """Lengths as a contiguous tensor on the host."""
     tensor = check_tensor(name, value, 1, f"int32 {layout}")
-    if tensor.dtype not in (torch.int32, torch.int64):
+    if tensor.dtype not in _INTS:
         raise DtypeError(
             f"{name} must be int32 {layout}; got {describe(tensor)}. Fix: {name}.to(torch.int32)"
         )
