@@ -47,7 +47,7 @@ def check_step(page_table: object, seq_lens: object, cu_seqlens_q: object | None
                 "Fix: start with 0 and end with the number of query tokens"
             )
     lens, starts = np.empty(batch, np.int64), np.empty(batch + 1, np.int64)
-    places = *_place(lens_given), *_place(starts_given)
+    places = *_place("seq_lens", lens_given), *_place("cu_seqlens_q", starts_given)
     if not _arithmetic().copy_step(*places, lens, starts, max_pages * page_size):
         _refuse_step(table, lens, starts, page_size)
     if not table.is_contiguous() and table.stride(1) != 1:
@@ -95,9 +95,16 @@ def _on_host(name: str, value: object, layout: str) -> torch.Tensor:
     return tensor.contiguous()
 
 
-def _place(tensor: torch.Tensor | None) -> tuple[int, int]:
-    """Where a tensor lies and what an element takes, for ``cut.copy_step``."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.element_size())
+def _place(name: str, tensor: torch.Tensor | None) -> tuple[int, int]:
+    """Where lengths lie and what each takes, for ``cut.copy_step``."""
+    if tensor is None:
+        return 0, 0
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ArgumentError(
+            f"{name} must hold data; got a {type(tensor).__name__} without memory. Fix: plan with a real tensor"
+        )
+    return address, tensor.element_size()
 
 
 class Limits(NamedTuple):
