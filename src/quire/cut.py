@@ -55,14 +55,8 @@ def copy_ints(address: int, nbytes: int, target: Any) -> None:
 
 @compiled
 def copy_step(
-    lens_at: int,
-    lens_bytes: int,
-    starts_at: int,
-    starts_bytes: int,
-    seq_lens: Any,
-    starts: Any,
-    capacity: int,
-) -> bool:
+    lens_at: int, lens_bytes: int, starts_at: int, starts_bytes: int, seq_lens: Any, starts: Any, capacity: int,
+) -> bool:  # fmt: skip
     """Copy a step's lengths by ``copy_ints``, and say whether the copy is a step.
 
     They come as addresses because torch takes 0.7 µs to make an array of a tensor, and this call half of that.

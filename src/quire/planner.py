@@ -123,9 +123,8 @@ class Planner:
         self.device = checks.existing_device(device)
         self.backend, self._kernels, self._tiling = _service(backend, spec, self.device, batch_invariant)
         self._reserved = self._reserve()
-        self._bound: dict[
-            int, dict[Hashable, BoundCall]
-        ] = {}  # by a step's number of tokens, the latest last
+        # By a step's number of tokens, the latest last.
+        self._bound: dict[int, dict[Hashable, BoundCall]] = {}
         self._latest: AttentionPlan | None = None
 
     def plan(
