@@ -66,6 +66,26 @@ def test_int64_lengths_are_as_good_as_int32():
     assert torch.equal(quire.paged_attention(*batch.pages, *wide), paged(batch))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_may_be_any_view(dtype):
+    batch = mixed()
+    wanted = paged(batch)
+    for name in ("seq_lens", "cu_seqlens_q"):
+        lengths = getattr(batch, name).to(dtype)
+        setattr(batch, name, torch.stack([lengths, lengths - 7], 1)[:, 0])
+        assert not getattr(batch, name).is_contiguous()
+    assert torch.equal(paged(batch), wanted)
+
+
+def test_lengths_that_change_later_change_no_plan():
+    batch = mixed()
+    wanted = paged(batch)
+    plan = plan_for(batch)
+    batch.seq_lens.fill_(1 << 30)
+    batch.cu_seqlens_q.fill_(-1)
+    assert torch.equal(plan.run(*batch.pages), wanted)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("view", ["transposed", "every other column", "columns of a wider table"])
 def test_a_page_table_may_be_any_view(backend, view):

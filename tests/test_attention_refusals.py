@@ -8,6 +8,7 @@ import pytest
 import torch
 from mixed_batch import PAGE, SHAPE, close, mixed, paged, untouched
 from support import plan_for
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quire
 
@@ -98,6 +99,15 @@ def test_a_tensor_without_data_is_refused_before_torch_takes_the_call_for_a_trac
     with pytest.raises(quire.DeviceError, match=rf"{name} must .*meta.*Fix:"):
         quire.paged_attention(batch.q, **given)
     assert (out == 7.0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("name", ["seq_lens", "cu_seqlens_q"])
+def test_lengths_that_only_pretend_to_hold_data_are_refused(name):
+    batch = mixed()
+    setattr(batch, name, FakeTensorMode().from_tensor(getattr(batch, name)))
+    with pytest.raises(quire.ArgumentError, match=f"{name} must hold data; got a FakeTensor"):
+        quire.plan(*batch.lengths, SHAPE.spec(PAGE))
 
 
 BAD = {

@@ -14,6 +14,7 @@ from support import Batch, Shape, make_batch, plan_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quire
+from quire import attention_plan
 
 SHAPE = Shape(torch.float32, head_dim=16, group=2)
 PAGE = 4
@@ -116,6 +117,14 @@ def test_a_plan_that_the_compiled_layer_has_never_seen_is_the_one_that_runs():
     close(run(plan_for(batch), *batch.pages), batch)
     batch.seq_lens = torch.tensor([5, 8], dtype=torch.int32)
     close(run(plan_for(batch), *batch.pages), batch)
+
+
+def test_a_plan_is_found_by_its_number_until_it_is_gone():
+    plan = plan_for(mixed(seed=0))
+    number = int(plan._number)
+    assert attention_plan._plans[number]() is plan
+    del plan
+    assert number not in attention_plan._plans
 
 
 @pytest.mark.parametrize("with_lse", [True, False])

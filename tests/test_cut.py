@@ -7,6 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import cut
+from quire.work import WorkList
+
+
+def assert_same_work(got, wanted):
+    got, wanted = WorkList(*got), WorkList(*wanted)
+    assert got[1:] == wanted[1:]
+    for name in ("worker_indptr", "items", "merges"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
 
 
 @settings(max_examples=60)
@@ -35,13 +43,7 @@ def test_compiled_shares_are_those_of_the_python_source(
         part_cost, whole_tiles, num_kv_heads, causal, window_left, num_workers,
     )  # fmt: skip
 
-    items, worker_indptr, merges, num_partials = cut.share_work(*arguments)
-    by_python = cut.share_work.py_func(*arguments)
-
-    np.testing.assert_array_equal(items, by_python[0])
-    np.testing.assert_array_equal(worker_indptr, by_python[1])
-    np.testing.assert_array_equal(merges, by_python[2])
-    assert num_partials == by_python[3]
+    assert_same_work(cut.share_work(*arguments), cut.share_work.py_func(*arguments))
 
 
 @given(
@@ -87,8 +89,7 @@ def test_a_steps_two_lists_are_those_of_its_two_kinds_of_sequence(
     decode = cut.share_work(seq_lens, starts, 1, decode_max_q_len, 4, 16, kv_split, 0, *rules, 3)
     prefill = cut.share_work(seq_lens, starts, decode_max_q_len + 1, 99, 8, 32, kv_split, 64, *rules, 5)
     for got, wanted in zip(lists, (decode, prefill), strict=True):
-        for array, wanted_array in zip(got, wanted, strict=True):
-            np.testing.assert_array_equal(array, wanted_array)
+        assert_same_work(got, wanted)
     assert longest == max((q for _, q in lengths), default=0)
 
 
@@ -102,3 +103,23 @@ def test_a_step_has_lengths_within_its_table_and_starts_that_only_grow(seq_lens,
     wanted = starts[0] == 0 and sorted(starts) == starts and all(0 <= n <= 10 for n in seq_lens)
     arrays = np.array(seq_lens, np.int64), np.array(starts, np.int64)
     assert cut.is_step(*arrays, 10) == cut.is_step.py_func(*arrays, 10) == wanted
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 9)), max_size=5),
+    dtypes=st.tuples(*[st.sampled_from([np.int32, np.int64])] * 2),
+    one_query=st.booleans(),
+    capacity=st.sampled_from([0, 50, 2**31 - 1]),
+)
+def test_a_step_is_copied_from_integers_of_either_width(lengths, dtypes, one_query, capacity):
+    seq_lens = np.array([n for n, _ in lengths], dtypes[0])
+    starts = np.array([0, *np.cumsum([q for _, q in lengths])], dtypes[1])
+    places = [seq_lens.ctypes.data, seq_lens.itemsize, starts.ctypes.data, starts.itemsize]
+    if one_query:
+        starts, places[2:] = np.arange(len(starts)), [0, 0]
+    copies = np.full(len(seq_lens), -1), np.full(len(starts), -1)
+
+    assert cut.copy_step(*places, *copies, capacity) == (seq_lens.max(initial=0) <= capacity)
+
+    np.testing.assert_array_equal(copies[0], seq_lens)
+    np.testing.assert_array_equal(copies[1], starts)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from quire import deal
 from quire.cut import share_work
+from quire.work import WorkList
 
 
 def lengths(sequences):
@@ -36,9 +37,9 @@ def test_the_tiles_are_those_of_the_line_of_work(
     arguments = (seq_lens, starts, least_q, 99, q_tokens, kv_tokens, tile_cost, *rules, num_workers)
 
     items, worker_indptr, evenly = deal.deal_tiles(*arguments)
-    uncut = share_work(seq_lens, starts, least_q, 99, q_tokens, kv_tokens, 0, 0, True, *rules, 1)[0]
+    uncut = WorkList(*share_work(seq_lens, starts, least_q, 99, q_tokens, kv_tokens, 0, 0, True, *rules, 1))
 
-    assert sorted(map(tuple, items)) == sorted(map(tuple, uncut))
+    assert sorted(map(tuple, items)) == sorted(map(tuple, uncut.items))
     assert worker_indptr[0] == 0
     assert worker_indptr[-1] == len(items)
     assert (np.diff(worker_indptr) >= 0).all()

@@ -14,12 +14,56 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from quire.compiled import compiled
 
 # What loading the queries and writing the result of an item costs, in KV tokens; it keeps a share of many
 # short sequences from being taken for a cheap one.
 ITEM_OVERHEAD = 16
+
+
+def _load_int(bits: int) -> Any:
+    """A word that reads an integer at a byte address."""
+
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], ir.IntType(bits).as_pointer())
+            return builder.sext(builder.load(pointer), ir.IntType(64))
+
+        return types.int64(types.int64), codegen
+
+    return intrinsic(load)
+
+
+_load_i32, _load_i64 = _load_int(32), _load_int(64)
+
+
+@compiled
+def copy_ints(address: int, nbytes: int, target: Any) -> None:
+    """Fill ``target`` with the integers of 4 or 8 bytes that lie at an address; with 0, 1, … if that is 0."""
+    for i in range(len(target)):
+        if address == 0:
+            target[i] = i
+        elif nbytes == 8:
+            target[i] = _load_i64(address + i * 8)
+        else:
+            target[i] = _load_i32(address + i * 4)
+
+
+@compiled
+def copy_step(
+    lens_at: int, lens_bytes: int, starts_at: int, starts_bytes: int, seq_lens: Any, starts: Any, capacity: int,
+) -> bool:  # fmt: skip
+    """Copy a step's lengths by ``copy_ints``, and say whether the copy is a step.
+
+    They come as addresses because torch takes 0.7 µs to make an array of a tensor, and this call half of that.
+    """
+    copy_ints(lens_at, lens_bytes, seq_lens)
+    copy_ints(starts_at, starts_bytes, starts)
+    return bool(is_step(seq_lens, starts, capacity))
 
 
 @compiled
@@ -133,8 +177,8 @@ def share_step(
 def share_work(
     seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, kv_tokens: int, kv_split: int,
     part_cost: int, whole_tiles: bool, num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
-) -> tuple[Any, Any, Any, int]:  # fmt: skip
-    """Items, worker_indptr, merges and the number of partials of ``work.WorkList``.
+) -> tuple[Any, int, int, int, int]:  # fmt: skip
+    """The fields of ``work.WorkList``.
 
     Takes the sequences with least_q to most_q queries; ``starts`` is cu_seqlens_q.
     """
@@ -148,9 +192,12 @@ def share_work(
         seq_lens, starts, least_q, most_q, q_tokens, kv_split, whole_tiles, causal, window_left
     )
     total = weight * num_kv_heads
-    items = np.empty((parts * num_kv_heads + num_workers, 8), np.int64)
-    merges = np.empty((tiles * num_kv_heads if kv_split else num_workers, 5), np.int64)
+    most_items = parts * num_kv_heads + num_workers
+    most_merges = tiles * num_kv_heads if kv_split else num_workers
+    # Room behind the items for all else, so that there is one array to hand to Python.
+    items = np.empty((most_items + -(-(num_workers + 1 + most_merges * 5) // 8), 8), np.int64)
     worker_indptr = np.zeros(num_workers + 1, np.int64)
+    merges = np.empty((most_merges, 5), np.int64)
     num_items = num_merges = num_partials = worker = line = 0
     for i in range(len(seq_lens)):
         q_len = starts[i + 1] - starts[i]
@@ -195,4 +242,8 @@ def share_work(
     worker_indptr[num_workers] = num_items
     if own_split:
         worker_indptr = np.minimum(np.arange(num_workers + 1), num_items)
-    return items[:num_items], worker_indptr, merges[:num_merges], num_partials
+    lists, first = items.reshape(-1), num_items * 8
+    last = first + num_workers + 1
+    lists[first:last] = worker_indptr
+    lists[last : last + num_merges * 5] = merges[:num_merges].reshape(-1)
+    return lists, num_workers, num_items, num_merges, num_partials

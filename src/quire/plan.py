@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.work import MERGE_COLUMNS, Ints, StepPlan, TileShape, Tiling, WorkBound, WorkList
+from quire.work import Ints, StepPlan, TileShape, Tiling, WorkBound, WorkList
 
 
 def plan_step(
@@ -48,7 +48,7 @@ def plan_step(
         tiling.whole_tiles, num_kv_heads, causal, window_left, tiling.num_workers,
     )  # fmt: skip
     many = WorkList(*prefill)
-    if tiling.prefill_tile_cost and not tiling.kv_split and len(many.items):
+    if tiling.prefill_tile_cost and not tiling.kv_split and many.num_items:
         many = _dealt(seq_lens, cu_seqlens_q, num_kv_heads, causal, window_left, tiling) or many
     return StepPlan(
         page_table, seq_lens, cu_seqlens_q, page_size, causal, window_left,
@@ -96,7 +96,9 @@ def _dealt(
         seq_lens, starts, tiling.decode_max_q_len + 1, np.iinfo(np.int64).max, tile.q_tokens, tile.kv_tokens,
         tiling.prefill_tile_cost, num_kv_heads, causal, window_left, tile.num_workers or tiling.num_workers,
     )  # fmt: skip
-    return WorkList(items, worker_indptr, np.empty((0, len(MERGE_COLUMNS)), np.int64), 0) if evenly else None
+    if not evenly:
+        return None
+    return WorkList(np.concatenate((items.ravel(), worker_indptr)), len(worker_indptr) - 1, len(items))
 
 
 @functools.cache

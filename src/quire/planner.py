@@ -16,7 +16,10 @@ from quire.errors import ArgumentError
 from quire.kernels import load_backend, resolve_backend
 from quire.plan import largest_work, plan_step
 from quire.spec import AttentionSpec
-from quire.work import BoundCall, Capacity, Tiling
+from quire.work import BoundCall, Capacity, StepPlan, Tiling
+
+# Numbers of tokens for which a Planner keeps its bound calls: as many as decode has batch sizes, or nearly.
+KEPT_BOUND = 256
 
 
 def plan(
@@ -56,14 +59,10 @@ def plan(
     """
     step_checks.check_rules(causal, window_left, batch_invariant, backend)
     _check_spec(spec)
-    table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
+    host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
     where = checks.resolve_device(device, page_table)
-    name, kernels = _backend(backend, spec, where)
-    tiling = _tiling(name, kernels, spec, where, batch_invariant)
-    step = plan_step(
-        table, lens, starts, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size, causal=causal,
-        window_left=window_left, tiling=tiling,
-    )  # fmt: skip
+    name, kernels, tiling = _service(backend, spec, where, batch_invariant)
+    step = _cut(host_step, spec, causal, window_left, tiling)
     return AttentionPlan(
         spec, name, where, step, step.max_q_len, kernels, kernels.prepare(spec, step, where), {}
     )
@@ -122,10 +121,10 @@ class Planner:
         self.limits = step_checks.Limits.checked(max_batch, max_seq_len, max_q_len, max_tokens)
         self.spec, self.causal, self.window_left = spec, causal, window_left
         self.device = checks.existing_device(device)
-        self.backend, self._kernels = _backend(backend, spec, self.device)
-        self._tiling = _tiling(self.backend, self._kernels, spec, self.device, batch_invariant)
+        self.backend, self._kernels, self._tiling = _service(backend, spec, self.device, batch_invariant)
         self._reserved = self._reserve()
-        self._bound: dict[int, dict[Hashable, BoundCall]] = {}  # by a step's number of tokens
+        # By a step's number of tokens, the latest last.
+        self._bound: dict[int, dict[Hashable, BoundCall]] = {}
         self._latest: AttentionPlan | None = None
 
     def plan(
@@ -142,11 +141,8 @@ class Planner:
         Cost: host only, and one copy to the device that the host does not wait for.
         """
         spec, limits = self.spec, self.limits
-        table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
-        step = plan_step(
-            table, lens, starts, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size, causal=self.causal,
-            window_left=self.window_left, tiling=self._tiling,
-        )  # fmt: skip
+        host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
+        step = _cut(host_step, spec, self.causal, self.window_left, self._tiling)
         limits.check(step)
         bound: dict[Hashable, BoundCall] = {}
         if self._reserved is None:
@@ -154,13 +150,20 @@ class Planner:
         else:
             prepared = self._kernels.prepare(spec, step, self.device, self._reserved)
             if not debug_enabled():  # which looks at every step's page ids
-                bound = self._bound.setdefault(int(starts[-1]), bound)
+                bound = self._bound_for(int(step.cu_seqlens_q[-1]))
         if self._latest is not None:
             self._latest.replace()
         self._latest = AttentionPlan(
             spec, self.backend, self.device, step, limits.max_q_len, self._kernels, prepared, bound
         )
         return self._latest
+
+    def _bound_for(self, num_tokens: int) -> dict[Hashable, BoundCall]:
+        """What steps of so many tokens have bound; kept for a few numbers, as chunks of prompts may have any."""
+        bound = self._bound[num_tokens] = self._bound.pop(num_tokens, {})
+        if len(self._bound) > KEPT_BOUND:
+            del self._bound[next(iter(self._bound))]
+        return bound
 
     def _reserve(self) -> Any:
         """The backend's memory for every step within the limits, if it has any to keep."""
@@ -193,8 +196,19 @@ def _backend(requested: str, spec: AttentionSpec, where: torch.device) -> tuple[
     return name, load_backend(name, spec, where)
 
 
-def _tiling(
-    name: str, kernels: ModuleType, spec: AttentionSpec, where: torch.device, invariant: bool
-) -> Tiling:
+def _service(
+    requested: str, spec: AttentionSpec, where: torch.device, batch_invariant: bool
+) -> tuple[str, ModuleType, Tiling]:
+    """A backend's name, its kernels, and how they want the work cut just now."""
+    name, kernels = _backend(requested, spec, where)
     tiling: Tiling = kernels.tiling(spec, where)
-    return tiling.batch_invariant(name) if invariant else tiling
+    return name, kernels, tiling.batch_invariant(name) if batch_invariant else tiling
+
+
+def _cut(
+    host_step: step_checks.HostStep, spec: AttentionSpec, causal: bool, window_left: int, tiling: Tiling
+) -> StepPlan:
+    return plan_step(
+        *host_step, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size, causal=causal,
+        window_left=window_left, tiling=tiling,
+    )  # fmt: skip

@@ -21,6 +21,13 @@ QUANTIZED_DTYPES: dict[str, torch.dtype] = {
 PAGE_ALIGNMENT_BYTES = 64  # one cache line, two 32-byte DRAM sectors: a page is loaded as whole lines
 
 
+def check_size(name: str, value: object) -> int:
+    """An int of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more")
+    return value
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """Heads, sizes and dtypes of one attention layer.
@@ -46,11 +53,7 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_qo_heads", "num_kv_heads", "head_dim", "page_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ArgumentError(
-                    f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more"
-                )
+            check_size(name, getattr(self, name))
         if self.num_qo_heads % self.num_kv_heads:
             raise ArgumentError(
                 f"num_qo_heads must be a multiple of num_kv_heads; got {self.num_qo_heads} and "

@@ -15,43 +15,44 @@ from numpy.typing import NDArray
 
 from quire.checks import check_host, check_tensor, describe
 from quire.errors import ArgumentError, DtypeError, ShapeError
+from quire.spec import check_size
 from quire.work import Ints, StepPlan
 
+_INTS = (torch.int32, torch.int64)
+# page_table int32 [batch, max_pages], seq_lens int64 [batch], cu_seqlens_q int64 [batch + 1]
+HostStep = tuple[NDArray[np.int32], Ints, Ints]
 
-def check_step(
-    page_table: object, seq_lens: object, cu_seqlens_q: object | None, page_size: int
-) -> tuple[NDArray[np.int32], Ints, Ints]:
-    """A step's page table and lengths as host arrays.
 
-    Returns:
-        page_table int32 [batch, max_pages], seq_lens int64 [batch], cu_seqlens_q int64 [batch + 1].
-    """
+def check_step(page_table: object, seq_lens: object, cu_seqlens_q: object | None, page_size: int) -> HostStep:
+    """A step's page table and lengths as host arrays."""
     table = check_tensor("page_table", page_table, 2, "int32 [batch, max_pages]")
     if table.dtype != torch.int32:
         raise DtypeError(
             f"page_table must be int32 [batch, max_pages]; got {describe(table)}. Fix: page_table.to(torch.int32)"
         )
-    if table.is_meta:
+    if not table.is_cpu:
         check_host(page_table=table)
-    lens = _host_lengths("seq_lens", seq_lens, "[batch]")
-    batch = table.shape[0]
-    if len(lens) != batch:
+    lens_given, starts_given = _on_host("seq_lens", seq_lens, "[batch]"), None
+    batch, max_pages = table.shape
+    if lens_given.numel() != batch:
         raise ShapeError(
-            f"seq_lens must be [batch] with batch={batch}, the rows of page_table; got [{len(lens)}]. "
+            f"seq_lens must be [batch] with batch={batch}, the rows of page_table; got [{len(lens_given)}]. "
             "Fix: one length per row"
         )
-    if cu_seqlens_q is None:
-        starts: Ints = np.arange(batch + 1, dtype=np.int64)
-    else:
-        starts = _host_lengths("cu_seqlens_q", cu_seqlens_q, "[batch + 1]")
-        if len(starts) != batch + 1:
+    if cu_seqlens_q is not None:
+        starts_given = _on_host("cu_seqlens_q", cu_seqlens_q, "[batch + 1]")
+        if starts_given.numel() != batch + 1:
             raise ShapeError(
-                f"cu_seqlens_q must be [batch + 1] = [{batch + 1}]; got [{len(starts)}]. "
+                f"cu_seqlens_q must be [batch + 1] = [{batch + 1}]; got [{len(starts_given)}]. "
                 "Fix: start with 0 and end with the number of query tokens"
             )
-    if not _arithmetic().is_step(lens, starts, table.shape[1] * page_size):
+    lens, starts = np.empty(batch, np.int64), np.empty(batch + 1, np.int64)
+    places = *_place("seq_lens", lens_given), *_place("cu_seqlens_q", starts_given)
+    if not _arithmetic().copy_step(*places, lens, starts, max_pages * page_size):
         _refuse_step(table, lens, starts, page_size)
-    return (table if table.stride(1) == 1 else table.contiguous()).cpu().numpy(), lens, starts
+    if not table.is_contiguous() and table.stride(1) != 1:
+        table = table.contiguous()
+    return (table if table.is_cpu else table.cpu()).numpy(), lens, starts
 
 
 @functools.cache
@@ -81,15 +82,29 @@ def _refuse_step(table: torch.Tensor, lens: Ints, starts: Ints, page_size: int) 
     )
 
 
-def _host_lengths(name: str, value: object, layout: str) -> Ints:
+def _on_host(name: str, value: object, layout: str) -> torch.Tensor:
+    """Lengths as a contiguous tensor on the host."""
     tensor = check_tensor(name, value, 1, f"int32 {layout}")
-    if tensor.dtype not in (torch.int32, torch.int64):
+    if tensor.dtype not in _INTS:
         raise DtypeError(
             f"{name} must be int32 {layout}; got {describe(tensor)}. Fix: {name}.to(torch.int32)"
         )
-    if tensor.is_meta:
+    if not tensor.is_cpu:
         check_host(**{name: tensor})
-    return tensor.cpu().numpy().astype(np.int64)
+        tensor = tensor.cpu()
+    return tensor.contiguous()
+
+
+def _place(name: str, tensor: torch.Tensor | None) -> tuple[int, int]:
+    """Where lengths lie and what each takes, for ``cut.copy_step``."""
+    if tensor is None:
+        return 0, 0
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ArgumentError(
+            f"{name} must hold data; got a {type(tensor).__name__} without memory. Fix: plan with a real tensor"
+        )
+    return address, tensor.element_size()
 
 
 class Limits(NamedTuple):
@@ -106,7 +121,7 @@ class Limits(NamedTuple):
         given = {"max_batch": max_batch, "max_seq_len": max_seq_len, "max_q_len": max_q_len}
         if max_tokens is not None:
             given["max_tokens"] = max_tokens
-        sizes = {name: _size(name, value) for name, value in given.items()}
+        sizes = {name: check_size(name, value) for name, value in given.items()}
         return cls(**{"max_tokens": sizes["max_batch"] * sizes["max_q_len"]} | sizes)
 
     def check(self, step: StepPlan) -> None:
@@ -123,12 +138,6 @@ class Limits(NamedTuple):
                     f"a step must have at most {name}={limit} {what}; got {size}. Fix: a Planner with {name}={size}, "
                     "or quire.plan for this step"
                 )
-
-
-def _size(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more")
-    return value
 
 
 def check_rules(causal: object, window_left: object, batch_invariant: object, backend: object) -> None:

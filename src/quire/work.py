@@ -94,15 +94,34 @@ class WorkList(NamedTuple):
     tokens, and ``partial`` is −1 when the item is a whole tile, else its place in the workspace.
     """
 
-    items: Ints  # [num_items, 8], see ITEM_COLUMNS
-    worker_indptr: Ints  # [num_workers + 1]
-    merges: Ints  # [num_split_tiles, 5], see MERGE_COLUMNS
-    num_partials: int
+    lists: Ints  # items, worker_indptr and merges one behind the other: one array is sooner made than three
+    num_workers: int
+    num_items: int
+    num_merges: int = 0  # tiles that are split
+    num_partials: int = 0
+
+    @property
+    def items(self) -> Ints:
+        """[num_items, 8], see ITEM_COLUMNS."""
+        return self.lists[: self.num_items * len(ITEM_COLUMNS)].reshape(-1, len(ITEM_COLUMNS))
+
+    @property
+    def worker_indptr(self) -> Ints:
+        """[num_workers + 1]."""
+        first = self.num_items * len(ITEM_COLUMNS)
+        return self.lists[first : first + self.num_workers + 1]
+
+    @property
+    def merges(self) -> Ints:
+        """[num_merges, 5], see MERGE_COLUMNS."""
+        first = self.num_items * len(ITEM_COLUMNS) + self.num_workers + 1
+        last = first + self.num_merges * len(MERGE_COLUMNS)
+        return self.lists[first:last].reshape(-1, len(MERGE_COLUMNS))
 
     @property
     def bound(self) -> WorkBound:
         """Room for this work and no more."""
-        return WorkBound(len(self.worker_indptr) - 1, len(self.items), self.num_partials)
+        return WorkBound(self.num_workers, self.num_items, self.num_partials)
 
     def column(self, name: str) -> Ints:
         """One named column of ``items``."""

@@ -17,7 +17,7 @@ from quire.kernels.cpu.launch import addresses, num_threads, run
 from quire.kernels.cpu.merge import merge
 from quire.kernels.cpu.notes import describe_machine, describe_tile
 from quire.kernels.cpu.products import BLOCK
-from quire.kernels.cpu.rows import Call, Step
+from quire.kernels.cpu.rows import ITEM_BYTES, Call, Step
 from quire.kernels.cpu.store import Write, write
 from quire.spec import PAGE_ALIGNMENT_BYTES, AttentionSpec
 from quire.work import AttentionCall, BoundCall, StepPlan, TileShape, Tiling, WorkList
@@ -55,6 +55,7 @@ class _Kernel(NamedTuple):
     function: Any
     config: Config
     partial_rows: int
+    row_bytes: int  # of a row in a partial state, with its m and l
     scratch_bytes: int  # per worker
 
 
@@ -62,18 +63,20 @@ class _Kernel(NamedTuple):
 def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
     """Decode and prefill."""
     config = Config(DTYPE_CODES[spec.dtype], DTYPE_CODES[spec.storage_dtype], spec.head_dim)
-    tiles = -(-spec.group_size // config.most_heads)
+    tiles, row_bytes = -(-spec.group_size // config.most_heads), config.row_bytes + 8
     return (
         _Kernel(
             decoding.decode,
             config._replace(heads=-(-spec.group_size // tiles)),
             spec.group_size,
+            row_bytes,
             _apart(decoding.scratch_bytes(spec.head_dim, tiles)),
         ),
         _Kernel(
             prefilling.prefill,
             config,
             _prefill_tokens(spec) * spec.group_size,
+            row_bytes,
             _apart(prefilling.scratch_bytes(spec.head_dim)),
         ),
     )
@@ -91,50 +94,47 @@ class _Launch:
     """One kernel's part of a plan, ready to be called for each layer."""
 
     def __init__(self, kernel: _Kernel, spec: AttentionSpec, plan: StepPlan, work: WorkList) -> None:
-        items, worker_indptr, merges, page_table, seq_lens, cu_seqlens_q = addresses(
-            work.items, work.worker_indptr, work.merges, plan.page_table, plan.seq_lens, plan.cu_seqlens_q
+        self._kernel, self._spec, self._plan, self._work = kernel, spec, plan, work
+        self._partials_at = work.num_workers * kernel.scratch_bytes
+        self._nbytes = self._partials_at + work.num_partials * kernel.partial_rows * kernel.row_bytes
+        self._step: Step | None = None
+
+    def __call__(self, call: Call) -> None:
+        kernel, work = self._kernel, self._work
+        threads, scratch = num_threads(), borrow_scratch(self._nbytes)
+        step = self._step
+        if step is None or step.scratch != scratch:  # it mostly lies where it did for the layer before
+            step = self._step = self._in_scratch(scratch)
+        run(kernel.function, kernel.config, threads, work.num_workers, step, call)
+        if work.num_merges:
+            run(merge, kernel.config, threads, work.num_merges, step, call)
+
+    def _in_scratch(self, scratch: int) -> Step:
+        """What the kernel reads, with its places in scratch memory."""
+        kernel, plan, work = self._kernel, self._plan, self._work
+        page_table, seq_lens, cu_seqlens_q, items = addresses(
+            plan.page_table, plan.seq_lens, plan.cu_seqlens_q, work.lists
         )
-        self._function, self._config = kernel.function, kernel.config
-        self._workers, self._merges = len(work.worker_indptr) - 1, len(work.merges)
-        self._partial_out = self._workers * kernel.scratch_bytes
-        rows = work.num_partials * kernel.partial_rows
-        self._partial_softmax = self._partial_out + rows * kernel.config.row_bytes
-        self._nbytes = self._partial_softmax + rows * 8
-        self._step = Step(
+        worker_indptr = items + work.num_items * ITEM_BYTES
+        partial_out = scratch + self._partials_at
+        return Step(
             items=items,
             worker_indptr=worker_indptr,
-            merges=merges,
+            merges=worker_indptr + (work.num_workers + 1) * 8,
             page_table=page_table,
             page_table_row=plan.page_table.strides[0],
             seq_lens=seq_lens,
             cu_seqlens_q=cu_seqlens_q,
             page_size=plan.page_size,
-            group=spec.group_size,
+            group=self._spec.group_size,
             causal=int(plan.causal),
             window_left=plan.window_left,
             partial_rows=kernel.partial_rows,
-            partial_out=0,
-            partial_softmax=0,
-            scratch=0,
+            partial_out=partial_out,
+            partial_softmax=partial_out + work.num_partials * kernel.partial_rows * kernel.config.row_bytes,
+            scratch=scratch,
             scratch_bytes=kernel.scratch_bytes,
         )
-
-    def __call__(self, call: Call) -> None:
-        threads, step = num_threads(), self._in_scratch(borrow_scratch(self._nbytes))
-        run(self._function, self._config, threads, self._workers, step, call)
-        if self._merges:
-            run(merge, self._config, threads, self._merges, step, call)
-
-    def _in_scratch(self, scratch: int) -> Step:
-        """The step with its places in scratch memory, which lies where it did for the layer before."""
-        step = self._step
-        if step.scratch != scratch:
-            step = self._step = step._replace(
-                scratch=scratch,
-                partial_out=scratch + self._partial_out,
-                partial_softmax=scratch + self._partial_softmax,
-            )
-        return step
 
 
 class _Prepared(NamedTuple):
@@ -160,8 +160,12 @@ class _Prepared(NamedTuple):
 
 def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepared:
     """The launches of a plan: decode, prefill or both."""
-    work = zip(_kernels(spec), (step.decode, step.prefill), strict=True)
-    launches = [_Launch(kernel, spec, step, shares) for kernel, shares in work if len(shares.items)]
+    decode, prefill = _kernels(spec)
+    launches = []
+    if step.decode.num_items:
+        launches.append(_Launch(decode, spec, step, step.decode))
+    if step.prefill.num_items:
+        launches.append(_Launch(prefill, spec, step, step.prefill))
     return _Prepared(step, launches, spec)
 
 

@@ -243,14 +243,9 @@ def part(function: Callable[..., Any]) -> Any:
 
 
 @kernel
-def addresses(
-    items: Any, worker_indptr: Any, merges: Any, page_table: Any, seq_lens: Any, cu_seqlens_q: Any
-) -> tuple[int, ...]:
+def addresses(page_table: Any, seq_lens: Any, cu_seqlens_q: Any, lists: Any) -> tuple[int, int, int, int]:
     """Where a plan's arrays lie: one call, where NumPy takes one per array at four times the price."""
-    return (
-        items.ctypes.data, worker_indptr.ctypes.data, merges.ctypes.data,
-        page_table.ctypes.data, seq_lens.ctypes.data, cu_seqlens_q.ctypes.data,
-    )  # fmt: skip
+    return page_table.ctypes.data, seq_lens.ctypes.data, cu_seqlens_q.ctypes.data, lists.ctypes.data
 
 
 _compiled: dict[tuple[Any, tuple[int, ...]], Callable[..., None]] = {}
