@@ -171,14 +171,15 @@ class Planner:
         if reserve is None:
             return None
         limits = self.limits
-        work = largest_work(
+        decode, prefill = largest_work(
             self._tiling, self.spec.num_kv_heads, limits.max_batch, limits.max_tokens, limits.max_seq_len,
             limits.max_q_len,
         )  # fmt: skip
         max_pages = -(-limits.max_seq_len // self.spec.page_size)
         capacity = Capacity(
-            limits.max_batch, max_pages, *work, self.causal, self.window_left, self._tiling.kv_split
-        )
+            limits.max_batch, max_pages, limits.max_q_len, decode, prefill,
+            self.causal, self.window_left, self._tiling.kv_split,
+        )  # fmt: skip
         return reserve(self.spec, capacity, self.device)
 
 

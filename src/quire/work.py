@@ -144,6 +144,7 @@ class Capacity(NamedTuple):
 
     batch: int
     max_pages: int  # columns of the page table
+    max_q_len: int  # query tokens of a sequence
     decode: WorkBound
     prefill: WorkBound
     causal: bool
@@ -175,7 +176,7 @@ class StepPlan:
         """Room for this step and no more."""
         batch, max_pages = self.page_table.shape
         rules = self.causal, self.window_left, self.kv_split
-        return Capacity(batch, max_pages, self.decode.bound, self.prefill.bound, *rules)
+        return Capacity(batch, max_pages, self.max_q_len, self.decode.bound, self.prefill.bound, *rules)
 
     @cached_property
     def pages_per_sequence(self) -> Ints:

@@ -43,7 +43,7 @@ def test_bytes_are_those_of_rows_and_their_scales():
 
 
 def test_the_expected_time_is_bytes_over_the_rate_and_a_launch():
-    tile = tune.decode_tile(SPEC, tune.known_chip("cuda", 90, 132))
+    tile = tune.decode_tile(SPEC, tune.known_chip("cuda", 90, 132), few_rows=True)
     work = work_of([1000], [1])
     rates = forecast.Rates(decode_bytes=1e9, prefill_flops=1e9, launch=5e-6)
     text = forecast.describe("decode", SPEC, tile, work, True, rates)
@@ -64,6 +64,7 @@ def test_a_plan_says_that_nobody_measured_the_chip_it_runs_on():
         batch.page_table[:1], batch.seq_lens[:1], None, batch.shape.spec(16), backend="triton"
     )
     assert "prefill kernel" not in decode_only.explain()
+    assert "decode tile: 8 rows" in decode_only.explain()
 
 
 def test_the_rates_are_those_of_the_committed_measurements():

@@ -9,9 +9,9 @@ For each block of tokens, with query heads g of the group:
 The kernel is bound by reading K and V: per token of 2·head_dim elements it spends 2·heads·head_dim/16 fused
 multiply-adds, and everything else is arranged so that those keep up with memory. Scores of a block lie
 token-major, [token][head] with heads padded to a power of two, so that a tile of 16 dot products ends up in
-the 16 lanes of one vector (``sum_rows``). A block's tokens are taken in the order of ``blocks``. While one block's
-scores are computed, the next one's keys are prefetched, then its values: pages lie anywhere, so the hardware cannot
-guess them.
+the 16 lanes of one vector (``sum_rows``). A block's tokens are taken in the order of ``blocks``. While one block is
+computed, the next one's rows are asked for, more than once (``products.ask_for_line``): pages lie anywhere, so the
+hardware cannot guess them.
 
 Sources: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867; FlashDecoding.
 """

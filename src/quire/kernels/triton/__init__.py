@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from quire.errors import UnsupportedError
 from quire.kernels.triton import forecast, hopper, tune
 from quire.kernels.triton.attend import Launch
 from quire.kernels.triton.device_plan import DevicePlan, PartialShape
@@ -44,15 +45,16 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     return None
 
 
-def _tiles(spec: AttentionSpec, chip: tune.Chip) -> tuple[tune.Tile, tune.Tile, str | None]:
+def _tiles(spec: AttentionSpec, chip: tune.Chip, max_q_len: int) -> tuple[tune.Tile, tune.Tile, str | None]:
     """Those of decode and of prefill, and a phrase if Hopper's kernel cannot serve such layers."""
-    return tune.decode_tile(spec, chip), tune.prefill_tile(spec, chip), hopper.why_not(spec, chip)
+    few_rows = max_q_len * spec.group_size <= tune.MIN_COLUMNS
+    return tune.decode_tile(spec, chip, few_rows), tune.prefill_tile(spec, chip), hopper.why_not(spec, chip)
 
 
 def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
     """A share per worker that the chip holds at once; queries that fit the smallest tile count as decode."""
     chip = tune.chip_of(device)
-    decode, prefill, reason = _tiles(spec, chip)
+    decode, prefill, reason = _tiles(spec, chip, max_q_len=tune.MIN_ROWS)
     prefill_shape = TileShape(
         prefill.rows // spec.group_size, prefill.kv_tokens, chip.multiprocessors * tune.PREFILL_WAVES
     )
@@ -90,7 +92,7 @@ class _Prepared(NamedTuple):
 
 def reserve(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Reserved:
     """Room for every step within a capacity, and its launches: a decode, a prefill or both."""
-    decode, prefill, reason = _tiles(spec, tune.chip_of(device))
+    decode, prefill, reason = _tiles(spec, tune.chip_of(device), capacity.max_q_len)
     reason = reason or hopper.why_not_rules(capacity)
     block_dim = tune.block_dim(spec.head_dim)
     shapes = PartialShape(decode.rows, block_dim), PartialShape(prefill.rows, block_dim)
@@ -115,7 +117,7 @@ def prepare(
 def _describe(spec: AttentionSpec, step: StepPlan, device: torch.device, reserved: Reserved) -> list[str]:
     """Each launch, and which kernel takes the prefill."""
     rates, lines = forecast.rates_of(device), []
-    decode, prefill, _ = _tiles(spec, tune.chip_of(device))
+    decode, prefill, _ = _tiles(spec, tune.chip_of(device), step.max_q_len)
     if len(step.decode.items):
         lines.append(forecast.describe("decode", spec, decode, step.decode, step.causal, rates))
     if len(step.prefill.items):
@@ -127,8 +129,25 @@ def _describe(spec: AttentionSpec, step: StepPlan, device: torch.device, reserve
     return lines
 
 
+def _check_slots(call: AttentionCall) -> None:
+    """Places in a page are computed in 32 bits, those of pages in 64."""
+    stores = {"k_pages": call.k_pages, "v_pages": call.v_pages}
+    for name, pages in stores.items():
+        reach = pages.shape[2] * pages.stride(2)
+        if reach >= 2**31:
+            raise UnsupportedError(
+                f"{name} must have a page's slots within 2^31 elements; got {pages.shape[2]} slots that lie "
+                f'{pages.stride(2)} apart. Fix: a copy in a KVPool\'s order, or backend="reference"'
+            )
+
+
 def bind(prepared: _Prepared, call: AttentionCall) -> BoundCall:
-    """A plan's launches for tensors of this call's layout, compiled first if nobody has asked before."""
+    """A plan's launches for tensors of this call's layout, compiled first if nobody has asked before.
+
+    Raises:
+        UnsupportedError: a page whose slots lie further apart than 32 bits can say.
+    """
+    _check_slots(call)
     bound = [launch.bind(call) for launch in prepared.launches]
     if len(bound) == 1:
         return bound[0]

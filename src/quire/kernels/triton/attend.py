@@ -249,7 +249,11 @@ def _constants(
         softcap=False,
         plain=True,
         format=spec.kv_dtype or "same",
-        packed=spec.quantized and spec.dtype != torch.float32 and spec.head_dim % WORD == 0 and block_d >= 32,
+        # Half of the dims are rows of the matrix units where even and odd ones are multiplied apart.
+        packed=spec.quantized
+        and spec.dtype != torch.float32
+        and spec.head_dim % WORD == 0
+        and block_d >= 2 * tune.MIN_ROWS,
         aligned=not window and (tile.kv_tokens % spec.page_size == 0 or spec.page_size % tile.kv_tokens == 0),
         same_strides=True,
         transposed=tile.transposed,

@@ -52,7 +52,7 @@ def describe(
         if name == "decode"
         else f"{rates.prefill_flops / 1e12:.0f} TFLOP/s"
     )
-    return f"{shape}; expected {seconds * 1e6:.0f} µs a layer at {rate}, the rate measured"
+    return f"{shape}; expected {seconds * 1e6:.0f} µs a layer at {rate}, the rate measured of bfloat16"
 
 
 def read_bytes(spec: AttentionSpec, work: WorkList) -> int:

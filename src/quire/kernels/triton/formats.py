@@ -43,7 +43,10 @@ def mantissa_bits(FORMAT):
 
 @triton.jit
 def widen(stored, FORMAT: tl.constexpr, dtype: tl.constexpr):
-    """Elements of a page as ``dtype``, float16 or float32, still to be multiplied with 2^unit_exponent and scales."""
+    """Elements of a page as they are, or stored bytes as ``dtype``, float16 or float32.
+
+    Those are still to be multiplied with 2^unit_exponent and scales.
+    """
     if FORMAT == "same":
         return stored
     elif FORMAT == "int8":

@@ -1,8 +1,9 @@
 """How a tile lies in registers: scores [rows, keys] and acc [rows, dims], or both transposed.
 
-The matrix units take tiles of 16 by 8. A decode tile's few rows are TRANSPOSED: then they are the side of 8, and keys,
-not queries, are the operand whose registers must be neighbours. Values that lie in pages as bytes are multiplied APART
-then: acc is its even dims and its odd dims (``formats.widen_apart``).
+The matrix units take tiles of 16 by 8. TRANSPOSED, query rows are the side of 8 and keys that of 16: a decode tile of a
+few rows wastes half as much so, and stored bytes, of which decode transposes tiles of any rows, become numbers in the
+registers where they are multiplied. Their values are multiplied APART then: acc is its even dims and its odd dims
+(``formats.widen_apart``). Which tiles are transposed ``tune`` says.
 """
 
 from __future__ import annotations

@@ -16,12 +16,10 @@ from quire.spec import AttentionSpec
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
-MIN_ROWS = 16  # the matrix units' smallest tile
-MIN_COLUMNS = 8
+MIN_ROWS, MIN_COLUMNS = 16, 8  # the sides of the matrix units' smallest tile
 KIB = 1024
-PREFILL_WAVES = (
-    4  # shares per multiprocessor: tiles take unequal times, and whoever is free takes the next share
-)
+# Shares per multiprocessor: tiles take unequal times, and whoever is free takes the next share.
+PREFILL_WAVES = 4
 PART_COST = 384  # KV tokens that a worker reads while a split tile's parts meet, about 5 µs
 
 
@@ -65,8 +63,9 @@ def chip_of(device: torch.device) -> Chip:
     if device.type != "cuda":
         return Chip("cpu", 0, 227 * KIB, 3)
     found = torch.cuda.get_device_properties(device)
-    name = "hip" if torch.version.hip else "cuda"
-    return known_chip(name, 10 * found.major + found.minor, found.multi_processor_count)
+    if torch.version.hip:
+        return known_chip("hip", 0, found.multi_processor_count)
+    return known_chip("cuda", 10 * found.major + found.minor, found.multi_processor_count)
 
 
 def block_dim(head_dim: int) -> int:
@@ -98,19 +97,22 @@ def token_bytes(spec: AttentionSpec) -> int:
 
 
 @functools.lru_cache
-def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
+def decode_tile(spec: AttentionSpec, chip: Chip, few_rows: bool) -> Tile:
     """Few rows, bound by memory: enough bytes in flight, and on Hopper as measured (docs/performance.md).
 
     One worker of large blocks per multiprocessor loses nothing to two of small ones and splits tiles half as
     often. Quantised blocks cost arithmetic instead: there many workers of few warps wait for one another least.
+    ``few_rows``: no sequence of the step has more than MIN_COLUMNS. Where that makes a difference it is to the rows
+    alone, as the step is cut before.
     """
+    rows = max(MIN_ROWS, power_of_two(spec.group_size))
     if chip.name == "hip":
-        rows = max(MIN_ROWS, power_of_two(spec.group_size))
         kv_tokens = min(64, max(16, 16 * KIB // token_bytes(spec)))
         return Tile(rows, kv_tokens, num_warps=4, num_stages=2, workers_per_sm=2)
     narrow = spec.dtype != torch.float32
-    rows = max(MIN_COLUMNS if narrow else MIN_ROWS, power_of_two(spec.group_size))
     if spec.quantized:
+        if narrow:
+            rows = max(MIN_COLUMNS, power_of_two(spec.group_size))
         if rows == MIN_COLUMNS and block_dim(spec.head_dim) <= 128:
             kv_tokens, num_warps, most_workers = 32, 1, 8  # as many as registers hold, two for each scheduler
         else:
@@ -128,15 +130,15 @@ def decode_tile(spec: AttentionSpec, chip: Chip) -> Tile:
     room = chip.shared_bytes - 2 * query_bytes(spec, rows)
     stage_bytes = min(stage_bytes, room // 5 * 2)  # two of them, and a fifth for what else there is
     kv_tokens = min(128, max(16, power_of_two(stage_bytes // token_bytes(spec) + 1) // 2))
-    return Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1, transposed=rows == MIN_COLUMNS)
+    tile = Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1)
+    return tile._replace(rows=MIN_COLUMNS, transposed=True) if few_rows and narrow else tile
 
 
 def _resident(spec: AttentionSpec, rows: int, kv_tokens: int, num_stages: int, chip: Chip) -> int:
     """Workers of quantised decode whose shared memory a multiprocessor holds at once; one at least."""
     stage = kv_tokens * (token_bytes(spec) + 2 * torch.float32.itemsize)  # keys, values and their scales
-    beside = (
-        query_bytes(spec, rows) + KIB // 4 + KIB
-    )  # what else there is, and what the hardware keeps for itself
+    # What else there is, and what the hardware keeps for itself.
+    beside = query_bytes(spec, rows) + KIB // 4 + KIB
     return max(1, (chip.shared_bytes + KIB) // (num_stages * stage + beside))
 
 
