@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: floors, file sizes, the public list, a test for every room."""
+"""The house rules that a machine can hold: floors, file sizes, the public list."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ def write_kv(
         k_pages, v_pages: [num_kv_heads, num_pages, page_size, head_dim], written in place.
         slot_mapping: int64 [tokens], page × page_size + offset; −1 writes nowhere.
         k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size], written where pages are quantised:
-            symmetric, per token and head.
+            symmetric, per token and head. int8 pages then hold −127 to 127; a −128 that others wrote may count
+            as −127 (docs/numerics.md).
     Raises:
         ShapeError, DtypeError, DeviceError: arguments that do not fit together.
         ArgumentError: with QUIRE_DEBUG=1, a slot outside the pool.

@@ -55,9 +55,10 @@ def test_it_is_as_exact_as_torch(tokens, rows, width, dtype, biased):
     assert_accurate(run(x, weight, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("width", [21, 64])  # with a tail, and in whole pairs of bfloat16
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_byte_behind_a_tensor_is_touched(dtype):
-    x, weight, bias = case(3, 19, 21, dtype, biased=True)
+def test_no_byte_behind_a_tensor_is_touched(dtype, width):
+    x, weight, bias = case(3, 19, width, dtype, biased=True)
     out = guarded_copy(torch.zeros(3, 19, dtype=dtype))
     linear(guarded_copy(x), guarded_copy(weight), guarded_copy(bias), out)
     assert torch.equal(out, run(x, weight, bias))
@@ -99,8 +100,9 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(tokens, set_threads):
     assert torch.equal(results[0], results[2])
 
 
-def test_a_token_gives_the_same_bits_whatever_stands_beside_it_in_a_tile():
-    x, weight, _ = case(8, 40, 70, torch.float32, biased=False)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 70), (torch.bfloat16, 96)], ids=str)
+def test_a_token_gives_the_same_bits_whatever_stands_beside_it_in_a_tile(dtype, width):
+    x, weight, _ = case(8, 40, width, dtype, biased=False)
     assert torch.equal(run(x[:5], weight, None), run(x, weight, None)[:5])
 
 
