@@ -16,8 +16,11 @@ from benchmarks.ceilings import NAMES as CEILINGS
 from benchmarks.environment import ROOT
 
 RESULTS = ROOT / "benchmarks/results"
-ATTENTION, SHAPES, GENERATION = (RESULTS / f"cpu{name}.csv" for name in ("", "-shapes", "-generation"))
+ATTENTION, SHAPES, GENERATION, HOST = (
+    RESULTS / f"cpu{name}.csv" for name in ("", "-shapes", "-generation", "-host")
+)
 BASELINE = "model.generate"
+NOT_MEASURED = "*Not measured yet.*"
 
 
 def main() -> int:
@@ -48,6 +51,7 @@ def tables() -> dict[Path, dict[str, str]]:
         ROOT / "docs/benchmarks.md": {
             "spread": f"{attention_table(attention, spread=True)}\n\n{origin(attention)}",
             "shapes": f"{attention_table(shapes, spread=True)}\n\n{origin(shapes)}",
+            "host": host_table(records.read(HOST)) if HOST.exists() else NOT_MEASURED,
         },
     }
 
@@ -103,6 +107,19 @@ def generation_table(rows: Sequence[records.Row]) -> str:
         else:
             lines.append(f"| {row['who']} | {row['status']} | | |")
     return "\n".join(lines)
+
+
+def host_table(rows: Sequence[records.Row]) -> str:
+    """One line per call of the host: its median in microseconds, and what was set out for."""
+    lines = ["| call | step | µs | p20 – p80 | set out for |", "| --- | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        figures = [row["status"], ""]
+        if row["median_us"]:
+            median, p20, p80 = (f"{float(row[name]):.1f}" for name in ("median_us", "p20_us", "p80_us"))
+            figures = [median, f"{p20} – {p80}"]
+        goal = f"≤ {row['goal_us']}" if row["goal_us"] else ""
+        lines.append("| " + " | ".join([f"`{row['who']}`", f"`{row['case']}`", *figures, goal]) + " |")
+    return "\n".join([*lines, "", origin(rows)])
 
 
 def _milliseconds(row: records.Row | None, spread: bool) -> str:

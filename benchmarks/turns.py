@@ -6,13 +6,14 @@ A peer comes to its first round ready: it has computed the case once, and that o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Turn = Callable[[], float]  # computes the case once and returns the seconds it took
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Absent(Exception):
@@ -84,8 +85,8 @@ def stopwatch(call: Callable[[], Any], *, warm: bool = True) -> Turn:
 
 
 def time_in_turns(
-    turns: Mapping[str, Turn], rounds: int, tick: Callable[[], Any] = lambda: None
-) -> tuple[dict[str, Spread], dict[str, Absent]]:
+    turns: Mapping[Name, Turn], rounds: int, tick: Callable[[], Any] = lambda: None
+) -> tuple[dict[Name, Spread], dict[Name, Absent]]:
     """Each name's seconds over so many rounds.
 
     Args:
@@ -93,8 +94,8 @@ def time_in_turns(
     Returns:
         The spreads, and why those without one dropped out.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    gone: dict[str, Absent] = {}
+    seconds: dict[Name, list[float]] = {name: [] for name in turns}
+    gone: dict[Name, Absent] = {}
     for _ in range(rounds):
         for name, turn in turns.items():
             if name not in gone:
