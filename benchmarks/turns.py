@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,17 +53,18 @@ class Ready:
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of all rounds: the median, and between which bounds the middle 60 % of them lie."""
+    """Seconds of all rounds: the median, between which bounds the middle 60 % of them lie, and each round's."""
 
     median: float
     p20: float
     p80: float
+    rounds: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, seconds: list[float]) -> Spread:
         """Of at least one round."""
         p20, median, p80 = np.percentile(seconds, (20, 50, 80))
-        return cls(float(median), float(p20), float(p80))
+        return cls(float(median), float(p20), float(p80), tuple(seconds))
 
 
 def stopwatch(call: Callable[[], Any], *, warm: bool = True) -> Turn:

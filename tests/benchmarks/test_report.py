@@ -78,6 +78,22 @@ def test_a_line_per_engine_beside_the_padded_batch():
     assert lines[4] == "| openvino-genai | unavailable | | |"
 
 
+def test_a_ratio_across_cases_is_that_of_each_round(monkeypatch):
+    monkeypatch.setattr(report, "COMPARISONS", {"a": ["b", "c"], "d": ["a"], "e": ["a"]})
+    rows = [
+        timed("a", "quire", together="a,b,c", turns_ms="11.0 30.0 12.0"),
+        timed("b", "quire", together="a,b,c", turns_ms="6.0 15.0 5.0"),
+        timed("c", "quire", together="a,b,c", turns_ms="4.0 15.0 5.0"),
+        timed("c", "sdpa, contiguous", together="a,b,c", turns_ms="1.0 1.0 1.0"),
+        timed("d", "quire", turns_ms="1.0 1.0 1.0"),  # timed by itself: nothing can be said
+    ]
+    lines = report.comparison_table(rows).splitlines()
+    assert lines[2:] == ["| `a` | `b` + `c` | 1.10 | 1.04 – 1.16 |"]
+    assert report.comparison_table(rows[-1:]) == report.NOT_MEASURED
+    del rows[-1]["turns_ms"]  # as in files of before
+    assert report.comparison_table(rows[-1:]) == report.NOT_MEASURED
+
+
 def test_a_line_per_call_of_the_host_with_what_was_set_out_for():
     call = {"machine": "2-core Kind", "threads": "2", "date": "2026-01-02", "commit": "abc1234", "rounds": "9",
             "case": "1x2k:1", "who": "quire.plan", "status": "ok", "goal_us": "10"}  # fmt: skip
