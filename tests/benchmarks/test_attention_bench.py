@@ -152,15 +152,20 @@ def test_the_gate_computes_without_quire_and_in_blocks(monkeypatch):
     assert not whole.judge(out).good
 
 
+@pytest.mark.parametrize("change", ["float32", "bfloat16", "float16", "int8", "page1", "8/8x80@fp8_e5m2"])
+def test_the_yardstick_of_reading_is_as_many_bytes_as_the_case(change):
+    case = parse_case(f"8x64:1+1x37:9@{change}", quire.AttentionSpec(8, 8, 128, 16, torch.bfloat16))
+    assert make_ceilings(case).bytes_read == case.kv_bytes
+
+
 def test_ceilings_are_of_the_size_of_the_case():
     case = parse_case("8x64:1", quire.AttentionSpec(8, 8, 128, 16, torch.float32))
     ceilings = make_ceilings(case)
-    assert ceilings.bytes_read == case.kv_bytes
     rates = ceilings.rates(time_in_turns(ceilings.turns, 3)[0])
     assert rates[READ] > 0
     assert set(ceilings.flops) == {GEMM, SGEMM}
     assert gemm_size(3 * 4 * 1024**2, torch.float32) == 1024
-    assert gemm_size(1, torch.float32) == 256
+    assert gemm_size(1, torch.float32) == gemm_size(1 << 40, torch.float16) == 256
     assert gemm_size(1 << 40, torch.float32) == 4096
 
 
