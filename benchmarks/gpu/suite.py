@@ -67,6 +67,8 @@ def check_jobs(quick: bool, seed: int) -> list[Job]:
     far = "pages beyond 2^31 elements"
     jobs = [Job("check far pages", far, {"title": far}, 8, 1)]
     jobs += [_check("check write_kv", arguments, 2, 0) for arguments in stores]
+    invariant = [{}, {"kv_dtype": "int8"}, {"dtype": "float16", "kv_dtype": "fp8_e4m3"}]
+    jobs += [_check("check batch_invariant", arguments, 4, 0) for arguments in invariant]
     jobs += [_check("check", arguments, 6, 0) for arguments in chosen]
     return jobs + [_check("check", arguments, 8, 2) for arguments in drawn]
 
