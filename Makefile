@@ -28,6 +28,7 @@ RESULTS := benchmarks/results
 bench: $(READY)  ## Measure this machine, then remake the CPU tables and plots
 	@$(BIN)/python -m benchmarks.attention $(VLLM) --out $(RESULTS)/cpu.csv
 	@$(BIN)/python -m benchmarks.shapes --out $(RESULTS)/cpu-shapes.csv
+	@$(BIN)/python -m benchmarks.host --out $(RESULTS)/cpu-host.csv
 	@$(BIN)/python -m benchmarks.generation $(VLLM) $(OPENVINO) --out $(RESULTS)/cpu-generation.csv
 	@$(BIN)/python -m benchmarks.report
 

@@ -7,7 +7,7 @@ Examples:
     {prog} --vllm-python ~/envs/vllm/bin/python --out mine.csv
 
 Cases: SEQUENCESxKEYS:QUERIES, joined by +, k for 1024; at the end @float32, @int8, @32/8x128 or @page64
-for another dtype, other heads or pages.
+for another dtype, other heads or pages. Cases joined by a comma take turns with one another, for ratios between them.
 Nothing is timed before it agrees with float64. Peers take turns, round by round, so that a noisy moment hits all of
 them; medians are reported, with the 20th and 80th percentile beside them. vLLM takes part where its Python is given.
 """
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from rich.table import Table
 import quire
 from benchmarks import environment, records
 from benchmarks.cases import Case, Inputs, make_inputs, parse_case, parse_heads
-from benchmarks.ceilings import GEMM, READ, SGEMM, make_ceilings
+from benchmarks.ceilings import GEMM, READ, SGEMM, Ceilings, make_ceilings
 from benchmarks.foreign import without_absent_environments
 from benchmarks.gate import Gate, make_gate
 from benchmarks.options import Parser
 from benchmarks.peers import PEERS, Bench
 from benchmarks.progress import Progress, wide_console
-from benchmarks.turns import Absent, Ready, Spread, time_in_turns
+from benchmarks.turns import Absent, Ready, Spread, Turn, time_in_turns
 
 DEFAULT_CASES = [
     "8x2k:1", "1x8k:1", "32x512:1", "8x8k:1", "8x8k:1@int8", "8x2k:1@float32",
@@ -40,56 +41,106 @@ DEFAULT_CASES = [
 ]  # fmt: skip
 COLUMNS = (
     "status", "note", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "gflop_per_s", "of_read", "of_gemm", "of_sgemm",
-    "max_error", "allowed_error", "rounds", "peer_versions",
+    "max_error", "allowed_error", "rounds", "peer_versions", "together", "turns_ms",
 )  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks.attention") -> int:
-    """Parse, run, print, write; the exit code is 1 where Quire was wrong."""
+def main(
+    arguments: Sequence[str] | None = None,
+    prog: str = "python -m benchmarks.attention",
+    command: str | None = None,
+) -> int:
+    """Parse, run, print, write; the exit code is 1 where Quire was wrong.
+
+    Args:
+        command: what to type to measure the same again, where that is not this module with these arguments.
+    """
     args = parse_args(arguments, prog)
     typed = sys.argv[1:] if arguments is None else arguments
-    facts = environment.facts(environment.command_line("benchmarks.attention", typed))
+    facts = environment.facts(command or environment.command_line("benchmarks.attention", typed))
     rows: list[records.Row] = []
     with Bench(args.vllm_python) as bench, Progress() as progress:
-        for case in args.cases:
-            rows += [facts | row for row in measure(case, args.peers, args.rounds, bench, progress)]
+        for cases in args.cases:
+            rows += [facts | row for row in measure(cases, args.peers, args.rounds, bench, progress)]
     print_table(rows)
     if args.out:
         records.write(args.out, rows, replace=not args.keep)
     return int(any(row["who"] == "quire" and row["status"] != "ok" for row in rows))
 
 
+@dataclass(frozen=True)
+class Contest:
+    """One case, its peers judged.
+
+    Attributes:
+        judged: of each peer, what is to be said of it.
+        turns: of the peers that are right and of the ceilings; none where Quire is wrong, since a ratio to it would
+            mean nothing.
+    """
+
+    case: Case
+    judged: dict[str, records.Row]
+    turns: dict[str, Turn]
+    ceilings: Ceilings | None
+
+    def rows(
+        self, spreads: Mapping[str, Spread], gone: Mapping[str, Absent], **timed: str
+    ) -> list[records.Row]:
+        """A row per peer and ceiling.
+
+        Args:
+            spreads, gone: of those turns.
+            timed: columns that all who were timed have in common.
+        """
+        rates = self.ceilings.rates(spreads) if self.ceilings else {}
+        rows = []
+        for name, said in self.judged.items():
+            values = said | (gone[name].columns if name in gone else {})
+            if name in spreads:
+                values = values | timed | _speeds(self.case, spreads[name], rates)
+            rows.append(_row(self.case, name, **values))
+        for name, rate in rates.items():
+            column = (
+                {"gb_per_s": f"{rate / 1e9:.2f}"} if name == READ else {"gflop_per_s": f"{rate / 1e9:.1f}"}
+            )
+            rows.append(_row(self.case, name, status="ok", **timed, **column))
+        return rows
+
+
 def measure(
-    case: Case, peers: Sequence[str], rounds: int, bench: Bench, progress: Progress
+    cases: Sequence[Case], peers: Sequence[str], rounds: int, bench: Bench, progress: Progress
 ) -> list[records.Row]:
     """Check every peer against float64, then time those that are right, in turns with the ceilings.
 
-    Where Quire is wrong nothing is timed at all: a ratio to it would mean nothing.
+    Several cases take turns with one another too, and their rows say so: a ratio between cases that were timed one
+    after the other would also hold what the machine did meanwhile.
     """
+    contests = []
+    for bench.place, case in enumerate(cases):
+        contests.append(prepare(case, peers, bench, progress))
+    turns = {(at, name): turn for at, it in enumerate(contests) for name, turn in it.turns.items()}
+    names = ",".join(case.name for case in cases)
+    with progress.bar(f"{names}: measuring", rounds * len(turns)) as tick:
+        spreads, gone = time_in_turns(turns, rounds, tick)
+    rows: list[records.Row] = []
+    for place, contest in enumerate(contests):
+        own, lost = (
+            {name: it for (at, name), it in found.items() if at == place} for found in (spreads, gone)
+        )
+        rows += contest.rows(own, lost, rounds=str(rounds), together=names if len(cases) > 1 else "")
+    return rows
+
+
+def prepare(case: Case, peers: Sequence[str], bench: Bench, progress: Progress) -> Contest:
+    """Judge every peer; ready to be timed are those that are right."""
     progress.say(f"{case.name}: checking against float64")
     inputs = make_inputs(case)
     gate = make_gate(case, inputs)
     ready, judged = admit(case, inputs, gate, peers, bench, progress)
     if "quire" in peers and "quire" not in ready:
-        return [_row(case, name, **judged[name]) for name in peers]
-
+        return Contest(case, judged, {}, None)
     ceilings = make_ceilings(case)
-    turns = {name: it.turn for name, it in ready.items()} | ceilings.turns
-    with progress.bar(f"{case.name}: measuring", rounds * len(turns)) as tick:
-        spreads, gone = time_in_turns(turns, rounds, tick)
-    judged |= {name: judged[name] | reason.columns for name, reason in gone.items()}
-    rates = ceilings.rates(spreads)
-    rows = []
-    for name in peers:
-        speeds = _speeds(case, spreads[name], rates) | {"rounds": str(rounds)} if name in spreads else {}
-        rows.append(_row(case, name, **judged[name] | speeds))
-    read_gb, gflops = rates[READ] / 1e9, {name: rates[name] / 1e9 for name in (GEMM, SGEMM)}
-    rows.append(_row(case, READ, status="ok", gb_per_s=f"{read_gb:.2f}", rounds=rounds))
-    rows += [
-        _row(case, name, status="ok", gflop_per_s=f"{rate:.1f}", rounds=rounds)
-        for name, rate in gflops.items()
-    ]
-    return rows
+    return Contest(case, judged, {name: it.turn for name, it in ready.items()} | ceilings.turns, ceilings)
 
 
 def admit(
@@ -127,6 +178,7 @@ def _speeds(case: Case, spread: Spread, rates: dict[str, float]) -> dict[str, st
         "of_read": f"{read / rates[READ]:.3f}",
         "of_gemm": f"{flops / rates[GEMM]:.3f}",
         "of_sgemm": f"{flops / rates[SGEMM]:.3f}",
+        "turns_ms": " ".join(f"{seconds * 1e3:.4f}" for seconds in spread.rounds),
     }
 
 
@@ -189,7 +241,7 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
     args = parser.parse_args(arguments)
     try:
         spec = quire.AttentionSpec(*parse_heads(args.heads), args.page_size, getattr(torch, args.dtype))
-        args.cases = [parse_case(case, spec) for case in args.cases]
+        args.cases = [[parse_case(case, spec) for case in text.split(",")] for text in args.cases]
     except ValueError as error:
         parser.error(str(error))
     args.peers = args.peers or without_absent_environments(PEERS, {"vllm": args.vllm_python})

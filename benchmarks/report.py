@@ -14,10 +14,15 @@ from pathlib import Path
 from benchmarks import records
 from benchmarks.ceilings import NAMES as CEILINGS
 from benchmarks.environment import ROOT
+from benchmarks.shapes import COMPARISONS
+from benchmarks.turns import Spread
 
 RESULTS = ROOT / "benchmarks/results"
-ATTENTION, SHAPES, GENERATION = (RESULTS / f"cpu{name}.csv" for name in ("", "-shapes", "-generation"))
+ATTENTION, SHAPES, GENERATION, HOST = (
+    RESULTS / f"cpu{name}.csv" for name in ("", "-shapes", "-generation", "-host")
+)
 BASELINE = "model.generate"
+NOT_MEASURED = "*Not measured yet.*"
 
 
 def main() -> int:
@@ -48,6 +53,8 @@ def tables() -> dict[Path, dict[str, str]]:
         ROOT / "docs/benchmarks.md": {
             "spread": f"{attention_table(attention, spread=True)}\n\n{origin(attention)}",
             "shapes": f"{attention_table(shapes, spread=True)}\n\n{origin(shapes)}",
+            "comparisons": comparison_table(shapes),
+            "host": host_table(records.read(HOST)) if HOST.exists() else NOT_MEASURED,
         },
     }
 
@@ -103,6 +110,36 @@ def generation_table(rows: Sequence[records.Row]) -> str:
         else:
             lines.append(f"| {row['who']} | {row['status']} | | |")
     return "\n".join(lines)
+
+
+def comparison_table(rows: Sequence[records.Row]) -> str:
+    """One line per comparison across cases that took turns: how many times the others' time together Quire took.
+
+    The ratio is taken within each round, so that what the machine did between rounds is not in it.
+    """
+    lines = ["| case | set beside | × its time | p20 – p80 |", "| --- | --- | ---: | ---: |"]
+    timed = {row["case"]: row for row in rows if row["who"] == "quire" and row.get("turns_ms")}
+    for case, others in COMPARISONS.items():
+        found = [timed[name] for name in (case, *others) if name in timed]
+        if len(found) == 1 + len(others) and len({row["together"] for row in found}) == 1:
+            times = zip(*([float(ms) for ms in row["turns_ms"].split()] for row in found), strict=True)
+            ratio = Spread.of([ours / sum(theirs) for ours, *theirs in times])
+            beside = " + ".join(f"`{name}`" for name in others)
+            lines.append(f"| `{case}` | {beside} | {ratio.median:.2f} | {ratio.p20:.2f} – {ratio.p80:.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else NOT_MEASURED
+
+
+def host_table(rows: Sequence[records.Row]) -> str:
+    """One line per call of the host: its median in microseconds, and what was set out for."""
+    lines = ["| call | step | µs | p20 – p80 | set out for |", "| --- | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        figures = [row["status"], ""]
+        if row["median_us"]:
+            median, p20, p80 = (f"{float(row[name]):.1f}" for name in ("median_us", "p20_us", "p80_us"))
+            figures = [median, f"{p20} – {p80}"]
+        goal = f"≤ {row['goal_us']}" if row["goal_us"] else ""
+        lines.append("| " + " | ".join([f"`{row['who']}`", f"`{row['case']}`", *figures, goal]) + " |")
+    return "\n".join([*lines, "", origin(rows)])
 
 
 def _milliseconds(row: records.Row | None, spread: bool) -> str:

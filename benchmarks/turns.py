@@ -6,13 +6,14 @@ A peer comes to its first round ready: it has computed the case once, and that o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
 Turn = Callable[[], float]  # computes the case once and returns the seconds it took
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Absent(Exception):
@@ -52,17 +53,18 @@ class Ready:
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of all rounds: the median, and between which bounds the middle 60 % of them lie."""
+    """Seconds of all rounds: the median, between which bounds the middle 60 % of them lie, and each round's."""
 
     median: float
     p20: float
     p80: float
+    rounds: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, seconds: list[float]) -> Spread:
         """Of at least one round."""
         p20, median, p80 = np.percentile(seconds, (20, 50, 80))
-        return cls(float(median), float(p20), float(p80))
+        return cls(float(median), float(p20), float(p80), tuple(seconds))
 
 
 def stopwatch(call: Callable[[], Any], *, warm: bool = True) -> Turn:
@@ -84,8 +86,8 @@ def stopwatch(call: Callable[[], Any], *, warm: bool = True) -> Turn:
 
 
 def time_in_turns(
-    turns: Mapping[str, Turn], rounds: int, tick: Callable[[], Any] = lambda: None
-) -> tuple[dict[str, Spread], dict[str, Absent]]:
+    turns: Mapping[Name, Turn], rounds: int, tick: Callable[[], Any] = lambda: None
+) -> tuple[dict[Name, Spread], dict[Name, Absent]]:
     """Each name's seconds over so many rounds.
 
     Args:
@@ -93,8 +95,8 @@ def time_in_turns(
     Returns:
         The spreads, and why those without one dropped out.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    gone: dict[str, Absent] = {}
+    seconds: dict[Name, list[float]] = {name: [] for name in turns}
+    gone: dict[Name, Absent] = {}
     for _ in range(rounds):
         for name, turn in turns.items():
             if name not in gone:

@@ -20,6 +20,7 @@ from benchmarks.judge import Verdict, judge
 from quire.kernels import reference
 
 Lengths = list[tuple[int, int]]  # (seq_len, q_len) of each sequence
+Chunk = tuple[int, int, int]  # a sequence, its first token in a step, and the token behind its last
 
 
 def forms(seed: int, quick: bool) -> dict[str, Lengths]:
@@ -94,6 +95,84 @@ def check_batch(batch: Batch, backend: str) -> Verdict:
         bool((difference <= allowed).all()), f"lse off by {difference.max().item() if len(difference) else 0}"
     )
     return judge(out, wanted.out, plain(batch), largest_value(batch))
+
+
+def check_invariance(
+    device: Device,
+    setting: Setting,
+    *,
+    dtype: str = "bfloat16",
+    kv_dtype: str | None = None,
+    heads: str = "8/2x128",
+    page_size: int = 16,
+    title: str = "",
+) -> list[Row]:
+    """Batch-invariant steps, bit for bit: each sequence alone, in company, and divided into steps."""
+    spec = parse_spec(heads, page_size, dtype, kv_dtype)
+    row = describe(Case(title, (), (), spec)) | {"who": setting.backend}
+    if setting.backend == "reference":
+        return [row | {"status": "unavailable", "note": "the reference does not plan batch-invariantly"}]
+    seed = setting.seed + zlib.crc32(title.encode())
+    drawn = np.random.default_rng(seed)
+    # The longest has more keys than a part of them holds, so that parts are folded.
+    lengths = [
+        int(drawn.integers(low, low + 1 if setting.quick else high)) for low, high in _INVARIANT_LENGTHS
+    ]
+    batch = make_batch(spec, [(length, length) for length in lengths], device.where, seed)
+    alone = run_chunks(batch, setting.backend, [[(i, 0, length)] for i, length in enumerate(lengths)])
+    wrong = []
+    for name, steps in _divisions(lengths, drawn).items():
+        state = run_chunks(batch, setting.backend, steps)
+        for what, ours, wanted in (("out", state.out, alone.out), ("lse", state.lse, alone.lse)):
+            if different := int((_bits(ours) != _bits(wanted)).sum()):
+                wrong.append(f"{name}: {what} differs in {different} of {ours.numel()} elements")
+    verdict = judge(alone.out, exact(batch).out, plain(batch), largest_value(batch))
+    if not verdict.good:
+        wrong.append(f"alone: error {verdict.error:.3g}, allowed {verdict.allowed:.3g}")
+    return [row | verdict.columns() | {"status": "wrong" if wrong else "ok", "note": "; ".join(wrong)}]
+
+
+_INVARIANT_LENGTHS = ((2100, 2900), (130, 700), (17, 90))
+
+
+def _divisions(lengths: Sequence[int], drawn: np.random.Generator) -> dict[str, list[list[Chunk]]]:
+    """Steps that take every sequence from its first token to its last, by what they have to do with being alone."""
+    cuts = [int(drawn.integers(1, length)) for length in lengths]
+    pairs = list(enumerate(zip(cuts, lengths, strict=True)))
+    return {
+        "in company": [[(i, 0, length) for i, length in enumerate(lengths)]],
+        "in two steps": [
+            chunk for i, (cut, length) in pairs for chunk in ([(i, 0, cut)], [(i, cut, length)])
+        ],
+        "in two steps, in company": [
+            [(i, 0, cut) for i, (cut, _) in pairs],
+            [(i, cut, length) for i, (cut, length) in reversed(pairs)],
+        ],
+        "last tokens decoded": [
+            [(i, 0, length - 1) for i, length in enumerate(lengths)],
+            [(i, length - 1, length) for i, length in enumerate(lengths)],
+        ],
+    }
+
+
+def run_chunks(batch: Batch, backend: str, steps: Sequence[Sequence[Chunk]]) -> quire.SoftmaxState:
+    """All rows of a batch whose every token is a query, computed step by step by batch-invariant plans."""
+    out = torch.full_like(batch.q, math.nan)
+    lse = torch.full(batch.q.shape[:2], math.nan, device=batch.q.device)
+    for chunks in steps:
+        starts = [int(batch.cu_seqlens_q[i]) for i, _, _ in chunks]
+        rows = torch.cat(
+            [torch.arange(start + a, start + b) for start, (_, a, b) in zip(starts, chunks, strict=True)]
+        ).to(out.device)
+        plan = quire.plan(
+            batch.page_table[[i for i, _, _ in chunks]],
+            torch.tensor([end for _, _, end in chunks], dtype=torch.int32),
+            torch.tensor([0, *np.cumsum([end - begin for _, begin, end in chunks])], dtype=torch.int32),
+            batch.spec, batch_invariant=True, backend=backend, device=out.device,
+        )  # fmt: skip
+        state = plan.run(batch.q[rows], *batch.pages, return_state=True, **batch.scales)
+        out[rows], lse[rows] = state.out, state.lse
+    return quire.SoftmaxState(out, lse)
 
 
 def check_write_kv(

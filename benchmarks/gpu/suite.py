@@ -18,6 +18,8 @@ SKEWED_LABEL, SKEWED = (
     "64 skewed",
     "1x32k:1+63x3641:1",
 )  # the tokens of 64x4k, and one sequence with eight times the others'
+SPECULATIVE = ["8x4k:4", "8x32k:4"]  # a few tokens each, to be verified at once
+HEAD_DIMS = ["32/8x64", "16/8x256"]
 PREFILL = ["4x2k:2k", "2x4k:4k", "1x8k:8k", "1x16k:16k", "1x32k:32k"]
 CHUNKED = ["1x16k:2k", "1x32k:2k"]
 MIXED = {
@@ -67,6 +69,8 @@ def check_jobs(quick: bool, seed: int) -> list[Job]:
     far = "pages beyond 2^31 elements"
     jobs = [Job("check far pages", far, {"title": far}, 8, 1)]
     jobs += [_check("check write_kv", arguments, 2, 0) for arguments in stores]
+    invariant = [{}, {"kv_dtype": "int8"}, {"dtype": "float16", "kv_dtype": "fp8_e4m3"}]
+    jobs += [_check("check batch_invariant", arguments, 4, 0) for arguments in invariant]
     jobs += [_check("check", arguments, 6, 0) for arguments in chosen]
     return jobs + [_check("check", arguments, 8, 2) for arguments in drawn]
 
@@ -104,12 +108,14 @@ def ceiling_jobs(quick: bool, seed: int) -> list[Job]:
 
 
 def decode_jobs(quick: bool, seed: int) -> list[Job]:
-    """Lengths × page sizes × page dtypes at 32/8 × 128; other heads at page 16; the store."""
+    """Lengths × page sizes × page dtypes at 32/8 × 128; several queries, other heads at page 16; the store."""
     cases = {case: case for case in DECODE} | {SKEWED: SKEWED_LABEL}
     heads, others = "32/8x128", ["32/32x128", "64/8x128"]
+    several, head_dims, of_head_dims = SPECULATIVE, HEAD_DIMS, "8x8k:1"
     if quick:
         cases = {"2x60:1": "2x60:1", "1x90:1+3x20:1": "skewed"}
         heads, others = "4/2x16", ["4/4x16"]
+        several, head_dims, of_head_dims = ["2x60:4"], ["4/2x32"], "2x70:1"
     jobs = []
     for kv_dtype in (None, *QUANTIZED):
         for page_size in (16, 128, 64):
@@ -120,6 +126,8 @@ def decode_jobs(quick: bool, seed: int) -> list[Job]:
                 jobs.append(_timed("decode", case, heads, page_size, kv_dtype, label, priority))
     for other in others:
         jobs += [_timed("decode", case, other, 16, None, label, 1) for case, label in cases.items()]
+    jobs += [_timed("decode", case, heads, 16, kv, case, 1) for kv in (None, "int8") for case in several]
+    jobs += [_timed("decode", of_head_dims, other, 16, None, of_head_dims, 1) for other in head_dims]
     for kv_dtype in (None, *QUANTIZED):
         for tokens in (8, 64) if quick else (64, 8192):
             arguments = {"tokens": tokens, "heads": heads, "page_size": 16, "kv_dtype": kv_dtype}
@@ -184,8 +192,9 @@ def warm_up_jobs(jobs: list[Job]) -> list[Job]:
     found: dict[str, Job] = {}
     for job in jobs:
         if "case" in job.arguments:
-            decode_only = all(part.endswith(":1") for part in job.arguments["case"].split("+"))
-            small = "2x300:1" if decode_only else "2x300:1+1x400:300"
+            queries = {part.rpartition(":")[2] for part in job.arguments["case"].split("+")}
+            few = len(queries) == 1 and queries <= {"1", "4"}
+            small = f"2x300:{queries.pop()}" if few else "2x300:1+1x400:300"
             arguments = {
                 "case": small,
                 "heads": job.arguments["heads"],

@@ -15,6 +15,7 @@ from benchmarks.gpu.jobs import Job, Row, Setting, worth_starting
 
 HANDLERS = {
     "check": checks.check_attention,
+    "check batch_invariant": checks.check_invariance,
     "check write_kv": checks.check_write_kv,
     "check far pages": checks.check_far_pages,
     "warm up": speed.compile_kernels,

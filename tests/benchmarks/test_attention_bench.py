@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ IN_PROCESS = ["quire", "sdpa, contiguous", "gather + sdpa"]
 
 def measure(text, names, spec=SPEC):
     with Bench() as bench, Progress() as progress:
-        return attention.measure(parse_case(text, spec), names, 3, bench, progress)
+        cases = [parse_case(case, spec) for case in text.split(",")]
+        return attention.measure(cases, names, 3, bench, progress)
 
 
 @pytest.mark.parametrize("text", [MIXED, f"{MIXED}@bfloat16", "3x17:1@float16"])
@@ -56,6 +58,42 @@ def test_a_broken_kernel_is_refused_and_nothing_is_timed(monkeypatch):
     assert float(ours["max_error"]) > float(ours["allowed_error"])
     assert theirs["status"] == "ok"
     assert ours["median_ms"] == theirs["median_ms"] == ""
+
+
+def test_cases_joined_by_a_comma_take_turns_with_one_another(monkeypatch):
+    order = []
+    real = peers.quire_planned
+
+    def noted(case, inputs, bench):
+        ready = real(case, inputs, bench)
+        return replace(ready, turn=lambda: order.append((case.name, bench.place)) or ready.turn())
+
+    monkeypatch.setitem(peers.PEERS, "quire", noted)
+    rows = [row for row in measure("2x9:1,2x9:1@page2", ["quire"]) if row["who"] == "quire"]
+    assert [case for case, _ in order] == ["2x9:1", "2x9:1@page2"] * 3
+    assert [row["case"] for row in rows] == ["2x9:1", "2x9:1@page2"]
+    for row in rows:
+        assert row["together"] == "2x9:1,2x9:1@page2"
+        assert len(row["turns_ms"].split()) == 3
+        assert float(row["median_ms"]) == sorted(map(float, row["turns_ms"].split()))[1]
+    assert {row["together"] for row in measure("2x9:1", ["quire"])} == {""}
+
+
+def test_a_case_that_is_wrong_does_not_keep_others_from_their_turns(monkeypatch):
+    real = peers.quire_planned
+
+    def broken(case, inputs, bench):
+        ready = real(case, inputs, bench)
+        if case.spec.page_size == 2:
+            ready.output.neg_()
+        return ready
+
+    monkeypatch.setitem(peers.PEERS, "quire", broken)
+    right, *ceilings, wrong = measure("2x9:1,2x9:1@page2", ["quire"])
+    assert (right["status"], wrong["status"]) == ("ok", "wrong")
+    assert right["median_ms"] != ""
+    assert wrong["median_ms"] == wrong["turns_ms"] == ""
+    assert [row["who"] for row in ceilings] == [READ, GEMM, SGEMM]
 
 
 def test_a_broken_peer_gets_no_speed_beside_others_that_do(monkeypatch):
@@ -114,15 +152,20 @@ def test_the_gate_computes_without_quire_and_in_blocks(monkeypatch):
     assert not whole.judge(out).good
 
 
+@pytest.mark.parametrize("change", ["float32", "bfloat16", "float16", "int8", "page1", "8/8x80@fp8_e5m2"])
+def test_the_yardstick_of_reading_is_as_many_bytes_as_the_case(change):
+    case = parse_case(f"8x64:1+1x37:9@{change}", quire.AttentionSpec(8, 8, 128, 16, torch.bfloat16))
+    assert make_ceilings(case).bytes_read == case.kv_bytes
+
+
 def test_ceilings_are_of_the_size_of_the_case():
     case = parse_case("8x64:1", quire.AttentionSpec(8, 8, 128, 16, torch.float32))
     ceilings = make_ceilings(case)
-    assert ceilings.bytes_read == case.kv_bytes
     rates = ceilings.rates(time_in_turns(ceilings.turns, 3)[0])
     assert rates[READ] > 0
     assert set(ceilings.flops) == {GEMM, SGEMM}
     assert gemm_size(3 * 4 * 1024**2, torch.float32) == 1024
-    assert gemm_size(1, torch.float32) == 256
+    assert gemm_size(1, torch.float32) == gemm_size(1 << 40, torch.float16) == 256
     assert gemm_size(1 << 40, torch.float32) == 4096
 
 

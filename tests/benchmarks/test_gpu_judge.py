@@ -10,7 +10,13 @@ import torch
 import quire
 from benchmarks.cases import parse_case
 from benchmarks.gpu.batches import FEATURES, LAYOUTS, exact, make_batch, plain
-from benchmarks.gpu.checks import check_attention, check_batch, check_far_pages, check_write_kv
+from benchmarks.gpu.checks import (
+    check_attention,
+    check_batch,
+    check_far_pages,
+    check_invariance,
+    check_write_kv,
+)
 from benchmarks.gpu.device import Host
 from benchmarks.gpu.jobs import Setting
 from benchmarks.gpu.layers import layers_beyond_cache, make_layers
@@ -106,6 +112,46 @@ def test_a_wrong_store_is_counted(monkeypatch):
     [row] = check_write_kv(Host(), SETTING, title="a")
     assert row["status"] == "wrong"
     assert row["note"].startswith("k_pages differs in 1 of")
+
+
+INVARIANT = [("bfloat16", None), ("bfloat16", "int8"), ("float16", "fp8_e4m3")]
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), INVARIANT)
+def test_batch_invariant_plans_of_the_cpu_pass(dtype, kv_dtype):
+    [row] = check_invariance(
+        Host(), Setting("cpu", "cpu", quick=True), dtype=dtype, kv_dtype=kv_dtype, title="a"
+    )
+    assert (row["status"], row["note"]) == ("ok", "")
+    assert row["max_error"] <= row["allowed_error"]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "named"),
+    [
+        (lambda plan: len(plan.step.seq_lens) == 3 and plan.num_tokens > 2000, "in company: out differs in 1 of"),
+        (lambda plan: len(plan.step.seq_lens) == 1 and plan.num_tokens < plan.step.seq_lens[0], "in two steps: out"),
+        (lambda plan: plan.num_tokens == 3, "last tokens decoded: out differs in 1 of"),
+    ],
+)  # fmt: skip
+def test_a_bit_that_depends_on_the_batch_is_counted(monkeypatch, spoiled, named):
+    right = quire.AttentionPlan.run
+
+    def wrong(plan, *arguments, **options):
+        state = right(plan, *arguments, **options)
+        if spoiled(plan):
+            state.out.view(torch.int16).view(-1)[7] ^= 1
+        return state
+
+    monkeypatch.setattr(quire.AttentionPlan, "run", wrong)
+    [row] = check_invariance(Host(), Setting("cpu", "cpu", quick=True), title="a")
+    assert row["status"] == "wrong"
+    assert named in row["note"]
+
+
+def test_the_reference_is_not_asked_for_batch_invariance():
+    [row] = check_invariance(Host(), SETTING, title="a")
+    assert row["status"] == "unavailable"
 
 
 def test_nan_is_never_good():

@@ -17,7 +17,7 @@ from benchmarks.gpu.device import Host
 from benchmarks.gpu.jobs import Job, Setting
 from benchmarks.gpu.report import read_csv
 from benchmarks.gpu.speed import parse_spec
-from benchmarks.gpu.suite import SECTIONS, SKEWED, make_jobs, warm_up_jobs
+from benchmarks.gpu.suite import SECTIONS, SKEWED, SPECULATIVE, make_jobs, warm_up_jobs
 from benchmarks.gpu.worker import HANDLERS, run_guarded
 from quire.kernels import reference
 
@@ -41,6 +41,13 @@ def test_the_skewed_batch_holds_the_tokens_of_the_balanced_one():
     spec = parse_spec("32/8x128", 16, "bfloat16", None)
     skewed, balanced = (sum(parse_case(text, spec).seq_lens) for text in (SKEWED, "64x4k:1"))
     assert abs(skewed - balanced) <= 64
+
+
+def test_decode_has_several_queries_and_every_common_head_dim_once():
+    jobs = [job for job in make_jobs("decode", False) if job.kind == "decode"]
+    several = {(job.arguments["case"], job.arguments["kv_dtype"]) for job in jobs if job.title.count(":4 ")}
+    assert several == {(case, kv_dtype) for case in SPECULATIVE for kv_dtype in (None, "int8")}
+    assert {job.arguments["heads"].rpartition("x")[2] for job in jobs} == {"64", "128", "256"}
 
 
 def test_random_checks_are_those_of_the_seed():
@@ -174,6 +181,7 @@ def test_every_kernel_that_is_timed_is_compiled_ahead():
         if "case" in job.arguments
     }
     assert timed == kinds
+    assert {job.arguments["case"] for job in warm} == {"2x300:1", "2x300:4", "2x300:1+1x400:300"}
     assert HANDLERS["warm up"](Host(), SETTING, **warm[0].arguments | {"heads": "4/2x16"}) == []
 
 

@@ -78,6 +78,35 @@ def test_a_line_per_engine_beside_the_padded_batch():
     assert lines[4] == "| openvino-genai | unavailable | | |"
 
 
+def test_a_ratio_across_cases_is_that_of_each_round(monkeypatch):
+    monkeypatch.setattr(report, "COMPARISONS", {"a": ["b", "c"], "d": ["a"], "e": ["a"]})
+    rows = [
+        timed("a", "quire", together="a,b,c", turns_ms="11.0 30.0 12.0"),
+        timed("b", "quire", together="a,b,c", turns_ms="6.0 15.0 5.0"),
+        timed("c", "quire", together="a,b,c", turns_ms="4.0 15.0 5.0"),
+        timed("c", "sdpa, contiguous", together="a,b,c", turns_ms="1.0 1.0 1.0"),
+        timed("d", "quire", turns_ms="1.0 1.0 1.0"),  # timed by itself: nothing can be said
+    ]
+    lines = report.comparison_table(rows).splitlines()
+    assert lines[2:] == ["| `a` | `b` + `c` | 1.10 | 1.04 – 1.16 |"]
+    assert report.comparison_table(rows[-1:]) == report.NOT_MEASURED
+    del rows[-1]["turns_ms"]  # as in files of before
+    assert report.comparison_table(rows[-1:]) == report.NOT_MEASURED
+
+
+def test_a_line_per_call_of_the_host_with_what_was_set_out_for():
+    call = {"machine": "2-core Kind", "threads": "2", "date": "2026-01-02", "commit": "abc1234", "rounds": "9",
+            "case": "1x2k:1", "who": "quire.plan", "status": "ok", "goal_us": "10"}  # fmt: skip
+    timed_call = call | {"median_us": "12.54", "p20_us": "12.01", "p80_us": "13.20"}
+    wrong_call = call | dict.fromkeys(("median_us", "p20_us", "p80_us", "goal_us"), "") | {"status": "wrong"}
+    lines = report.host_table([timed_call, wrong_call]).splitlines()
+    assert lines[2:4] == [
+        "| `quire.plan` | `1x2k:1` | 12.5 | 12.0 – 13.2 | ≤ 10 |",
+        "| `quire.plan` | `1x2k:1` | wrong |  |  |",
+    ]
+    assert lines[5] == "*2-core Kind, 2 threads; 2026-01-02, commit abc1234, 9 rounds.*"
+
+
 def test_a_table_takes_the_place_of_the_one_before():
     text = "a\n<!-- bench: x -->\nold\n<!-- end -->\nb\n<!-- bench: y -->\nother\n<!-- end -->\n"
     new = report.put(text, "x", "| new |")
@@ -122,7 +151,10 @@ def test_the_committed_plots_hold_the_committed_rows(path):
 
 
 def test_committed_rows_name_where_they_come_from():
-    for path in (report.ATTENTION, report.SHAPES, report.GENERATION):
+    found = [
+        path for path in (report.ATTENTION, report.SHAPES, report.GENERATION, report.HOST) if path.exists()
+    ]
+    for path in found:
         for row in records.read(path):
             assert all(row[name] for name in ("date", "machine", "threads", "versions", "commit", "command"))
             assert row["command"].startswith("python -m benchmarks.")
