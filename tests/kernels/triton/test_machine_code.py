@@ -1,6 +1,7 @@
 """What the backend would launch on each chip, compiled without one: it fits, loads whole vectors, spills no more."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +146,17 @@ def test_products_run_on_the_chips_best_matrix_units(chip, step, units):
     if units == "HGMMA":
         assert code.count("HMMA") == 0
         assert "serialized" not in assembler_remarks(kernel)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_portable_prefill_too_runs_on_hoppers_best_matrix_units(head_dim, monkeypatch):
+    monkeypatch.setattr(hopper, "why_not", lambda *_: "the portable kernel is asked for")
+    kernel = compile_attention("sm_90", replace(LLAMA, head_dim=head_dim), Q_LENS["prefill"])
+    assert kernel.metadata.name == "attend"
+    code = read_machine_code(kernel)
+    assert code.count("HGMMA") > 0
+    assert code.count("HMMA") == 0
+    assert "serialized" not in assembler_remarks(kernel)
 
 
 HOPPER = [
