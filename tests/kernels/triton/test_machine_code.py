@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
-from machine_code import CHIPS, assembler_remarks, read_machine_code, standing_in
+from machine_code import CHIPS, KIB, assembler_remarks, read_machine_code, standing_in
+from pairs import every_pair
 from support import Shape, features, make_batch
 
 from quire.kernels import triton as backend
@@ -112,13 +113,42 @@ LARGE += [Shape(BF16, 128, group=128, kv_dtype="int8"), Shape(F32, 256, group=16
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("chip", ["sm_89", "sm_90"])
 def test_a_tile_fits_shared_memory_or_is_refused_before(chip, shape):
-    known = tune.known_chip("cuda", CHIPS[chip].target.arch, CHIPS[chip].multiprocessors)
+    known = CHIPS[chip].known
     if not tune.fits(shape.spec(16), known):
         assert shape.group * shape.head_dim * shape.dtype.itemsize > known.shared_bytes // 5
         return
     for step in Q_LENS:
         code = read_machine_code(compile_attention(chip, shape, Q_LENS[step]))
         assert code.shared_bytes <= CHIPS[chip].shared_bytes
+
+
+STORED = [
+    (case.pop("chip"), Shape(**case))
+    for case in every_pair(
+        {
+            "kv_dtype": ["int8", "fp8_e4m3", "fp8_e5m2"],
+            "head_dim": [64, 128, 256],
+            "dtype": [BF16, F16],
+            "group": [4, 8],
+            "chip": ["sm_80", "sm_90"],
+        }
+    )
+]
+
+
+@pytest.mark.parametrize("case", STORED, ids=name)
+def test_stored_values_pass_through_shared_memory_once(case):
+    """Room for the stages in flight and the queries: none for a block of values made float16 and laid down again."""
+    chip, shape = case
+    spec = shape.spec(16)
+    tile = tune.decode_tile(spec, CHIPS[chip].known, few_rows=True)
+    stage = tile.kv_tokens * (tune.token_bytes(spec) + 2 * F32.itemsize)
+    needed = (tile.num_stages - 1) * stage + tune.query_bytes(spec, tile.rows)
+    again = tile.kv_tokens * tune.block_dim(shape.head_dim) * F16.itemsize
+    for_the_rest = KIB
+    assert for_the_rest < again
+    code = read_machine_code(compile_attention(chip, shape, Q_LENS["decode"]))
+    assert needed <= code.shared_bytes <= needed + for_the_rest
 
 
 @pytest.mark.parametrize("chip", CHIPS)
