@@ -9,6 +9,7 @@ import triton
 from machine_code import CHIPS, KIB, assembler_remarks, read_machine_code, standing_in
 from pairs import every_pair
 from support import Shape, features, make_batch
+from waiting import done_before_waiting
 
 from quire.kernels import triton as backend
 from quire.kernels.triton import hopper, tune
@@ -31,6 +32,7 @@ SHAPES = [
     Shape(F16, 80, group=1),
     Shape(BF16, 256, group=2),
 ]
+FEATURES = ["window", "softcap", "alibi", "sinks", "tree"]
 Q_LENS = {"decode": [1, 1], "prefill": [40, 30]}
 # The chip that the tile table is made for compiles every shape, the others the first five.
 CASES = [
@@ -122,6 +124,22 @@ def test_a_tile_fits_shared_memory_or_is_refused_before(chip, shape):
         assert code.shared_bytes <= CHIPS[chip].shared_bytes
 
 
+@pytest.mark.parametrize(
+    ("chip", "shape", "asked"),
+    [
+        ("sm_90", LLAMA, {}),
+        ("sm_100", LLAMA, {}),
+        ("sm_90", Shape(BF16, 128, group=4, kv_dtype="int8"), dict.fromkeys(FEATURES, True)),
+    ],
+)
+def test_decode_reads_nothing_but_its_plan_and_never_ends_before_the_kernel_ahead_has(chip, shape, asked):
+    done = done_before_waiting(compile_attention(chip, shape, Q_LENS["decode"], **asked))
+    assert done == {
+        "ld.global.b32": {"items", "worker_indptr", "page_table"},
+        "prefetch.global.L2": {"k", "v"},  # brings what may yet change no further than the cache all share
+    }
+
+
 STORED = [
     (case.pop("chip"), Shape(**case))
     for case in every_pair(
@@ -153,7 +171,7 @@ def test_stored_values_pass_through_shared_memory_once(case):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_feature_compiles(chip):
-    asked = dict.fromkeys(["window", "softcap", "alibi", "sinks", "tree"], True)
+    asked = dict.fromkeys(FEATURES, True)
     code = read_machine_code(compile_attention(chip, Shape(BF16, 64, 2, "fp8_e5m2"), [40, 30], **asked))
     assert code.shared_bytes <= CHIPS[chip].shared_bytes
 
@@ -215,7 +233,7 @@ def test_prefill_on_hopper_is_a_kernel_of_its_own_that_never_waits_for_single_pr
         ("sm_90", Shape(BF16, 80), 16, {}),
         ("sm_90", Shape(BF16, 128, kv_dtype="int8"), 16, {}),
         ("sm_90", LLAMA, 24, {}),
-        *(("sm_90", LLAMA, 16, {name: True}) for name in ("window", "softcap", "alibi", "sinks", "tree")),
+        *(("sm_90", LLAMA, 16, {name: True}) for name in FEATURES),
     ],
 )
 def test_where_hoppers_kernel_does_not_serve_the_portable_one_does(chip, shape, page_size, asked):
