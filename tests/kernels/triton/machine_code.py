@@ -31,7 +31,7 @@ KIB = 1024
 
 
 class Chip(NamedTuple):
-    """A chip as the compiler and the tile table know it."""
+    """A chip as the compiler knows it."""
 
     target: GPUTarget
     multiprocessors: int
@@ -40,6 +40,12 @@ class Chip(NamedTuple):
     @property
     def is_nvidia(self) -> bool:
         return self.target.backend == "cuda"
+
+    @property
+    def known(self) -> tune.Chip:
+        """The chip as ``tune`` knows it."""
+        arch = self.target.arch if self.is_nvidia else 0
+        return tune.known_chip(self.target.backend, arch, self.multiprocessors)
 
 
 CHIPS = {
@@ -91,9 +97,7 @@ class AbsentGPU:
 @contextmanager
 def standing_in(chip: Chip) -> Iterator[list[Any]]:
     """Inside, the backend's calls on CPU tensors compile for ``chip``; yields the list of kernels compiled so far."""
-    arch = chip.target.arch if chip.is_nvidia else 0
-    known = tune.known_chip(chip.target.backend, arch, chip.multiprocessors)
-    gpu, kernels = AbsentGPU(chip, []), []
+    known, gpu, kernels = chip.known, AbsentGPU(chip, []), []
     compile_form = Form.compile
 
     def noting(*arguments: Any) -> Form:

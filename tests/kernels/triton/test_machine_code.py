@@ -1,12 +1,15 @@
 """What the backend would launch on each chip, compiled without one: it fits, loads whole vectors, spills no more."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
-from machine_code import CHIPS, assembler_remarks, read_machine_code, standing_in
+from machine_code import CHIPS, KIB, assembler_remarks, read_machine_code, standing_in
+from pairs import every_pair
 from support import Shape, features, make_batch
+from waiting import done_before_waiting
 
 from quire.kernels import triton as backend
 from quire.kernels.triton import hopper, tune
@@ -29,13 +32,14 @@ SHAPES = [
     Shape(F16, 80, group=1),
     Shape(BF16, 256, group=2),
 ]
+FEATURES = ["window", "softcap", "alibi", "sinks", "tree"]
 Q_LENS = {"decode": [1, 1], "prefill": [40, 30]}
-# The chip that the tile table is made for compiles every shape, the others the first three.
+# The chip that the tile table is made for compiles every shape, the others the first five.
 CASES = [
     (chip, shape, step)
     for shape in SHAPES
     for step in Q_LENS
-    for chip in (CHIPS if shape in SHAPES[:3] else ["sm_90"])
+    for chip in (CHIPS if shape in SHAPES[:5] else ["sm_90"])
 ]
 # Bytes of registers that a thread spills to memory, where it is more than none, as Hopper's Triton compiles them.
 # They may only go down; where tiles that spill less were measured, they were slower (docs/performance.md).
@@ -45,7 +49,9 @@ SPILLS = {
     "sm_80-bfloat16-int8-d128-g4-prefill": 48,
     "sm_90-bfloat16-int8-d128-g4-prefill": 8,
     "sm_90-bfloat16-fp8_e4m3-d128-g4-prefill": 8,
+    "sm_80-bfloat16-fp8_e4m3-d128-g4-prefill": 48,  # outside the loops over keys
     "sm_90-float16-fp8_e5m2-d64-g8-prefill": 56,
+    "sm_100-float16-fp8_e5m2-d64-g8-decode": 24,  # outside the loop over keys
     "sm_80-float32-same-d128-g1-prefill": 40,
     "sm_89-float32-same-d128-g1-prefill": 56,
     "sm_90-float32-same-d128-g1-prefill": 128,
@@ -109,7 +115,7 @@ LARGE += [Shape(BF16, 128, group=128, kv_dtype="int8"), Shape(F32, 256, group=16
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("chip", ["sm_89", "sm_90"])
 def test_a_tile_fits_shared_memory_or_is_refused_before(chip, shape):
-    known = tune.known_chip("cuda", CHIPS[chip].target.arch, CHIPS[chip].multiprocessors)
+    known = CHIPS[chip].known
     if not tune.fits(shape.spec(16), known):
         assert shape.group * shape.head_dim * shape.dtype.itemsize > known.shared_bytes // 5
         return
@@ -118,9 +124,54 @@ def test_a_tile_fits_shared_memory_or_is_refused_before(chip, shape):
         assert code.shared_bytes <= CHIPS[chip].shared_bytes
 
 
+@pytest.mark.parametrize(
+    ("chip", "shape", "asked"),
+    [
+        ("sm_90", LLAMA, {}),
+        ("sm_100", LLAMA, {}),
+        ("sm_90", Shape(BF16, 128, group=4, kv_dtype="int8"), dict.fromkeys(FEATURES, True)),
+    ],
+)
+def test_decode_reads_nothing_but_its_plan_and_never_ends_before_the_kernel_ahead_has(chip, shape, asked):
+    done = done_before_waiting(compile_attention(chip, shape, Q_LENS["decode"], **asked))
+    assert done == {
+        "ld.global.b32": {"items", "worker_indptr", "page_table"},
+        "prefetch.global.L2": {"k", "v"},  # brings what may yet change no further than the cache all share
+    }
+
+
+STORED = [
+    (case.pop("chip"), Shape(**case))
+    for case in every_pair(
+        {
+            "kv_dtype": ["int8", "fp8_e4m3", "fp8_e5m2"],
+            "head_dim": [64, 128, 256],
+            "dtype": [BF16, F16],
+            "group": [4, 8],
+            "chip": ["sm_80", "sm_90"],
+        }
+    )
+]
+
+
+@pytest.mark.parametrize("case", STORED, ids=name)
+def test_stored_values_pass_through_shared_memory_once(case):
+    """Room for the stages in flight and the queries: none for a block of values made float16 and laid down again."""
+    chip, shape = case
+    spec = shape.spec(16)
+    tile = tune.decode_tile(spec, CHIPS[chip].known, few_rows=True)
+    stage = tile.kv_tokens * (tune.token_bytes(spec) + 2 * F32.itemsize)
+    needed = (tile.num_stages - 1) * stage + tune.query_bytes(spec, tile.rows)
+    again = tile.kv_tokens * tune.block_dim(shape.head_dim) * F16.itemsize
+    for_the_rest = KIB
+    assert for_the_rest < again
+    code = read_machine_code(compile_attention(chip, shape, Q_LENS["decode"]))
+    assert needed <= code.shared_bytes <= needed + for_the_rest
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_feature_compiles(chip):
-    asked = dict.fromkeys(["window", "softcap", "alibi", "sinks", "tree"], True)
+    asked = dict.fromkeys(FEATURES, True)
     code = read_machine_code(compile_attention(chip, Shape(BF16, 64, 2, "fp8_e5m2"), [40, 30], **asked))
     assert code.shared_bytes <= CHIPS[chip].shared_bytes
 
@@ -143,6 +194,17 @@ def test_products_run_on_the_chips_best_matrix_units(chip, step, units):
     if units == "HGMMA":
         assert code.count("HMMA") == 0
         assert "serialized" not in assembler_remarks(kernel)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_portable_prefill_too_runs_on_hoppers_best_matrix_units(head_dim, monkeypatch):
+    monkeypatch.setattr(hopper, "why_not", lambda *_: "the portable kernel is asked for")
+    kernel = compile_attention("sm_90", replace(LLAMA, head_dim=head_dim), Q_LENS["prefill"])
+    assert kernel.metadata.name == "attend"
+    code = read_machine_code(kernel)
+    assert code.count("HGMMA") > 0
+    assert code.count("HMMA") == 0
+    assert "serialized" not in assembler_remarks(kernel)
 
 
 HOPPER = [
@@ -171,7 +233,7 @@ def test_prefill_on_hopper_is_a_kernel_of_its_own_that_never_waits_for_single_pr
         ("sm_90", Shape(BF16, 80), 16, {}),
         ("sm_90", Shape(BF16, 128, kv_dtype="int8"), 16, {}),
         ("sm_90", LLAMA, 24, {}),
-        *(("sm_90", LLAMA, 16, {name: True}) for name in ("window", "softcap", "alibi", "sinks", "tree")),
+        *(("sm_90", LLAMA, 16, {name: True}) for name in FEATURES),
     ],
 )
 def test_where_hoppers_kernel_does_not_serve_the_portable_one_does(chip, shape, page_size, asked):
