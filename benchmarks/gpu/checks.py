@@ -41,21 +41,25 @@ def forms(seed: int, quick: bool) -> dict[str, Lengths]:
     }
 
 
+def layer_of(
+    dtype: str = "bfloat16", kv_dtype: str | None = None, heads: str = "8/2x128", page_size: int = 16
+) -> quire.AttentionSpec:
+    """What a check's job says of the layer; the rest is as usual."""
+    return parse_spec(heads, page_size, dtype, kv_dtype)
+
+
 def check_attention(
     device: Device,
     setting: Setting,
     *,
-    dtype: str = "bfloat16",
-    kv_dtype: str | None = None,
-    heads: str = "8/2x128",
-    page_size: int = 16,
     layout: str = "pool",
     causal: bool = True,
     features: Sequence[str] = (),
     title: str = "",
+    **layer: Any,
 ) -> list[Row]:
     """One kernel specialisation on steps of every form; the row holds the verdict nearest to (or past) its limit."""
-    spec = parse_spec(heads, page_size, dtype, kv_dtype)
+    spec = layer_of(**layer)
     worst, wrong = Verdict(0.0, 1.0), []
     seed = setting.seed + zlib.crc32(title.encode())
     for number, (form, lengths) in enumerate(forms(seed, setting.quick).items()):
@@ -97,18 +101,9 @@ def check_batch(batch: Batch, backend: str) -> Verdict:
     return judge(out, wanted.out, plain(batch), largest_value(batch))
 
 
-def check_invariance(
-    device: Device,
-    setting: Setting,
-    *,
-    dtype: str = "bfloat16",
-    kv_dtype: str | None = None,
-    heads: str = "8/2x128",
-    page_size: int = 16,
-    title: str = "",
-) -> list[Row]:
+def check_invariance(device: Device, setting: Setting, *, title: str = "", **layer: Any) -> list[Row]:
     """Batch-invariant steps, bit for bit: each sequence alone, in company, and divided into steps."""
-    spec = parse_spec(heads, page_size, dtype, kv_dtype)
+    spec = layer_of(**layer)
     row = describe(Case(title, (), (), spec)) | {"who": setting.backend}
     if setting.backend == "reference":
         return [row | {"status": "unavailable", "note": "the reference does not plan batch-invariantly"}]
@@ -123,9 +118,7 @@ def check_invariance(
     wrong = []
     for name, steps in _divisions(lengths, drawn).items():
         state = run_chunks(batch, setting.backend, steps)
-        for what, ours, wanted in (("out", state.out, alone.out), ("lse", state.lse, alone.lse)):
-            if different := int((_bits(ours) != _bits(wanted)).sum()):
-                wrong.append(f"{name}: {what} differs in {different} of {ours.numel()} elements")
+        wrong += [f"{name}: {words}" for words in _differences(("out", "lse"), state, alone)]
     verdict = judge(alone.out, exact(batch).out, plain(batch), largest_value(batch))
     if not verdict.good:
         wrong.append(f"alone: error {verdict.error:.3g}, allowed {verdict.allowed:.3g}")
@@ -175,26 +168,17 @@ def run_chunks(batch: Batch, backend: str, steps: Sequence[Sequence[Chunk]]) -> 
     return quire.SoftmaxState(out, lse)
 
 
-def check_write_kv(
-    device: Device,
-    setting: Setting,
-    *,
-    dtype: str = "bfloat16",
-    kv_dtype: str | None = None,
-    heads: str = "8/2x128",
-    page_size: int = 16,
-    title: str = "",
-) -> list[Row]:
+def check_write_kv(device: Device, setting: Setting, *, title: str = "", **layer: Any) -> list[Row]:
     """The store, bit for bit against the reference on the host; what it must not touch stays as it was."""
-    spec = parse_spec(heads, page_size, dtype, kv_dtype)
+    spec = layer_of(**layer)
     generator = torch.Generator().manual_seed(setting.seed)
-    tokens, num_pages = 203, 7 + 300 // page_size
+    tokens, num_pages = 203, 7 + 300 // spec.page_size
     fused = torch.randn(tokens, 3, spec.num_kv_heads, spec.head_dim, generator=generator)
     fused = (fused * torch.logspace(-3, 2, tokens)[:, None, None, None]).to(spec.dtype)
     fused[5] = 0
-    slots = torch.randperm(num_pages * page_size, generator=generator)[:tokens]
+    slots = torch.randperm(num_pages * spec.page_size, generator=generator)[:tokens]
     slots[::11] = -1
-    sizes = (spec.num_kv_heads, num_pages, page_size, spec.head_dim)
+    sizes = (spec.num_kv_heads, num_pages, spec.page_size, spec.head_dim)
     found, wanted = [], []
     for where, results in ((device.where, found), (torch.device("cpu"), wanted)):
         pages = [torch.full(sizes, 3.0).to(spec.storage_dtype).to(where) for _ in range(2)]
@@ -209,11 +193,7 @@ def check_write_kv(
             reference.write_kv(rows[:, 1], rows[:, 2], *pages, there, *scales)
         results += [*pages, *(scale for scale in scales if scale is not None)]
     names = ("k_pages", "v_pages", "k_scale", "v_scale")
-    wrong = [
-        f"{name} differs in {different} of {a.numel()} elements"
-        for name, a, b in zip(names, found, wanted, strict=False)
-        if (different := int((_bits(a.cpu()) != _bits(b)).sum()))
-    ]
+    wrong = _differences(names[: len(found)], [tensor.cpu() for tensor in found], wanted)
     row = describe(Case(title, (), (), spec)) | {"who": setting.backend}
     return [row | {"status": "wrong" if wrong else "ok", "note": "; ".join(wrong)}]
 
@@ -249,6 +229,17 @@ def check_far_pages(device: Device, setting: Setting, *, title: str = "") -> lis
     verdict = judge(out, exact(small).out, plain(small), largest_value(small))
     row_ = describe(Case(title, (), (), spec)) | {"who": setting.backend, **verdict.columns()}
     return [row_ | {"status": "ok" if verdict.good else "wrong"}]
+
+
+def _differences(
+    names: Sequence[str], found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
+) -> list[str]:
+    """A phrase for each tensor that differs from what is wanted by any bit."""
+    return [
+        f"{name} differs in {different} of {a.numel()} elements"
+        for name, a, b in zip(names, found, wanted, strict=True)
+        if (different := int((_bits(a) != _bits(b)).sum()))
+    ]
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
