@@ -10,7 +10,7 @@ import torch
 
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError, OutOfPages
-from quire.spec import AttentionSpec
+from quire.spec import AttentionSpec, check_size
 
 _BIT_PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per element
 _HUGE_PAGE_BYTES = 1 << 21
@@ -49,8 +49,8 @@ class KVPool:
     def __init__(
         self, spec: AttentionSpec, num_layers: int, num_pages: int, device: torch.device | str = "cpu"
     ) -> None:
-        _check_count("num_layers", num_layers)
-        _check_count("num_pages", num_pages)
+        check_size("num_layers", num_layers)
+        check_size("num_pages", num_pages)
         self.spec = spec
         self.num_layers = num_layers
         self.num_pages = num_pages
@@ -76,7 +76,7 @@ class KVPool:
         Raises:
             ArgumentError: not even one page per layer fits, or num_layers is below one.
         """
-        _check_count("num_layers", num_layers)
+        check_size("num_layers", num_layers)
         bytes_per_page = num_layers * spec.bytes_per_page
         num_pages = int(memory_bytes // bytes_per_page)
         if num_pages < 1:
@@ -185,8 +185,3 @@ def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
     if length >= _HUGE_PAGE_BYTES:
         advise = ctypes.CDLL(None).madvise
         advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more")
