@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
@@ -16,3 +19,21 @@ def compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # nowhere to write a cache: an installation without a writable home
         return numba.njit(**OPTIONS)(function)
+
+
+def scalar_load(element: Any, result: Any, convert: Callable[[Any, Any], Any] | None = None) -> Any:
+    """A word of compiled code that reads one element of an LLVM type at a byte address, as ``result`` of Numba's."""
+
+    def load_one(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            loaded = builder.load(builder.inttoptr(args[0], element.as_pointer()))
+            return loaded if convert is None else convert(builder, loaded)
+
+        return result(types.int64), codegen
+
+    return intrinsic(load_one)
+
+
+_i64 = ir.IntType(64)
+load_i64 = scalar_load(_i64, types.int64)
+load_i32 = scalar_load(ir.IntType(32), types.int64, lambda builder, value: builder.sext(value, _i64))

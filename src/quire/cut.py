@@ -14,31 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from quire.compiled import compiled
+from quire.compiled import compiled, load_i32, load_i64
 
 # What loading the queries and writing the result of an item costs, in KV tokens; it keeps a share of many
 # short sequences from being taken for a cheap one.
 ITEM_OVERHEAD = 16
-
-
-def _load_int(bits: int) -> Any:
-    """A word that reads an integer at a byte address."""
-
-    def load(typingctx: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = builder.inttoptr(args[0], ir.IntType(bits).as_pointer())
-            return builder.sext(builder.load(pointer), ir.IntType(64))
-
-        return types.int64(types.int64), codegen
-
-    return intrinsic(load)
-
-
-_load_i32, _load_i64 = _load_int(32), _load_int(64)
 
 
 @compiled
@@ -48,9 +29,9 @@ def copy_ints(address: int, nbytes: int, target: Any) -> None:
         if address == 0:
             target[i] = i
         elif nbytes == 8:
-            target[i] = _load_i64(address + i * 8)
+            target[i] = load_i64(address + i * 8)
         else:
-            target[i] = _load_i32(address + i * 4)
+            target[i] = load_i32(address + i * 4)
 
 
 @compiled

@@ -31,6 +31,7 @@ from numba.core.imputils import impl_ret_untracked, lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
+from quire import compiled as compiler
 from quire.compiled import OPTIONS, compiled
 from quire.kernels.cpu.config import Config
 
@@ -40,7 +41,7 @@ AnyConfig = TypeVar("AnyConfig", bound=tuple[int, ...])
 @functools.cache
 def _sources_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(compiler.__file__)):
         digest.update(path.read_bytes())
     digest.update(repr((sorted(OPTIONS.items()), HAS_OPENMP)).encode())
     return digest.hexdigest()

@@ -24,7 +24,8 @@ from quire.kernels.cpu import borrow_scratch
 from quire.kernels.cpu.config import DTYPE_CODES
 from quire.kernels.cpu.launch import compile_time, kernel, num_threads, parallel_for, part, run
 from quire.kernels.cpu.memory import BF16, BYTES, F32, load, load_head, prefetch, store, store_head
-from quire.kernels.cpu.pairs import PAIRED, has_pair_products, load_pairs, multiply_pairs
+from quire.kernels.cpu.pairs import PAIRED, has_pair_products, load_pairs
+from quire.kernels.cpu.products import add_product
 from quire.kernels.cpu.simd import LANES, add, fma, splat, sum_rows, tile
 
 MAX_TOKENS = 8  # of one tile
@@ -114,12 +115,6 @@ def interleave_tokens(cfg: Any, product: Product, first: int, tokens: int) -> No
 def load_vector(cfg: Any, address: int) -> Any:
     """Elements of x or w, as pairs or as float32."""
     return load_pairs(BF16, address) if cfg.pairs else load(cfg.dtype, address)
-
-
-@part
-def add_product(cfg: Any, a: Any, b: Any, c: Any) -> Any:
-    """c + a·b, of pairs or of single numbers."""
-    return multiply_pairs(a, b, c) if cfg.pairs else fma(a, b, c)
 
 
 @part

@@ -25,6 +25,9 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from quire.compiled import load_i32 as load_i32
+from quire.compiled import load_i64 as load_i64
+from quire.compiled import scalar_load
 from quire.kernels.cpu.simd import LANES, vector
 
 F32, F16, BF16, INT8, E4M3, E5M2 = range(6)
@@ -272,18 +275,6 @@ def store_head(typingctx: Any, dtype: Any, address: Any, values: Any, count: Any
 # --- single elements -------------------------------------------------------------------------------------
 
 
-def _scalar_load(element: Any, result: Any, convert: Callable[[Any, Any], Any] | None = None) -> Any:
-    @intrinsic
-    def load_one(typingctx: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            loaded = builder.load(_pointer(builder, args[0], element))
-            return loaded if convert is None else convert(builder, loaded)
-
-        return result(types.int64), codegen
-
-    return load_one
-
-
 def _scalar_store(element: Any, accepted: Any) -> Any:
     @intrinsic
     def store_one(typingctx: Any, address: Any, value: Any) -> Any:
@@ -296,10 +287,8 @@ def _scalar_store(element: Any, accepted: Any) -> Any:
     return store_one
 
 
-load_f32 = _scalar_load(_f32, types.float32)
-load_i64 = _scalar_load(_i64, types.int64)
-load_i32 = _scalar_load(_i32, types.int64, lambda builder, value: builder.sext(value, _i64))
-load_u8 = _scalar_load(_i8, types.int64, lambda builder, value: builder.zext(value, _i64))
+load_f32 = scalar_load(_f32, types.float32)
+load_u8 = scalar_load(_i8, types.int64, lambda builder, value: builder.zext(value, _i64))
 store_f32 = _scalar_store(_f32, types.float32)
 store_i64 = _scalar_store(_i64, types.int64)
 

@@ -92,7 +92,7 @@ def load_values(cfg: Any, row: int, next_row: int, i: int) -> Any:
 
 
 @part
-def multiply(cfg: Any, a: Any, b: Any, c: Any) -> Any:
+def add_product(cfg: Any, a: Any, b: Any, c: Any) -> Any:
     """c + a·b, of pairs or of single numbers."""
     return multiply_pairs(a, b, c) if cfg.pairs else fma(a, b, c)
 
@@ -151,7 +151,7 @@ def score_block(
                 k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + (first + t) * 8), i)
                 for g in range(cfg.heads):
                     q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
-                    products[t * cfg.padded_heads + g] = multiply(
+                    products[t * cfg.padded_heads + g] = add_product(
                         cfg, k, q, products[t * cfg.padded_heads + g]
                     )
         if cfg.tail:
@@ -199,7 +199,7 @@ def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int
             for g in range(cfg.heads):
                 p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
                 for i in range(cfg.strip):
-                    sums[g * cfg.strip + i] = multiply(cfg, p, values[i], sums[g * cfg.strip + i])
+                    sums[g * cfg.strip + i] = add_product(cfg, p, values[i], sums[g * cfg.strip + i])
         for g in range(cfg.heads):
             for i in range(cfg.strip):
                 store(F32, accs + g * cfg.row_bytes + (first + i) * LANES * 4, sums[g * cfg.strip + i])

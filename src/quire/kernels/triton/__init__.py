@@ -118,9 +118,9 @@ def _describe(spec: AttentionSpec, step: StepPlan, device: torch.device, reserve
     """Each launch, and which kernel takes the prefill."""
     rates, lines = forecast.rates_of(device), []
     decode, prefill, _ = _tiles(spec, tune.chip_of(device), step.max_q_len)
-    if len(step.decode.items):
+    if step.decode.num_items:
         lines.append(forecast.describe("decode", spec, decode, step.decode, step.causal, rates))
-    if len(step.prefill.items):
+    if step.prefill.num_items:
         by_hopper = reserved.why_not_hopper is None
         # What is measured of prefill is Hopper's.
         tile, known = (hopper.TILE, rates) if by_hopper else (prefill, None)
@@ -131,10 +131,8 @@ def _describe(spec: AttentionSpec, step: StepPlan, device: torch.device, reserve
 
 def _check_slots(call: AttentionCall) -> None:
     """Places in a page are computed in 32 bits, those of pages in 64."""
-    stores = {"k_pages": call.k_pages, "v_pages": call.v_pages}
-    for name, pages in stores.items():
-        reach = pages.shape[2] * pages.stride(2)
-        if reach >= 2**31:
+    for name, pages in (("k_pages", call.k_pages), ("v_pages", call.v_pages)):
+        if pages.shape[2] * pages.stride(2) >= 2**31:
             raise UnsupportedError(
                 f"{name} must have a page's slots within 2^31 elements; got {pages.shape[2]} slots that lie "
                 f'{pages.stride(2)} apart. Fix: a copy in a KVPool\'s order, or backend="reference"'
