@@ -102,6 +102,8 @@ def store_turn() -> Turn | None:
     """`write_kv` of a few tokens into slots all over a pool; None if they are not found there."""
     pool = quire.KVPool(SPEC, num_layers=1, num_pages=1024)
     pages = pool.layer(0)
+    for tensor in pages:
+        tensor.fill_(torch.nan)  # fresh memory may hold the very tokens, left there by a run before
     k, v = torch.randn(2, STORED, SPEC.num_kv_heads, SPEC.head_dim).to(SPEC.dtype)
     slots = torch.randperm(1024 * SPEC.page_size)[:STORED]
     call = partial(quire.write_kv, k, v, *pages, slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import quire
 from benchmarks import host, records
@@ -53,3 +54,13 @@ def test_what_computes_wrongly_is_not_timed_and_the_command_fails(monkeypatch, t
     for who in ("plan.run", "write_kv"):
         assert (by_call[who]["status"], by_call[who]["median_us"]) == ("wrong", "")
     assert by_call["quire.plan"]["status"] == "ok"
+
+
+def test_tokens_left_in_memory_by_an_earlier_run_do_not_pass_for_stored_ones(monkeypatch):
+    same = quire.KVPool(host.SPEC, num_layers=1, num_pages=1024)
+    monkeypatch.setattr(quire, "KVPool", lambda *args, **kw: same)
+    torch.manual_seed(0)
+    assert host.store_turn()
+    monkeypatch.setattr(quire, "write_kv", lambda *args: None)
+    torch.manual_seed(0)
+    assert host.store_turn() is None
