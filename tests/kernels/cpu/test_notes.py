@@ -23,11 +23,17 @@ def test_tiles_and_what_they_multiply(monkeypatch, has_pairs, numbers):
     assert f"\n  prefill tile: 24 tokens × 64 keys, 96 rows; multiplies {numbers}\n" in text
 
 
-def test_pages_of_8_bits_are_multiplied_in_pairs_by_decode_alone(monkeypatch):
+@pytest.mark.parametrize(
+    ("has_bytes", "numbers"), [(True, "bytes, in fours"), (False, "pairs of bfloat16 numbers")]
+)
+def test_pages_of_8_bits_are_multiplied_otherwise_by_decode_alone(monkeypatch, has_bytes, numbers):
     monkeypatch.setattr(config, "has_pair_products", lambda: True)
+    monkeypatch.setattr(config, "has_byte_products", lambda: has_bytes)
     text = explained([900, 700], [1, 200], quire.AttentionSpec(8, 2, 64, kv_dtype="int8"))
-    assert "decode tile: 1 token × 64 keys, 4 rows; multiplies pairs" in text
+    assert f"decode tile: 1 token × 64 keys, 4 rows; multiplies {numbers}\n" in text
     assert "prefill tile: 24 tokens × 64 keys, 96 rows; multiplies float32" in text
+    text = explained([900], [1], quire.AttentionSpec(8, 2, 64, kv_dtype="fp8_e4m3"))
+    assert "multiplies pairs of bfloat16 numbers\n" in text
 
 
 def test_a_kernel_that_does_not_run_is_not_spoken_of():

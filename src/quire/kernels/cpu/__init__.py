@@ -151,10 +151,10 @@ class _Prepared(NamedTuple):
         lines = []
         if len(self.step.decode.items):
             config = decode.config
-            lines.append(describe_tile("decode", tiles.decode, config.heads, config.pairs))
+            lines.append(describe_tile("decode", tiles.decode, config.heads, config.at_once))
         if len(self.step.prefill.items):
-            rows, pairs = prefill.partial_rows, prefill.config.prefill_pairs
-            lines.append(describe_tile("prefill", tiles.prefill, rows, pairs))
+            rows, at_once = prefill.partial_rows, 2 if prefill.config.prefill_pairs else 1
+            lines.append(describe_tile("prefill", tiles.prefill, rows, at_once))
         return [*lines, describe_machine(num_threads())] if lines else []
 
 

@@ -12,9 +12,19 @@ from typing import Any
 import numpy as np
 
 from quire.kernels.cpu.launch import part
-from quire.kernels.cpu.memory import load_i32, load_i64, prefetch, store_f32, store_i64
-from quire.kernels.cpu.products import BLOCK, CACHE_LINE, K_ROWS, PLACES, STREAMS, V_ROWS
-from quire.kernels.cpu.rows import Call, Step, load_scales, locate_tokens
+from quire.kernels.cpu.memory import F32, load, load_i32, load_i64, prefetch, store, store_f32, store_i64
+from quire.kernels.cpu.products import (
+    BLOCK,
+    CACHE_LINE,
+    K_ROWS,
+    K_SCALES,
+    PLACES,
+    STREAMS,
+    V_ROWS,
+    V_SCALES,
+)
+from quire.kernels.cpu.rows import ZERO, Call, Step, load_scales, locate_tokens
+from quire.kernels.cpu.simd import LANES, in_turn, tile
 
 
 @part
@@ -22,15 +32,14 @@ def locate_block(
     cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, end: int, block: int
 ) -> None:
     """Addresses of a block's K and V rows, in turn where it is whole, else padded with the last one."""
-    k, v = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head
+    locate_tokens(step, call, sequence, kv_head, begin, end, block + K_ROWS, block + V_ROWS)
     streams = streams_of(cfg, end - begin)
-    length = (end - begin) // streams
-    for i in range(streams):
-        first = begin + i * length
-        at, apart = block + i * 8, streams * 8
-        locate_tokens(step, sequence, first, first + length, k, call.k_page, call.k_slot, at + K_ROWS, apart)
-        locate_tokens(step, sequence, first, first + length, v, call.v_page, call.v_slot, at + V_ROWS, apart)
-        if call.alibi_slopes:
+    if streams == STREAMS:
+        put_in_turn(block + K_ROWS)
+        put_in_turn(block + V_ROWS)
+    if call.alibi_slopes:
+        length = (end - begin) // streams
+        for i in range(streams):
             for t in range(length):
                 store_f32(block + PLACES + (t * streams + i) * 4, np.float32(i * length + t))
     if begin < end:
@@ -44,6 +53,23 @@ def locate_block(
 
 
 @part
+def put_in_turn(rows: int) -> None:
+    """Addresses of 64 rows as they come, in the order 0, 16, 32, 48, 1, …."""
+    quarter = BLOCK // STREAMS * 8
+    turns = tile(8)
+    for half in range(2):
+        at = rows + half * LANES * 4
+        a, b = load(F32, at), load(F32, at + quarter)
+        c, d = load(F32, at + 2 * quarter), load(F32, at + 3 * quarter)
+        turns[half * 4] = in_turn(a, b, c, d, 0)
+        turns[half * 4 + 1] = in_turn(a, b, c, d, 1)
+        turns[half * 4 + 2] = in_turn(a, b, c, d, 2)
+        turns[half * 4 + 3] = in_turn(a, b, c, d, 3)
+    for i in range(8):
+        store(F32, rows + i * LANES * 4, turns[i])
+
+
+@part
 def streams_of(cfg: Any, count: int) -> int:
     """From how many places so many tokens are read in turn; a short block is read as it comes."""
     return STREAMS if count == BLOCK and not cfg.converts else 1
@@ -51,14 +77,22 @@ def streams_of(cfg: Any, count: int) -> int:
 
 @part
 def scale_block(
-    cfg: Any, step: Step, call: Call, sequence: int, begin: int, end: int, base: int, target: int
+    cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, end: int, block: int
 ) -> None:
-    """A block's scales in the order of its rows."""
-    streams = streams_of(cfg, end - begin)
-    length = (end - begin) // streams
+    """A block's scales in the order of its rows.
+
+    Behind the last token's lie zeros: what is multiplied along with it weighs nothing.
+    """
+    head, streams = kv_head * call.scale_head, streams_of(cfg, end - begin)
+    length, apart = (end - begin) // streams, streams * 4
     for i in range(streams):
-        first = begin + i * length
-        load_scales(step, call, sequence, first, first + length, base, target + i * 4, streams * 4)
+        first, at = begin + i * length, block + i * 4
+        last = first + length
+        load_scales(step, call, sequence, first, last, call.k_scale + head, at + K_SCALES, apart)
+        load_scales(step, call, sequence, first, last, call.v_scale + head, at + V_SCALES, apart)
+    for t in range(end - begin, -(-(end - begin) // LANES) * LANES + 1):
+        store_f32(block + K_SCALES + t * 4, ZERO)
+        store_f32(block + V_SCALES + t * 4, ZERO)
 
 
 @part

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from quire.kernels.cpu.integers import has_byte_products
 from quire.kernels.cpu.memory import BF16, BYTES, E4M3, E5M2, F16, F32, INT8
 from quire.kernels.cpu.pairs import EIGHT_BITS, LINE, PAIRED, has_pair_products
 from quire.kernels.cpu.simd import LANES
@@ -51,6 +52,17 @@ class Config(NamedTuple):
         return int(self.pairs and self.kv_dtype != BF16)
 
     @property
+    def integers(self) -> int:
+        """Whether decode multiplies int8 pages as they lie. Longer rows could overflow a score's 32 bits."""
+        fits = self.kv_dtype == INT8 and self.head_dim <= 256
+        return int(self.pairs and fits and has_byte_products())
+
+    @property
+    def lines(self) -> int:
+        """Whole lines of bytes in a row."""
+        return self.head_dim // LINE
+
+    @property
     def prefill_pairs(self) -> int:
         """Whether prefill multiplies pairs: keys have to be bfloat16 as they lie."""
         return int(self.pairs and self.kv_dtype == BF16)
@@ -73,6 +85,8 @@ class Config(NamedTuple):
     @property
     def at_once(self) -> int:
         """Tokens whose values are multiplied at once."""
+        if self.integers:
+            return 4
         return 2 if self.pairs else 1
 
     @property
@@ -103,12 +117,15 @@ class Config(NamedTuple):
     @property
     def strip(self) -> int:
         """Output vectors per head that decode accumulates at once: as many as divide the row and fit registers."""
-        fitting = [
-            n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n * self.heads <= LANES
-        ]
-        return max(fitting)
+        most = LANES // (self.heads * self.sums)
+        return max(n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n <= most)
+
+    @property
+    def sums(self) -> int:
+        """Sums that each of them takes: of integers, one with the weights' high bytes and one with the low ones."""
+        return 2 if self.integers else 1
 
     @property
     def strip_tile(self) -> int:
         """Registers that one such strip takes."""
-        return self.heads * self.strip
+        return self.heads * self.strip * self.sums

@@ -23,6 +23,14 @@ from typing import Any
 import numpy as np
 
 from quire.kernels.cpu.blocks import locate_block, scale_block
+from quire.kernels.cpu.byte_products import (
+    accumulate_bytes,
+    bytes_suffice,
+    put_bytes_in_order,
+    score_bytes,
+    split_query,
+    weigh_in_bytes,
+)
 from quire.kernels.cpu.launch import kernel, parallel_for, part
 from quire.kernels.cpu.memory import (
     BF16,
@@ -149,8 +157,11 @@ def attend_item(
     scores = scratch + 2 * BLOCK_SCRATCH
     states = scores + BLOCK * LANES * 4
     tiles = (step.group + cfg.heads - 1) // cfg.heads
+    loss = ZERO
     for i in range(tiles):
-        start_tile(cfg, step, call, token, kv_head, i, states + i * tile_bytes(cfg.row_bytes))
+        loss = max(
+            loss, start_tile(cfg, step, call, token, kv_head, i, states + i * tile_bytes(cfg.row_bytes))
+        )
 
     has_next = item + ITEM_BYTES < items_end
     if begin == end and has_next:
@@ -163,24 +174,27 @@ def attend_item(
         elif has_next:
             locate_first_block(cfg, step, call, item + ITEM_BYTES, upcoming)
         if call.k_scale:
-            scales = kv_head * call.scale_head
-            scale_block(cfg, step, call, sequence, begin, block_end, call.k_scale + scales, here + K_SCALES)
-            scale_block(cfg, step, call, sequence, begin, block_end, call.v_scale + scales, here + V_SCALES)
-            # An odd last token's partner weighs nothing.
-            store_f32(here + V_SCALES + (block_end - begin) * 4, ZERO)
+            scale_block(cfg, step, call, sequence, kv_head, begin, block_end, here)
         converted = states + tiles * tile_bytes(cfg.row_bytes)
-        if cfg.converts:
+        in_bytes = cfg.integers and bytes_suffice(cfg, call, block_end - begin, here, loss)
+        if cfg.converts and not in_bytes:
             convert_block(cfg, here + K_ROWS, converted)
         for i in range(tiles):
             state = states + i * tile_bytes(cfg.row_bytes)
-            score_block(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
+            if in_bytes:
+                score_bytes(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
+            else:
+                score_block(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
             adjust_scores(cfg, call, position - begin, block_end - begin, here, state, scores)
             update_softmax(cfg, call, block_end - begin, here, state, scores)
-            if cfg.converts and i == 0:
-                # Over the keys if no other tile needs them: both and what they are made from outgrow the first cache.
-                over = min(tiles - 1, 1) * BLOCK * cfg.head_dim * BYTES[BF16]
-                convert_block(cfg, here + V_ROWS, converted + over)
-            accumulate_values(cfg, block_end - begin, here, upcoming, state, scores)
+            if cfg.integers:
+                accumulate_bytes(cfg, block_end - begin, here, upcoming, state, scores)
+            else:
+                if cfg.converts and i == 0:
+                    # Over the keys if no other tile needs them: both and their source outgrow the first cache.
+                    over = min(tiles - 1, 1) * BLOCK * cfg.head_dim * BYTES[BF16]
+                    convert_block(cfg, here + V_ROWS, converted + over)
+                accumulate_values(cfg, block_end - begin, here, upcoming, state, scores)
         here, upcoming = upcoming, here
         begin, block_end = block_end, next_end
     for i in range(tiles):
@@ -195,23 +209,28 @@ def tile_bytes(row_bytes: int) -> int:
 
 
 @part
-def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, state: int) -> None:
-    """Load the tile's queries and empty its softmax state."""
+def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, state: int) -> Any:
+    """Load the tile's queries and empty its softmax state; returns what the worst of them loses as bytes."""
     scale = query_scale(call)
     store(F32, state + M, splat(LOWEST))
     store(F32, state + L, splat(ZERO))
     store(F32, state + SLOPE, splat(ZERO))
+    loss = ZERO
     for g in range(cfg.heads):
         q_row = state + Q_ROWS + g * cfg.row_bytes
         in_group = min(number * cfg.heads + g, step.group - 1)  # a last tile repeats its last head, unread
         head = kv_head * step.group + in_group
-        load_query(cfg, call.q + token * call.q_token + head * call.q_head, scale, q_row)
+        source = call.q + token * call.q_token + head * call.q_head
+        load_query(cfg, source, scale, q_row)
+        if cfg.integers:
+            loss = max(loss, split_query(cfg, source, q_row, state, g))
         for i in range(0, cfg.row_bytes, LANES * 4):
             store(F32, q_row + MAX_HEADS * cfg.row_bytes + i, splat(ZERO))
         if call.alibi_slopes:
             slope = load_f32(call.alibi_slopes + head * 4) * LOG2_E
             for t in range(cfg.tokens):
                 store_f32(state + SLOPE + (t * cfg.padded_heads + g) * 4, slope)
+    return loss
 
 
 @part
@@ -276,9 +295,11 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
         if call.v_scale:
             scale = load(F32, here + V_SCALES + j * cfg.tokens * 4)
             p = mul(p, repeat(scale, cfg.padded_heads))
-        if cfg.pairs:
+        if cfg.pairs and not cfg.integers:
             p = pair_up(p, turn(p, cfg.padded_heads))
         store(F32, scores + j * LANES * 4, p)
+    if cfg.integers:
+        weigh_in_bytes(cfg, vectors, state, scores)
     store(F32, state + M, highest)
     store(F32, state + L, total)
     store(F32, state + CORRECTION, correction)
@@ -293,7 +314,10 @@ def finish_tile(
     for g in range(min(cfg.heads, step.group - number * cfg.heads)):
         in_group = number * cfg.heads + g
         acc = state + Q_ROWS + (MAX_HEADS + g) * cfg.row_bytes
-        put_in_order(cfg, acc)
+        if cfg.integers:
+            put_bytes_in_order(cfg, acc)
+        else:
+            put_in_order(cfg, acc)
         m, l = load_f32(state + M + g * 4), load_f32(state + L + g * 4)
         if partial < 0:
             finish_row(cfg, call, token, kv_head * step.group + in_group, acc, m, l)

@@ -7,6 +7,7 @@ anywhere; callers guarantee that they are valid. ``dtype`` is one of the codes b
     load_even(address)  load_odd(address)                       of 32 bfloat16 elements
     store(dtype, address, v)  store_head(dtype, address, v, n)  rounded to nearest even
     load_f32  load_i32  load_i64  load_u8  store_f32  store_i64  one element
+    store_steps(address, first, step)                           16 int64: first, first + step, …
     prefetch(address)                                           ask for the cache line
 
 ``load_head`` never touches what lies behind the n-th element: it may belong to someone else, and be NaN.
@@ -291,6 +292,24 @@ load_f32 = scalar_load(_f32, types.float32)
 load_u8 = scalar_load(_i8, types.int64, lambda builder, value: builder.zext(value, _i64))
 store_f32 = _scalar_store(_f32, types.float32)
 store_i64 = _scalar_store(_i64, types.int64)
+
+
+@intrinsic
+def store_steps(typingctx: Any, address: Any, first: Any, step: Any) -> Any:
+    """Write 16 neighbouring int64: first, first + step, first + 2 · step, …."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        empty = ir.Constant(_vector(_i64), ir.Undefined)
+        start, apart = (
+            builder.shuffle_vector(builder.insert_element(empty, number, _i32(0)), empty, _all(_i32, 0))
+            for number in args[1:]
+        )
+        numbers = ir.Constant(_vector(_i64), list(range(LANES)))
+        steps = builder.add(start, builder.mul(apart, numbers))
+        builder.store(steps, _pointer(builder, args[0], steps.type), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -8,10 +8,10 @@ from quire.kernels.cpu.simd import LANES
 from quire.work import TileShape
 
 
-def describe_tile(name: str, shape: TileShape, rows: int, pairs: int) -> str:
+def describe_tile(name: str, shape: TileShape, rows: int, at_once: int) -> str:
     """One kernel: what it works on at once."""
     tokens = f"{shape.q_tokens} token{'' if shape.q_tokens == 1 else 's'}"
-    numbers = "pairs of bfloat16 numbers" if pairs else "float32 numbers"
+    numbers = {1: "float32 numbers", 2: "pairs of bfloat16 numbers", 4: "bytes, in fours"}[at_once]
     return f"{name} tile: {tokens} × {shape.kv_tokens} keys, {rows} rows; multiplies {numbers}"
 
 

@@ -208,9 +208,7 @@ def load_block(
 ) -> None:  # fmt: skip
     """Find a block's K and V rows, padded to whole register tiles of scores; values are paired up, or all but whole
     float32 rows converted, once for all rows of the tile."""
-    k, v, end = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head, begin + count
-    locate_tokens(step, sequence, begin, end, k, call.k_page, call.k_slot, scratch + K_ROWS, 8)
-    locate_tokens(step, sequence, begin, end, v, call.v_page, call.v_slot, scratch + V_ROWS, 8)
+    locate_tokens(step, call, sequence, kv_head, begin, begin + count, scratch + K_ROWS, scratch + V_ROWS)
     if cfg.prefill_pairs:
         pair_values(cfg, begin % 2, count, values, scratch + V_ROWS)
     elif cfg.kv_dtype != F32 or cfg.tail:

@@ -47,14 +47,16 @@ SOON = 24  # tokens from a line's last request to its use
 
 # Scratch of one block: byte addresses of its K and V rows, their scales where pages are quantised, and for ALiBi
 # where its tokens lie in it. Whole vectors of numbers are read; what comes SOON behind the last keys are values.
-K_ROWS, V_ROWS, K_SCALES, V_SCALES = 0, BLOCK * 8, BLOCK * 16, BLOCK * 20
+K_ROWS, V_ROWS, K_SCALES = 0, BLOCK * 8, BLOCK * 16
+V_SCALES = K_SCALES + (BLOCK + LANES) * 4
 PLACES = V_SCALES + (BLOCK + LANES) * 4
 BLOCK_SCRATCH = PLACES + (BLOCK + LANES) * 4
 
 # Scratch of one tile: float32 vectors by lane (m, l, the last correction, ALiBi slope), then q and acc rows of up to
 # 16 heads. Lane j belongs to head j % padded_heads, so that it can meet a vector of scores.
 M, L, CORRECTION, SLOPE = 0, 64, 128, 192
-Q_ROWS = 256
+STEP, OFFSET, UNIT = 256, 320, 384  # of ``byte_products``
+Q_ROWS = 448
 
 
 @part

@@ -23,6 +23,7 @@ from quire.kernels.cpu.memory import (
     store_f32,
     store_head,
     store_i64,
+    store_steps,
 )
 from quire.kernels.cpu.simd import LANES, add, mul, splat
 
@@ -166,29 +167,28 @@ def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: fl
 
 @part
 def locate_tokens(
-    step: Step,
-    sequence: int,
-    begin: int,
-    end: int,
-    base: int,
-    page_stride: int,
-    slot_stride: int,
-    target: int,
-    apart: int,
+    step: Step, call: Call, sequence: int, kv_head: int, begin: int, end: int, k_rows: int, v_rows: int
 ) -> None:
-    """Write the byte addresses of a sequence's tokens begin … end − 1 to ``target``, ``apart`` bytes apart."""
-    table = step.page_table + sequence * step.page_table_row
-    token = begin
-    while token < end:
-        page = token // step.page_size
-        first = page * step.page_size
-        last = min(first + step.page_size, end)
-        address = base + load_i32(table + page * 4) * page_stride + (token - first) * slot_stride
-        while token < last:
-            store_i64(target, address)
-            target += apart
-            address += slot_stride
-            token += 1
+    """Write the byte addresses of a sequence's tokens begin … end − 1, of their keys and of their values."""
+    k_head, v_head = call.k + kv_head * call.k_head, call.v + kv_head * call.v_head
+    page_at = step.page_table + sequence * step.page_table_row + begin // step.page_size * 4
+    slot, left = begin % step.page_size, end - begin
+    while left > 0:
+        page = load_i32(page_at)
+        k = k_head + page * call.k_page + slot * call.k_slot
+        v = v_head + page * call.v_page + slot * call.v_slot
+        here = min(step.page_size - slot, left)
+        left -= here
+        while here >= LANES:
+            store_steps(k_rows, k, call.k_slot)
+            store_steps(v_rows, v, call.v_slot)
+            k_rows, v_rows = k_rows + LANES * 8, v_rows + LANES * 8
+            k, v, here = k + LANES * call.k_slot, v + LANES * call.v_slot, here - LANES
+        while here > 0:
+            store_i64(k_rows, k)
+            store_i64(v_rows, v)
+            k_rows, v_rows, k, v, here = k_rows + 8, v_rows + 8, k + call.k_slot, v + call.v_slot, here - 1
+        page_at, slot = page_at + 4, 0
 
 
 @part
@@ -203,6 +203,11 @@ def load_scales(
         first = page * step.page_size
         last = min(first + step.page_size, end)
         address = base + load_i32(table + page * 4) * call.scale_page + (token - first) * call.scale_slot
+        while apart == call.scale_slot == BYTES[F32] and token + LANES <= last:
+            store(F32, target, load(F32, address))
+            target += LANES * BYTES[F32]
+            address += LANES * BYTES[F32]
+            token += LANES
         while token < last:
             store_f32(target, load_f32(address))
             target += apart

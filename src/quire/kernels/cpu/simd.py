@@ -8,7 +8,7 @@ AVX-512 register, two of AVX or four of NEON. ``memory`` holds the words that lo
     arithmetic  add  sub  mul  div  fma(a, b, c) = a·b + c  maximum  magnitude  exp2  tanh
     masks       at_least(a, b)  less_than(a, b)  both(m, n)  select(m, a, b) = a where m else b
     across      first_lane(v)  repeat(v, n)  zip_low(a, b)  zip_high(a, b)  fold_sum(v, n)  fold_max(v, n)
-                sum_rows(tile)  transpose(tile)
+                sum_rows(tile)  transpose(tile)  in_turn(a, b, c, d, i)
 """
 
 from __future__ import annotations
@@ -264,29 +264,51 @@ fold_sum = _fold(lambda builder, a, b: builder.fadd(a, b))
 fold_max = _fold(_emit_maximum)
 
 
+@intrinsic(prefer_literal=True)
+def in_turn(typingctx: Any, a: Any, b: Any, c: Any, d: Any, number: Any) -> Any:
+    """Of vectors of eight int64, elements 2i and 2i + 1 in turn: a₂ᵢ b₂ᵢ c₂ᵢ d₂ᵢ a₂ᵢ₊₁ …."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first, half = 2 * number.literal_value, LANES // 2
+        wide = [builder.bitcast(x, ir.VectorType(ir.IntType(64), half)) for x in args[:4]]
+        order = [first, half + first, first + 1, half + first + 1]
+        ab = _shuffle(builder, wide[0], wide[1], order)
+        cd = _shuffle(builder, wide[2], wide[3], order)
+        return builder.bitcast(_shuffle(builder, ab, cd, [0, 1, 4, 5, 2, 3, 6, 7]), _vector(_f32))
+
+    return vector(a, b, c, d, number), codegen
+
+
+def sum_by_pairs(builder: Any, registers: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """The code of ``sum_rows``: a tree of 15 pairwise steps, each halving the vectors.
+
+    After a step with distance d, lane j of pair (a, b) holds part of a's sum if bit d of j is clear, of b's if it is
+    set; rows are paired so that row i's sum ends in lane i. Of the two addends one stays in its lanes, which a CPU
+    blends at half the price of moving lanes.
+    """
+    rows = [builder.load(cgutils.gep_inbounds(builder, registers, 0, i)) for i in range(LANES)]
+    distance = LANES // 2
+    while distance:
+        half = len(rows) // 2
+        stay = [i if not i & distance else LANES + i for i in range(LANES)]
+        move = [i + distance if not i & distance else LANES + i - distance for i in range(LANES)]
+        rows = [
+            combine(_shuffle(builder, a, b, stay), _shuffle(builder, a, b, move))
+            for a, b in zip(rows[:half], rows[half:], strict=True)
+        ]
+        distance //= 2
+    return rows[0]
+
+
 @intrinsic
 def sum_rows(typingctx: Any, registers: Any) -> Any:
     """Lane i of the result is the sum over the lanes of vector i of a 16-vector tile.
 
-    A tree of 15 pairwise steps, each halving the vectors: cheaper than 16 separate reductions.
+    Cheaper than 16 separate reductions.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows = [builder.load(cgutils.gep_inbounds(builder, args[0], 0, i)) for i in range(LANES)]
-        # After a step with distance d, lane j of pair (a, b) holds part of a's sum if bit d of j is clear,
-        # of b's if it is set; rows are paired so that row i's sum ends in lane i. Of the two addends one stays in its
-        # lanes, which a CPU blends at half the price of moving lanes.
-        distance = LANES // 2
-        while distance:
-            half = len(rows) // 2
-            stay = [i if not i & distance else LANES + i for i in range(LANES)]
-            move = [i + distance if not i & distance else LANES + i - distance for i in range(LANES)]
-            rows = [
-                builder.fadd(_shuffle(builder, a, b, stay), _shuffle(builder, a, b, move))
-                for a, b in zip(rows[:half], rows[half:], strict=True)
-            ]
-            distance //= 2
-        return rows[0]
+        return sum_by_pairs(builder, args[0], builder.fadd)
 
     return vector(registers), codegen
 
