@@ -160,9 +160,7 @@ class StepPlan:
     groups with their own tile shapes, because one kernel that branches between them is good at neither.
     """
 
-    numbers: (
-        Ints  # seq_lens, cu_seqlens_q, a small page table and all work: one array is sooner made than five
-    )
+    numbers: Ints  # seq_lens, cu_seqlens_q, a small page table and all work: one array is sooner made
     large_table: NDArray[np.int32] | None  # a page table too large for that
     batch: int
     max_pages: int  # columns of the page table
