@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from support import Batch, attend
 
@@ -18,7 +17,7 @@ from quire.work import AttentionCall, StepPlan, TileShape, Tiling
 def step_of(batch: Batch, causal: bool = True, window_left: int = -1) -> StepPlan:
     whole = TileShape(1 << 30, 1 << 30)
     return plan_step(
-        batch.page_table.numpy(), batch.seq_lens.numpy().astype(np.int64), batch.cu_seqlens_q.numpy().astype(np.int64),
+        batch.page_table, batch.seq_lens, batch.cu_seqlens_q,
         num_kv_heads=batch.shape.num_kv_heads, page_size=batch.page_size,
         causal=causal, window_left=window_left, tiling=Tiling(1, whole, whole),
     )  # fmt: skip

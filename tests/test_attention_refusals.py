@@ -102,8 +102,8 @@ def test_a_tensor_without_data_is_refused_before_torch_takes_the_call_for_a_trac
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-@pytest.mark.parametrize("name", ["seq_lens", "cu_seqlens_q"])
-def test_lengths_that_only_pretend_to_hold_data_are_refused(name):
+@pytest.mark.parametrize("name", ["page_table", "seq_lens", "cu_seqlens_q"])
+def test_a_step_that_only_pretends_to_hold_data_is_refused(name):
     batch = mixed()
     setattr(batch, name, FakeTensorMode().from_tensor(getattr(batch, name)))
     with pytest.raises(quire.ArgumentError, match=f"{name} must hold data; got a FakeTensor"):

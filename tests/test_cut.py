@@ -7,12 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import cut
-from quire.work import WorkList
+from quire.work import TileShape, Tiling, WorkList
+
+
+def shares(step, kv_split, part_cost, rules, measure=cut.measure_work, share=cut.share_work):
+    """One kernel's work list in an array of its own."""
+    measured = measure(*step, kv_split, part_cost, *rules)
+    lists = np.full(measured[0], -99)
+    return WorkList(lists, *share(lists, 0, measured, *step, *rules))
+
+
+def shares_in_python(*arguments):
+    return shares(*arguments, cut.measure_work.py_func, cut.share_work.py_func)
 
 
 def assert_same_work(got, wanted):
-    got, wanted = WorkList(*got), WorkList(*wanted)
-    assert got[1:] == wanted[1:]
+    assert got[2:] == wanted[2:]
     for name in ("worker_indptr", "items", "merges"):
         np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
 
@@ -38,12 +48,12 @@ def test_compiled_shares_are_those_of_the_python_source(
 ):  # fmt: skip
     seq_lens = np.array([n for n, _ in sequences], np.int64)
     starts = np.array([0, *np.cumsum([q for _, q in sequences])], np.int64)
-    arguments = (
-        seq_lens, starts, least_q, least_q + more_q, q_tokens, kv_tokens, kv_split,
-        part_cost, whole_tiles, num_kv_heads, causal, window_left, num_workers,
-    )  # fmt: skip
+    step = (seq_lens, starts, least_q, least_q + more_q, q_tokens, kv_tokens)
+    rules = (whole_tiles, num_kv_heads, causal, window_left, num_workers)
 
-    assert_same_work(cut.share_work(*arguments), cut.share_work.py_func(*arguments))
+    assert_same_work(
+        shares(step, kv_split, part_cost, rules), shares_in_python(step, kv_split, part_cost, rules)
+    )
 
 
 @given(
@@ -80,16 +90,20 @@ def test_a_steps_two_lists_are_those_of_its_two_kinds_of_sequence(
 ):
     seq_lens = np.array([n for n, _ in lengths], np.int64)
     starts = np.array([0, *np.cumsum([q for _, q in lengths])], np.int64)
-    rules = (whole_tiles, 2, True, -1)  # 2 KV heads, causal, no window
-
-    *lists, longest = cut.share_step(
-        seq_lens, starts, decode_max_q_len, 4, 16, 0, 0, 8, 32, 5, 64, kv_split, *rules, 3
+    rules = (2, True, -1)  # KV heads, causal, no window
+    tiling = Tiling(
+        3, TileShape(4, 16), TileShape(8, 32, 5, 64), decode_max_q_len, whole_tiles, kv_split=kv_split
     )
 
-    decode = cut.share_work(seq_lens, starts, 1, decode_max_q_len, 4, 16, kv_split, 0, *rules, 3)
-    prefill = cut.share_work(seq_lens, starts, decode_max_q_len + 1, 99, 8, 32, kv_split, 64, *rules, 5)
-    for got, wanted in zip(lists, (decode, prefill), strict=True):
-        assert_same_work(got, wanted)
+    numbers, longest, *work = cut.share_step(7, seq_lens, starts, tiling, *rules)
+
+    decode = shares((seq_lens, starts, 1, decode_max_q_len, 4, 16), kv_split, 0, (whole_tiles, *rules, 3))
+    prefill = shares(
+        (seq_lens, starts, decode_max_q_len + 1, 99, 8, 32), kv_split, 64, (whole_tiles, *rules, 5)
+    )
+    for got, wanted in zip(work, (decode, prefill), strict=True):
+        assert_same_work(WorkList(numbers, *got), wanted)
+    assert work[0][0] == 7
     assert longest == max((q for _, q in lengths), default=0)
 
 
@@ -109,17 +123,31 @@ def test_a_step_has_lengths_within_its_table_and_starts_that_only_grow(seq_lens,
     lengths=st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 9)), max_size=5),
     dtypes=st.tuples(*[st.sampled_from([np.int32, np.int64])] * 2),
     one_query=st.booleans(),
+    table=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=9),
     capacity=st.sampled_from([0, 50, 2**31 - 1]),
 )
-def test_a_step_is_copied_from_integers_of_either_width(lengths, dtypes, one_query, capacity):
+def test_a_step_is_copied_from_integers_of_either_width(lengths, dtypes, one_query, table, capacity):
+    batch, tiling = len(lengths), Tiling(3, TileShape(8, 32), TileShape(8, 32), decode_max_q_len=4)
     seq_lens = np.array([n for n, _ in lengths], dtypes[0])
     starts = np.array([0, *np.cumsum([q for _, q in lengths])], dtypes[1])
-    places = [seq_lens.ctypes.data, seq_lens.itemsize, starts.ctypes.data, starts.itemsize]
+    table = np.array(table, np.int32)
+    places = [seq_lens.ctypes.data, seq_lens.itemsize, starts.ctypes.data, starts.itemsize, table.ctypes.data]
     if one_query:
-        starts, places[2:] = np.arange(len(starts)), [0, 0]
-    copies = np.full(len(seq_lens), -1), np.full(len(starts), -1)
+        starts, places[2:4] = np.arange(len(starts)), [0, 0]
 
-    assert cut.copy_step(*places, *copies, capacity) == (seq_lens.max(initial=0) <= capacity)
+    numbers, fits, *sizes, decode, prefill = cut.cut_step(
+        *places, len(table), batch, capacity, tiling, 2, True, -1
+    )
 
-    np.testing.assert_array_equal(copies[0], seq_lens)
-    np.testing.assert_array_equal(copies[1], starts)
+    np.testing.assert_array_equal(numbers[:batch], seq_lens)
+    np.testing.assert_array_equal(numbers[batch : 2 * batch + 1], starts)
+    assert fits == (seq_lens.max(initial=0) <= capacity)
+    if not fits:
+        assert len(numbers) == 2 * batch + 1
+        return
+    np.testing.assert_array_equal(numbers[2 * batch + 1 :].view(np.int32)[: len(table)], table)
+    assert sizes == [starts[-1], np.diff(starts).max(initial=0), seq_lens.max(initial=0)]
+    rules = (False, 2, True, -1, 3)
+    wide = seq_lens.astype(np.int64), starts.astype(np.int64)
+    assert_same_work(WorkList(numbers, *decode), shares((*wide, 1, 4, 8, 32), 0, 0, rules))
+    assert_same_work(WorkList(numbers, *prefill), shares((*wide, 5, 9, 8, 32), 0, 0, rules))

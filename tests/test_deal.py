@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import deal
-from quire.cut import share_work
-from quire.work import WorkList
+from quire.cut import share_step
+from quire.work import TileShape, Tiling, WorkList
 
 
 def lengths(sequences):
@@ -37,7 +37,9 @@ def test_the_tiles_are_those_of_the_line_of_work(
     arguments = (seq_lens, starts, least_q, 99, q_tokens, kv_tokens, tile_cost, *rules, num_workers)
 
     items, worker_indptr, evenly = deal.deal_tiles(*arguments)
-    uncut = WorkList(*share_work(seq_lens, starts, least_q, 99, q_tokens, kv_tokens, 0, 0, True, *rules, 1))
+    tiling = Tiling(1, TileShape(1, 1), TileShape(q_tokens, kv_tokens), least_q - 1, whole_tiles=True)
+    numbers, _, _, many = share_step(0, seq_lens, starts, tiling, *rules)
+    uncut = WorkList(numbers, *many)
 
     assert sorted(map(tuple, items)) == sorted(map(tuple, uncut.items))
     assert worker_indptr[0] == 0

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -35,9 +36,9 @@ def plan(
         columns = max((math.ceil(n / page_size) for n in seq_lens), default=0) + 1
         page_table = np.arange(len(seq_lens) * columns, dtype=np.int32).reshape(len(seq_lens), columns)
     return plan_step(
-        page_table,
-        np.array(seq_lens, np.int64),
-        np.array([0, *np.cumsum(q_lens)], np.int64),
+        torch.from_numpy(page_table),
+        torch.tensor(seq_lens, dtype=torch.int64),
+        torch.tensor([0, *np.cumsum(q_lens)], dtype=torch.int64),
         num_kv_heads=num_kv_heads,
         page_size=page_size,
         causal=causal,

@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 from accuracy import exact
@@ -155,9 +154,9 @@ def test_no_step_within_the_limits_has_more_work_than_there_is_room_for(
         sequences.append((data.draw(st.integers(0, limits["max_seq_len"])), q_len))
         left -= q_len
     step = plan_step(
-        np.zeros((len(sequences), limits["max_seq_len"]), np.int32),
-        np.array([n for n, _ in sequences], np.int64),
-        np.cumsum([0, *[q for _, q in sequences]]).astype(np.int64),
+        torch.zeros(len(sequences), limits["max_seq_len"], dtype=torch.int32),
+        torch.tensor([n for n, _ in sequences], dtype=torch.int64),
+        torch.tensor([0, *[q for _, q in sequences]]).cumsum(0),
         num_kv_heads=heads, page_size=1, causal=True, window_left=window_left, tiling=tiling,
     )  # fmt: skip
     sizes = limits["max_batch"], limits["max_tokens"], limits["max_seq_len"], limits["max_q_len"]

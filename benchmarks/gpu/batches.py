@@ -145,8 +145,7 @@ def exact(batch: Batch) -> quire.SoftmaxState:
     spec, rules = batch.spec, batch.rules
     whole = TileShape(1 << 30, 1 << 30)
     step = plan_step(
-        batch.page_table.numpy(), batch.seq_lens.numpy().astype(np.int64),
-        batch.cu_seqlens_q.numpy().astype(np.int64), num_kv_heads=spec.num_kv_heads, page_size=spec.page_size,
+        batch.page_table, batch.seq_lens, batch.cu_seqlens_q, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size,
         causal=rules["causal"], window_left=rules.get("window_left", -1), tiling=Tiling(1, whole, whole),
     )  # fmt: skip
     k, v = (

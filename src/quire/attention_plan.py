@@ -46,7 +46,7 @@ class AttentionPlan:
         bound: dict[Hashable, BoundCall],
     ) -> None:
         self.spec, self.backend, self.device, self.step = spec, backend, device, step
-        self.num_tokens, self.max_q_len = int(step.cu_seqlens_q[-1]), max_q_len
+        self.num_tokens, self.max_q_len = step.num_tokens, max_q_len
         self._kernels, self._prepared, self._bound = kernels, prepared, bound
         self._replaced = False
         self._last: tuple[Hashable, BoundCall | None] = None, None
@@ -56,7 +56,7 @@ class AttentionPlan:
         _plans[number] = weakref.ref(self, partial(_plans.pop, number))
 
     def __repr__(self) -> str:
-        return f"AttentionPlan({self.backend}, {len(self.step.seq_lens)} sequences, {self.num_tokens} query tokens)"
+        return f"AttentionPlan({self.backend}, {self.step.batch} sequences, {self.num_tokens} query tokens)"
 
     @property
     def page_indptr(self) -> torch.Tensor:

@@ -35,19 +35,6 @@ def copy_ints(address: int, nbytes: int, target: Any) -> None:
 
 
 @compiled
-def copy_step(
-    lens_at: int, lens_bytes: int, starts_at: int, starts_bytes: int, seq_lens: Any, starts: Any, capacity: int,
-) -> bool:  # fmt: skip
-    """Copy a step's lengths by ``copy_ints``, and say whether the copy is a step.
-
-    They come as addresses because torch takes 0.7 µs to make an array of a tensor, and this call half of that.
-    """
-    copy_ints(lens_at, lens_bytes, seq_lens)
-    copy_ints(starts_at, starts_bytes, starts)
-    return bool(is_step(seq_lens, starts, capacity))
-
-
-@compiled
 def is_step(seq_lens: Any, starts: Any, capacity: int) -> bool:
     """Whether lengths lie in 0 … capacity, and starts begin with 0 and never decrease."""
     fits = starts[0] == 0
@@ -133,35 +120,89 @@ def own_parts(
 
 
 @compiled
-def share_step(
-    seq_lens: Any, starts: Any, decode_max_q_len: int,
-    decode_q_tokens: int, decode_kv_tokens: int, decode_workers: int, decode_part_cost: int,
-    prefill_q_tokens: int, prefill_kv_tokens: int, prefill_workers: int, prefill_part_cost: int,
-    kv_split: int, whole_tiles: bool, num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
-) -> tuple[Any, Any, int]:  # fmt: skip
-    """``share_work`` of a step's decode and of its prefill, and the step's longest q_len."""
-    longest = 0
-    for i in range(len(seq_lens)):
-        longest = max(longest, starts[i + 1] - starts[i])
-    few = share_work(
-        seq_lens, starts, 1, decode_max_q_len, decode_q_tokens, decode_kv_tokens, kv_split, decode_part_cost,
-        whole_tiles, num_kv_heads, causal, window_left, decode_workers or num_workers,
-    )  # fmt: skip
-    many = share_work(
-        seq_lens, starts, decode_max_q_len + 1, longest, prefill_q_tokens, prefill_kv_tokens, kv_split,
-        prefill_part_cost, whole_tiles, num_kv_heads, causal, window_left, prefill_workers or num_workers,
-    )  # fmt: skip
-    return few, many, longest
+def cut_step(
+    lens_at: int, lens_bytes: int, starts_at: int, starts_bytes: int, table_at: int, table_len: int,
+    batch: int, capacity: int, tiling: Any, num_kv_heads: int, causal: bool, window_left: int,
+) -> tuple[Any, bool, int, int, int, Any, Any]:  # fmt: skip
+    """Copy a step's lengths and page table, and cut the copy by ``share_step``.
+
+    Lengths come as the addresses of integers of 4 or 8 bytes, the table as that of ``table_len`` of 4 bytes, because
+    torch takes 0.7 µs to make an array of a tensor; ``starts_at`` is 0 where every sequence has one query. All is one
+    call that hands one array to Python, because each call and each array costs half a microsecond.
+
+    Args:
+        capacity: the most keys that a row of the table has pages for.
+        tiling: a ``work.Tiling``.
+    Returns:
+        The array: seq_lens, starts, the table in halves of integers, and the two work lists. Whether the lengths are a
+        step's; if not, nothing follows starts. Then the number of query tokens, the longest q_len, the most keys, and
+        of each work list the fields of ``work.WorkList`` but the array.
+    """
+    lengths = np.empty(2 * batch + 1, np.int64)
+    seq_lens, starts = lengths[:batch], lengths[batch:]
+    copy_ints(lens_at, lens_bytes, seq_lens)
+    copy_ints(starts_at, starts_bytes, starts)
+    if not is_step(seq_lens, starts, capacity):
+        return lengths, False, 0, 0, 0, (0, 0, 0, 0, 0), (0, 0, 0, 0, 0)
+    at = len(lengths) + -(-table_len // 2)
+    numbers, max_q_len, few, many = share_step(
+        at, seq_lens, starts, tiling, num_kv_heads, causal, window_left
+    )
+    numbers[: len(lengths)] = lengths
+    copy_ints(table_at, 4, numbers[len(lengths) : at].view(np.int32)[:table_len])
+    max_seq_len = 0
+    for seq_len in seq_lens:
+        max_seq_len = max(max_seq_len, seq_len)
+    return numbers, True, starts[batch], max_q_len, max_seq_len, few, many
 
 
 @compiled
-def share_work(
+def share_step(
+    at: int, seq_lens: Any, starts: Any, tiling: Any, num_kv_heads: int, causal: bool, window_left: int
+) -> tuple[Any, int, Any, Any]:  # fmt: skip
+    """The work of a step's decode and that of its prefill, in an array with room for ``at`` numbers before them.
+
+    Returns:
+        The array, the step's longest q_len, and of each work list the fields of ``work.WorkList`` but the array.
+    """
+    num_workers, decode, prefill, decode_max_q_len, whole_tiles, _, kv_split, _ = tiling
+    decode_q_tokens, decode_kv_tokens, decode_workers, decode_part_cost = decode
+    prefill_q_tokens, prefill_kv_tokens, prefill_workers, prefill_part_cost = prefill
+    few_workers, many_workers = decode_workers or num_workers, prefill_workers or num_workers
+    longest = 0
+    for i in range(len(seq_lens)):
+        longest = max(longest, starts[i + 1] - starts[i])
+    few = measure_work(
+        seq_lens, starts, 1, decode_max_q_len, decode_q_tokens, decode_kv_tokens, kv_split, decode_part_cost,
+        whole_tiles, num_kv_heads, causal, window_left, few_workers,
+    )  # fmt: skip
+    many = measure_work(
+        seq_lens, starts, decode_max_q_len + 1, longest, prefill_q_tokens, prefill_kv_tokens, kv_split,
+        prefill_part_cost, whole_tiles, num_kv_heads, causal, window_left, many_workers,
+    )  # fmt: skip
+    between = at + few[0]
+    numbers = np.empty(between + many[0], np.int64)
+    few_counts = share_work(
+        numbers, at, few, seq_lens, starts, 1, decode_max_q_len, decode_q_tokens, decode_kv_tokens, whole_tiles,
+        num_kv_heads, causal, window_left, few_workers,
+    )  # fmt: skip
+    many_counts = share_work(
+        numbers, between, many, seq_lens, starts, decode_max_q_len + 1, longest, prefill_q_tokens, prefill_kv_tokens,
+        whole_tiles, num_kv_heads, causal, window_left, many_workers,
+    )  # fmt: skip
+    return numbers, longest, few_counts, many_counts
+
+
+@compiled
+def measure_work(
     seq_lens: Any, starts: Any, least_q: int, most_q: int, q_tokens: int, kv_tokens: int, kv_split: int,
     part_cost: int, whole_tiles: bool, num_kv_heads: int, causal: bool, window_left: int, num_workers: int,
-) -> tuple[Any, int, int, int, int]:  # fmt: skip
-    """The fields of ``work.WorkList``.
+) -> tuple[int, int, int, int, int, bool]:  # fmt: skip
+    """What ``share_work`` has to know before it begins.
 
-    Takes the sequences with least_q to most_q queries; ``starts`` is cu_seqlens_q.
+    Returns:
+        Room for its lists, and in it for how many items and merges; the weight of all work; the kv_split, and whether
+        that gives every part a worker of its own.
     """
     own_split = 0
     if part_cost and not kv_split:
@@ -172,12 +213,28 @@ def share_work(
     tiles, parts, weight, _ = count_parts(
         seq_lens, starts, least_q, most_q, q_tokens, kv_split, whole_tiles, causal, window_left
     )
-    total = weight * num_kv_heads
     most_items = parts * num_kv_heads + num_workers
     most_merges = tiles * num_kv_heads if kv_split else num_workers
-    # Room behind the items for all else, so that there is one array to hand to Python.
-    items = np.empty((most_items + -(-(num_workers + 1 + most_merges * 5) // 8), 8), np.int64)
-    worker_indptr = np.zeros(num_workers + 1, np.int64)
+    room = most_items * 8 + num_workers + 1 + most_merges * 5
+    return room, most_items, most_merges, weight * num_kv_heads, kv_split, own_split > 0
+
+
+@compiled
+def share_work(
+    numbers: Any, at: int, measured: Any, seq_lens: Any, starts: Any, least_q: int, most_q: int,
+    q_tokens: int, kv_tokens: int, whole_tiles: bool, num_kv_heads: int, causal: bool, window_left: int,
+    num_workers: int,
+) -> tuple[int, int, int, int, int]:  # fmt: skip
+    """Write one kernel's work into ``numbers`` from ``at`` on; the other fields of ``work.WorkList``.
+
+    Takes the sequences with least_q to most_q queries; ``starts`` is cu_seqlens_q, ``measured`` of ``measure_work``.
+    """
+    _, most_items, most_merges, total, kv_split, each_its_own = measured
+    first = at + num_workers + 1
+    worker_indptr, items = numbers[at:first], numbers[first : first + most_items * 8].reshape(most_items, 8)
+    worker_indptr[:] = 0
+    if total == 0:
+        return at, num_workers, 0, 0, 0
     merges = np.empty((most_merges, 5), np.int64)
     num_items = num_merges = num_partials = worker = line = 0
     for i in range(len(seq_lens)):
@@ -221,10 +278,9 @@ def share_work(
                     num_partials += num_items - first_item
                     num_merges += 1
     worker_indptr[num_workers] = num_items
-    if own_split:
-        worker_indptr = np.minimum(np.arange(num_workers + 1), num_items)
-    lists, first = items.reshape(-1), num_items * 8
-    last = first + num_workers + 1
-    lists[first:last] = worker_indptr
-    lists[last : last + num_merges * 5] = merges[:num_merges].reshape(-1)
-    return lists, num_workers, num_items, num_merges, num_partials
+    if each_its_own:
+        for worker in range(num_workers):
+            worker_indptr[worker] = min(worker, num_items)
+    behind = at + num_workers + 1 + num_items * 8
+    numbers[behind : behind + num_merges * 5] = merges[:num_merges].reshape(-1)
+    return at, num_workers, num_items, num_merges, num_partials

@@ -14,11 +14,10 @@ def explain(spec: AttentionSpec, backend: str, step: StepPlan, notes: Sequence[s
     Bytes are those of keys and values, counted each time an item reads them.
     ``notes`` are the backend's: which kernel, and why not another.
     """
-    batch, tokens = len(step.seq_lens), int(step.cu_seqlens_q[-1])
     pages = str(spec.storage_dtype).removeprefix("torch.")
     lines = [
-        f'backend "{backend}": {batch} sequences, {tokens} query tokens, {int(step.seq_lens.sum())} KV tokens in '
-        f"{int(step.pages_per_sequence.sum())} pages of {spec.page_size}",
+        f'backend "{backend}": {step.batch} sequences, {step.num_tokens} query tokens, '
+        f"{int(step.seq_lens.sum())} KV tokens in {int(step.pages_per_sequence.sum())} pages of {spec.page_size}",
         f"  {spec.num_qo_heads} query heads over {spec.num_kv_heads} KV heads of {spec.head_dim}, pages in {pages}, "
         f"{'causal' if step.causal else 'full'} attention"
         + (f" within {step.window_left} tokens back" if step.window_left >= 0 else ""),

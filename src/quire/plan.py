@@ -16,44 +16,98 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from quire.errors import ArgumentError, ShapeError
 from quire.work import Ints, StepPlan, TileShape, Tiling, WorkBound, WorkList
+
+# Page ids of a table that is copied into the plan: to so many, that is sooner done than torch makes an array of it.
+COPIED_PAGES = 2048
 
 
 def plan_step(
-    page_table: NDArray[np.int32],
-    seq_lens: Ints,
-    cu_seqlens_q: Ints,
-    *,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
     num_kv_heads: int,
     page_size: int,
     causal: bool,
     window_left: int,
     tiling: Tiling,
 ) -> StepPlan:
-    """Cut one step into one equal share per worker and kernel.
+    """Copy one step and cut it into one equal share per worker and kernel.
 
     Args:
-        page_table, seq_lens, cu_seqlens_q: the step, on the host, already checked.
+        page_table, seq_lens, cu_seqlens_q: the step, on the host, its shapes and dtypes already checked.
         window_left: keys further back than this many positions are out of sight; −1 for no window.
         tiling: how the backend wants it cut.
+    Raises:
+        ArgumentError: lengths that are no step's, or tensors without memory.
     Cost: a microsecond per hundred items; the first plan of a process loads Numba.
     """
-    decode, prefill, max_q_len = _arithmetic()(
-        seq_lens, cu_seqlens_q, tiling.decode_max_q_len, *tiling.decode, *tiling.prefill, tiling.kv_split,
-        tiling.whole_tiles, num_kv_heads, causal, window_left, tiling.num_workers,
+    batch, max_pages = page_table.shape
+    large_table, table_at, copied = None, 0, batch * max_pages
+    if copied > COPIED_PAGES:
+        large_table, copied = _rows_in_memory(page_table), 0
+    else:
+        page_table = page_table.contiguous()
+        table_at = _address("page_table", page_table)
+    seq_lens, starts_at, starts_bytes = seq_lens.contiguous(), 0, 0
+    if cu_seqlens_q is not None:
+        cu_seqlens_q = cu_seqlens_q.contiguous()
+        starts_at, starts_bytes = _address("cu_seqlens_q", cu_seqlens_q), cu_seqlens_q.element_size()
+    numbers, fits, num_tokens, max_q_len, max_seq_len, decode, prefill = _arithmetic()(
+        _address("seq_lens", seq_lens), seq_lens.element_size(), starts_at, starts_bytes, table_at, copied,
+        batch, max_pages * page_size, tiling, num_kv_heads, causal, window_left,
     )  # fmt: skip
-    many = WorkList(*prefill)
-    if tiling.prefill_tile_cost and not tiling.kv_split and many.num_items:
-        many = _dealt(seq_lens, cu_seqlens_q, num_kv_heads, causal, window_left, tiling) or many
-    return StepPlan(
-        page_table, seq_lens, cu_seqlens_q, page_size, causal, window_left,
-        WorkList(*decode), many, tiling.kv_split, max_q_len,
+    if not fits:
+        _refuse(numbers[:batch], numbers[batch:], max_pages, page_size)
+    step = StepPlan(
+        numbers, large_table, batch, max_pages, page_size, causal, window_left,
+        WorkList(numbers, *decode), WorkList(numbers, *prefill), tiling.kv_split, num_tokens, max_q_len, max_seq_len,
     )  # fmt: skip
+    if tiling.prefill_tile_cost and not tiling.kv_split and step.prefill.num_items:
+        step.prefill = _dealt(step, num_kv_heads, tiling) or step.prefill
+    return step
+
+
+def _address(name: str, tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers lie, for ``cut.cut_step``."""
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ArgumentError(
+            f"{name} must hold data; got a {type(tensor).__name__} without memory. Fix: plan with a real tensor"
+        )
+    return address
+
+
+def _rows_in_memory(page_table: torch.Tensor) -> NDArray[np.int32]:
+    """The table itself, for kernels that read rows of neighbouring page ids, or a copy where it has none."""
+    if not page_table.is_contiguous() and page_table.stride(1) != 1:
+        page_table = page_table.contiguous()
+    return page_table.numpy()
+
+
+def _refuse(lens: Ints, starts: Ints, max_pages: int, page_size: int) -> NoReturn:
+    """Say which number of a step is wrong."""
+    if len(lens) and lens.min() < 0:
+        raise ArgumentError(
+            f"seq_lens must not be negative; got {lens.min()}. Fix: use 0 for an empty sequence"
+        )
+    if len(lens) and lens.max() > max_pages * page_size:
+        row = int(lens.argmax())
+        raise ShapeError(
+            f"page_table must have {-(-int(lens[row]) // page_size)} columns for seq_lens[{row}]={lens[row]} at "
+            f"page_size {page_size}; got {max_pages}. Fix: append the tokens to the page table first"
+        )
+    raise ArgumentError(
+        f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
+        "Fix: the cumulative sum of query lengths, with a leading 0"
+    )
 
 
 def largest_work(
@@ -85,26 +139,26 @@ def _largest(shape: TileShape, tiling: Tiling, tiles: int, max_seq_len: int) -> 
     return WorkBound(workers, max(tiles + cuts, own), max(cuts + min(cuts, tiles), own))
 
 
-def _dealt(
-    seq_lens: Ints, starts: Ints, num_kv_heads: int, causal: bool, window_left: int, tiling: Tiling
-) -> WorkList | None:
+def _dealt(step: StepPlan, num_kv_heads: int, tiling: Tiling) -> WorkList | None:
     """Whole prefill tiles dealt out to the workers, or None where that would be uneven."""
     from quire.deal import deal_tiles
 
     tile = tiling.prefill
     items, worker_indptr, evenly = deal_tiles(
-        seq_lens, starts, tiling.decode_max_q_len + 1, np.iinfo(np.int64).max, tile.q_tokens, tile.kv_tokens,
-        tiling.prefill_tile_cost, num_kv_heads, causal, window_left, tile.num_workers or tiling.num_workers,
+        step.seq_lens, step.cu_seqlens_q, tiling.decode_max_q_len + 1, step.max_q_len, tile.q_tokens, tile.kv_tokens,
+        tiling.prefill_tile_cost, num_kv_heads, step.causal, step.window_left, tile.num_workers or tiling.num_workers,
     )  # fmt: skip
     if not evenly:
         return None
-    return WorkList(np.concatenate((items.ravel(), worker_indptr)), len(worker_indptr) - 1, len(items))
+    return WorkList(np.concatenate((worker_indptr, items.ravel())), 0, len(worker_indptr) - 1, len(items))
 
 
 @functools.cache
 def _arithmetic() -> Callable[..., Any]:
     # Imported late: `import quire` must stay light, and Numba is not.
-    from quire.cut import share_step
+    from quire.compiled import machine_code
+    from quire.cut import cut_step
 
-    arithmetic: Callable[..., Any] = share_step
-    return arithmetic
+    whole = TileShape(0, 0)
+    tiling = Tiling(0, whole, whole)
+    return machine_code(cut_step, 0, 0, 0, 0, 0, 0, 0, 0, tiling, 0, False, 0)

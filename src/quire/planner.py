@@ -16,7 +16,7 @@ from quire.errors import ArgumentError
 from quire.kernels import load_backend, resolve_backend
 from quire.plan import largest_work, plan_step
 from quire.spec import AttentionSpec
-from quire.work import BoundCall, Capacity, StepPlan, Tiling
+from quire.work import BoundCall, Capacity, Tiling
 
 # Numbers of tokens for which a Planner keeps its bound calls: as many as decode has batch sizes, or nearly.
 KEPT_BOUND = 256
@@ -59,10 +59,10 @@ def plan(
     """
     step_checks.check_rules(causal, window_left, batch_invariant, backend)
     _check_spec(spec)
-    host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
+    table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
     where = checks.resolve_device(device, page_table)
     name, kernels, tiling = _service(backend, spec, where, batch_invariant)
-    step = _cut(host_step, spec, causal, window_left, tiling)
+    step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, causal, window_left, tiling)
     return AttentionPlan(
         spec, name, where, step, step.max_q_len, kernels, kernels.prepare(spec, step, where), {}
     )
@@ -141,8 +141,17 @@ class Planner:
         Cost: host only, and one copy to the device that the host does not wait for.
         """
         spec, limits = self.spec, self.limits
-        host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q, spec.page_size)
-        step = _cut(host_step, spec, self.causal, self.window_left, self._tiling)
+        table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
+        step = plan_step(
+            table,
+            lens,
+            starts,
+            spec.num_kv_heads,
+            spec.page_size,
+            self.causal,
+            self.window_left,
+            self._tiling,
+        )
         limits.check(step)
         bound: dict[Hashable, BoundCall] = {}
         if self._reserved is None:
@@ -150,7 +159,7 @@ class Planner:
         else:
             prepared = self._kernels.prepare(spec, step, self.device, self._reserved)
             if not debug_enabled():  # which looks at every step's page ids
-                bound = self._bound_for(int(step.cu_seqlens_q[-1]))
+                bound = self._bound_for(step.num_tokens)
         if self._latest is not None:
             self._latest.replace()
         self._latest = AttentionPlan(
@@ -204,12 +213,3 @@ def _service(
     name, kernels = _backend(requested, spec, where)
     tiling: Tiling = kernels.tiling(spec, where)
     return name, kernels, tiling.batch_invariant(name) if batch_invariant else tiling
-
-
-def _cut(
-    host_step: step_checks.HostStep, spec: AttentionSpec, causal: bool, window_left: int, tiling: Tiling
-) -> StepPlan:
-    return plan_step(
-        *host_step, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size, causal=causal,
-        window_left=window_left, tiling=tiling,
-    )  # fmt: skip

@@ -94,29 +94,29 @@ class WorkList(NamedTuple):
     tokens, and ``partial`` is −1 when the item is a whole tile, else its place in the workspace.
     """
 
-    lists: Ints  # items, worker_indptr and merges one behind the other: one array is sooner made than three
+    lists: Ints  # worker_indptr, items and merges, one behind the other, perhaps among other numbers
+    at: int  # where in ``lists`` they begin
     num_workers: int
     num_items: int
     num_merges: int = 0  # tiles that are split
     num_partials: int = 0
 
     @property
-    def items(self) -> Ints:
-        """[num_items, 8], see ITEM_COLUMNS."""
-        return self.lists[: self.num_items * len(ITEM_COLUMNS)].reshape(-1, len(ITEM_COLUMNS))
-
-    @property
     def worker_indptr(self) -> Ints:
         """[num_workers + 1]."""
-        first = self.num_items * len(ITEM_COLUMNS)
-        return self.lists[first : first + self.num_workers + 1]
+        return self.lists[self.at : self.at + self.num_workers + 1]
+
+    @property
+    def items(self) -> Ints:
+        """[num_items, 8], see ITEM_COLUMNS."""
+        first, width = self.at + self.num_workers + 1, len(ITEM_COLUMNS)
+        return self.lists[first : first + self.num_items * width].reshape(-1, width)
 
     @property
     def merges(self) -> Ints:
         """[num_merges, 5], see MERGE_COLUMNS."""
-        first = self.num_items * len(ITEM_COLUMNS) + self.num_workers + 1
-        last = first + self.num_merges * len(MERGE_COLUMNS)
-        return self.lists[first:last].reshape(-1, len(MERGE_COLUMNS))
+        first, width = self.at + self.num_workers + 1 + self.num_items * len(ITEM_COLUMNS), len(MERGE_COLUMNS)
+        return self.lists[first : first + self.num_merges * width].reshape(-1, width)
 
     @property
     def bound(self) -> WorkBound:
@@ -160,23 +160,46 @@ class StepPlan:
     groups with their own tile shapes, because one kernel that branches between them is good at neither.
     """
 
-    page_table: NDArray[np.int32]  # [batch, max_pages]
-    seq_lens: Ints  # [batch], KV tokens including this step's
-    cu_seqlens_q: Ints  # [batch + 1]
+    numbers: Ints  # seq_lens, cu_seqlens_q, a small page table and all work: one array is sooner made
+    large_table: NDArray[np.int32] | None  # a page table too large for that
+    batch: int
+    max_pages: int  # columns of the page table
     page_size: int
     causal: bool
     window_left: int  # keys further back than this are out of sight; −1 for no window
     decode: WorkList
     prefill: WorkList
-    kv_split: int = 0  # as in Tiling: above 0 the step is batch-invariant
-    max_q_len: int = 0  # query tokens of the sequence that has most
+    kv_split: int  # as in Tiling: above 0 the step is batch-invariant
+    num_tokens: int  # query tokens of all sequences
+    max_q_len: int  # query tokens of the sequence that has most
+    max_seq_len: int  # KV tokens of the sequence that has most
+
+    @property
+    def seq_lens(self) -> Ints:
+        """[batch] KV tokens including this step's."""
+        return self.numbers[: self.batch]
+
+    @property
+    def cu_seqlens_q(self) -> Ints:
+        """[batch + 1] where each sequence's queries start."""
+        return self.numbers[self.batch : 2 * self.batch + 1]
+
+    @property
+    def page_table(self) -> NDArray[np.int32]:
+        """[batch, max_pages]."""
+        if self.large_table is not None:
+            return self.large_table
+        first, size = 2 * self.batch + 1, self.batch * self.max_pages
+        table: NDArray[np.int32] = self.numbers[first : first + -(-size // 2)].view(np.int32)
+        return table[:size].reshape(self.batch, self.max_pages)
 
     @property
     def capacity(self) -> Capacity:
         """Room for this step and no more."""
-        batch, max_pages = self.page_table.shape
         rules = self.causal, self.window_left, self.kv_split
-        return Capacity(batch, max_pages, self.max_q_len, self.decode.bound, self.prefill.bound, *rules)
+        return Capacity(
+            self.batch, self.max_pages, self.max_q_len, self.decode.bound, self.prefill.bound, *rules
+        )
 
     @cached_property
     def pages_per_sequence(self) -> Ints:

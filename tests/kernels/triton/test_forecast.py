@@ -3,7 +3,6 @@
 import csv
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support import Shape, make_batch
@@ -20,8 +19,8 @@ SPEC = quire.AttentionSpec(8, 2, 64, page_size=16, kv_dtype="int8")
 def work_of(seq_lens, q_lens, *, causal=True, workers=3):
     tiling = Tiling(workers, TileShape(4, 16), TileShape(8, 16), whole_tiles=True, decode_max_q_len=0)
     return plan_step(
-        np.zeros((len(seq_lens), 64), np.int32), np.array(seq_lens), np.cumsum([0, *q_lens]), num_kv_heads=2,
-        page_size=16, causal=causal, window_left=-1, tiling=tiling,
+        torch.zeros(len(seq_lens), 64, dtype=torch.int32), torch.tensor(seq_lens), torch.tensor([0, *q_lens]).cumsum(0),
+        num_kv_heads=2, page_size=16, causal=causal, window_left=-1, tiling=tiling,
     ).prefill  # fmt: skip
 
 

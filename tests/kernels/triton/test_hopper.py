@@ -6,7 +6,6 @@ from pathlib import Path
 
 import gluon_language
 import gluon_machine
-import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, exact, plain
@@ -39,9 +38,9 @@ def simulate(batch, *, causal=True, workers=3, num_stages=2, seed=0, modules=MOD
     box = math.gcd(batch.page_size, BLOCK_N)
     tile = TileShape(geometry.BLOCK_M.value // group_rows, BLOCK_N)
     step = plan_step(
-        batch.page_table.numpy(), batch.seq_lens.numpy().astype(np.int64),
-        batch.cu_seqlens_q.numpy().astype(np.int64), num_kv_heads=shape.num_kv_heads, page_size=batch.page_size,
-        causal=causal, window_left=-1, tiling=Tiling(workers, tile, tile, decode_max_q_len=0, whole_tiles=True),
+        batch.page_table, batch.seq_lens, batch.cu_seqlens_q, num_kv_heads=shape.num_kv_heads,
+        page_size=batch.page_size, causal=causal, window_left=-1,
+        tiling=Tiling(workers, tile, tile, decode_max_q_len=0, whole_tiles=True),
     )  # fmt: skip
     work = step.prefill
     out = torch.full(batch.q.shape, math.nan, dtype=shape.dtype)

@@ -77,8 +77,7 @@ def attend(batch, rules, window_left=-1, batch_invariant=False):
     if batch_invariant:
         tiling = tiling.batch_invariant("triton")
     step = plan_step(
-        *(lengths.numpy() for lengths in (batch.page_table, batch.seq_lens.long(), batch.cu_seqlens_q.long())),
-        num_kv_heads=spec.num_kv_heads, page_size=spec.page_size,
+        batch.page_table, batch.seq_lens, batch.cu_seqlens_q, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size,
         causal=True, window_left=window_left, tiling=tiling,
     )  # fmt: skip
     lse = torch.empty(batch.q.shape[:2])

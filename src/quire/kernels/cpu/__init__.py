@@ -112,19 +112,19 @@ class _Launch:
     def _in_scratch(self, scratch: int) -> Step:
         """What the kernel reads, with its places in scratch memory."""
         kernel, plan, work = self._kernel, self._plan, self._work
-        page_table, seq_lens, cu_seqlens_q, items = addresses(
-            plan.page_table, plan.seq_lens, plan.cu_seqlens_q, work.lists
-        )
-        worker_indptr = items + work.num_items * ITEM_BYTES
+        table = plan.page_table
+        page_table, seq_lens, lists = addresses(table, plan.numbers, work.lists)
+        worker_indptr = lists + work.at * 8
+        items = worker_indptr + (work.num_workers + 1) * 8
         partial_out = scratch + self._partials_at
         return Step(
             items=items,
             worker_indptr=worker_indptr,
-            merges=worker_indptr + (work.num_workers + 1) * 8,
+            merges=items + work.num_items * ITEM_BYTES,
             page_table=page_table,
-            page_table_row=plan.page_table.strides[0],
+            page_table_row=table.strides[0],
             seq_lens=seq_lens,
-            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_q=seq_lens + plan.batch * 8,
             page_size=plan.page_size,
             group=self._spec.group_size,
             causal=int(plan.causal),

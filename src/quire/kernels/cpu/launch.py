@@ -32,7 +32,7 @@ from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
 from quire import compiled as compiler
-from quire.compiled import OPTIONS, compiled
+from quire.compiled import OPTIONS, compiled, machine_code
 from quire.kernels.cpu.config import Config
 
 AnyConfig = TypeVar("AnyConfig", bound=tuple[int, ...])
@@ -244,9 +244,9 @@ def part(function: Callable[..., Any]) -> Any:
 
 
 @kernel
-def addresses(page_table: Any, seq_lens: Any, cu_seqlens_q: Any, lists: Any) -> tuple[int, int, int, int]:
+def addresses(page_table: Any, numbers: Any, lists: Any) -> tuple[int, int, int]:
     """Where a plan's arrays lie: one call, where NumPy takes one per array at four times the price."""
-    return page_table.ctypes.data, seq_lens.ctypes.data, cu_seqlens_q.ctypes.data, lists.ctypes.data
+    return page_table.ctypes.data, numbers.ctypes.data, lists.ctypes.data
 
 
 _compiled: dict[tuple[Any, tuple[int, ...]], Callable[..., None]] = {}
@@ -256,14 +256,11 @@ def run(function: Any, config: tuple[int, ...], threads: int, *args: Any) -> Non
     """Run a kernel's machine code for a Config on so many threads, compiling it first if need be.
 
     A kernel's other arguments have one type each (ints, and tuples of ints and floats), so the Config alone
-    says which code: Numba's own dispatch, which looks at every argument, is left out.
-    Cost: seconds to compile, milliseconds from disk, once per process; then about a microsecond.
+    says which code.
     """
     entry = _compiled.get((function, config))
     if entry is None:
-        signature = tuple(numba.typeof(value) for value in (config, threads, *args))
-        function.compile(signature)
-        entry = _compiled[function, config] = function.overloads[signature].entry_point
+        entry = _compiled[function, config] = machine_code(function, config, threads, *args)
     if _forked and threads > 1 and threading.current_thread() is threading.main_thread():
         _run_on_stand_in(entry, config, threads, *args)
     else:
