@@ -125,6 +125,7 @@ def cross(triple, cases):
         found[case] = {
             "instructions": Counter(neon(text)),
             "pair_products": pair_products(text),
+            "byte_products": len(re.findall(r"\bvpdpbusd\b", text)),
             "called": sorted(outside_calls(text)),
         }
     return found

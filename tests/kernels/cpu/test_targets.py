@@ -97,11 +97,13 @@ SINGLE = ["decode-bfloat16-same-d80-g1", "decode-float16-int8-d64-g1"]  # a tail
     ("cpu", "in_pairs", "singly"),
     [("znver4", PAIRS, SINGLE), ("sapphirerapids", [], PAIRS[:1])],  # Intel's cost four multiply-adds
 )
-def test_bfloat16_pairs_are_multiplied_where_that_is_fast(cpu, in_pairs, singly, tmp_path):
+def test_bfloat16_pairs_and_bytes_are_multiplied_where_that_is_fast(cpu, in_pairs, singly, tmp_path):
     """Compiled, not run."""
     found = found_on(cpu, tmp_path, "cross", "x86_64-unknown-linux-gnu", *in_pairs, *singly)
     multiplying = [case for case, code in found.items() if code["pair_products"]]
     assert multiplying == in_pairs
+    of_bytes = [case for case, code in found.items() if code["byte_products"]]
+    assert of_bytes == [case for case in in_pairs if "int8" in case]
 
 
 @pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
