@@ -243,9 +243,10 @@ def test_text_needs_a_tokenizer():
 
 
 @pytest.mark.parametrize("limit", ["max_batch_tokens", "max_num_seqs"])
-def test_limits_below_one_are_refused(limit):
-    with pytest.raises(ArgumentError, match=f"{limit} must be an int of at least 1; got 0"):
-        Engine(FakeModel(), **{limit: 0})
+@pytest.mark.parametrize("value", [0, True, 1.5])
+def test_limits_that_are_no_number_of_anything_are_refused(limit, value):
+    with pytest.raises(ArgumentError, match=f"{limit} must be an int of at least 1; got {value}"):
+        Engine(FakeModel(), **{limit: value})
 
 
 def test_pages_held_by_someone_else_end_in_an_error_and_not_in_a_circle():

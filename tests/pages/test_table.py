@@ -321,7 +321,7 @@ def test_a_negative_number_of_tokens_is_refused(call):
     assert state(table) == before
 
 
-@pytest.mark.parametrize("page_size", [0, -16, 1.5])
+@pytest.mark.parametrize("page_size", [0, -16, 1.5, True])
 def test_a_page_holds_at_least_one_token(page_size):
     with pytest.raises(ArgumentError, match="page_size must be an int of at least 1"):
         make_table(page_size=page_size)

@@ -19,6 +19,7 @@ from quire.engine.scheduler import Chunk, Scheduler
 from quire.engine.text import TextStream
 from quire.errors import ArgumentError, OutOfPages, UnsupportedError
 from quire.pages import PageAllocator, PageTable
+from quire.spec import check_size
 
 if TYPE_CHECKING:
     from quire.hf import PagedModel
@@ -76,9 +77,8 @@ class Engine:
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
     ) -> None:
-        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_num_seqs", max_num_seqs)):
-            if not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=64")
+        check_size("max_batch_tokens", max_batch_tokens)
+        check_size("max_num_seqs", max_num_seqs)
         self.model = model
         self.tokenizer = tokenizer
         self._decoder = None if tokenizer is None else decoder_of(tokenizer)

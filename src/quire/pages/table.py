@@ -12,6 +12,7 @@ import torch
 
 from quire.errors import ArgumentError
 from quire.pages.allocator import PageAllocator
+from quire.spec import check_size
 
 _PAD = array("i", [-1])
 
@@ -56,10 +57,7 @@ class PageTable:
     """
 
     def __init__(self, allocator: PageAllocator, page_size: int) -> None:
-        if not isinstance(page_size, int) or page_size < 1:
-            raise ArgumentError(
-                f"page_size must be an int of at least 1; got {page_size!r}. Fix: pass spec.page_size"
-            )
+        check_size("page_size", page_size)
         self.allocator = allocator
         self.page_size = page_size
         self._sequences: dict[Hashable, _Pages] = {}
