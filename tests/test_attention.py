@@ -104,6 +104,9 @@ def test_tensors_that_are_resized_later_change_no_plan(spare):
     wanted = paged(batch)
     batch.page_table = pad(batch.page_table, (0, spare), value=-1)
     plan = plan_for(batch)
+    copied = [batch.seq_lens, batch.cu_seqlens_q, *([] if spare else [batch.page_table])]
+    for tensor in copied:
+        tensor.fill_(10**6)
     for tensor in (batch.page_table, batch.seq_lens, batch.cu_seqlens_q):
         with contextlib.suppress(RuntimeError):  # torch keeps memory that an array lies in
             tensor.resize_(1 << 20)

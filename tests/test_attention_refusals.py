@@ -9,8 +9,10 @@ import torch
 from mixed_batch import PAGE, SHAPE, close, mixed, paged, untouched
 from support import plan_for
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import pad
 
 import quire
+from quire.plan import COPIED_PAGES
 
 # One worker compiles the kernels of this shape, not both.
 pytestmark = pytest.mark.xdist_group("attention-float32-d16-g2")
@@ -102,9 +104,11 @@ def test_a_tensor_without_data_is_refused_before_torch_takes_the_call_for_a_trac
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("spare", [0, COPIED_PAGES], ids=["copied", "too large to be copied"])
 @pytest.mark.parametrize("name", ["page_table", "seq_lens", "cu_seqlens_q"])
-def test_a_step_that_only_pretends_to_hold_data_is_refused(name):
+def test_a_step_that_only_pretends_to_hold_data_is_refused(name, spare):
     batch = mixed()
+    batch.page_table = pad(batch.page_table, (0, spare))
     setattr(batch, name, FakeTensorMode().from_tensor(getattr(batch, name)))
     with pytest.raises(quire.ArgumentError, match=f"{name} must hold data; got a FakeTensor"):
         quire.plan(*batch.lengths, SHAPE.spec(PAGE))

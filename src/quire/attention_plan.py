@@ -106,7 +106,8 @@ class AttentionPlan:
             tree_mask: bool [tokens, max_q_len]: may packed query i see the j-th of its sequence's tokens of
                 this step? It only hides: the causal rule holds beside it, so a tree's parents come before
                 their children, and earlier keys stay visible. Distances (window, ALiBi) count slots.
-            k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size] where pages are quantised.
+            k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size] where pages are quantised, as ``write_kv``
+                makes them: none is negative.
             out: written instead of a new tensor.
             return_state: return a SoftmaxState. Its lse counts the sink, so of several states to be merged
                 only one may have been given the sinks.

@@ -165,30 +165,34 @@ def share_step(
     Returns:
         The array, the step's longest q_len, and of each work list the fields of ``work.WorkList`` but the array.
     """
-    num_workers, decode, prefill, decode_max_q_len, whole_tiles, _, kv_split, _ = tiling
-    decode_q_tokens, decode_kv_tokens, decode_workers, decode_part_cost = decode
-    prefill_q_tokens, prefill_kv_tokens, prefill_workers, prefill_part_cost = prefill
-    few_workers, many_workers = decode_workers or num_workers, prefill_workers or num_workers
+    decode, prefill, kv_split, whole_tiles = (
+        tiling.decode,
+        tiling.prefill,
+        tiling.kv_split,
+        tiling.whole_tiles,
+    )
+    few_workers = decode.num_workers or tiling.num_workers
+    many_workers = prefill.num_workers or tiling.num_workers
     longest = 0
     for i in range(len(seq_lens)):
         longest = max(longest, starts[i + 1] - starts[i])
     few = measure_work(
-        seq_lens, starts, 1, decode_max_q_len, decode_q_tokens, decode_kv_tokens, kv_split, decode_part_cost,
+        seq_lens, starts, 1, tiling.decode_max_q_len, decode.q_tokens, decode.kv_tokens, kv_split, decode.part_cost,
         whole_tiles, num_kv_heads, causal, window_left, few_workers,
     )  # fmt: skip
     many = measure_work(
-        seq_lens, starts, decode_max_q_len + 1, longest, prefill_q_tokens, prefill_kv_tokens, kv_split,
-        prefill_part_cost, whole_tiles, num_kv_heads, causal, window_left, many_workers,
+        seq_lens, starts, tiling.decode_max_q_len + 1, longest, prefill.q_tokens, prefill.kv_tokens, kv_split,
+        prefill.part_cost, whole_tiles, num_kv_heads, causal, window_left, many_workers,
     )  # fmt: skip
     between = at + few[0]
     numbers = np.empty(between + many[0], np.int64)
     few_counts = share_work(
-        numbers, at, few, seq_lens, starts, 1, decode_max_q_len, decode_q_tokens, decode_kv_tokens, whole_tiles,
+        numbers, at, few, seq_lens, starts, 1, tiling.decode_max_q_len, decode.q_tokens, decode.kv_tokens, whole_tiles,
         num_kv_heads, causal, window_left, few_workers,
     )  # fmt: skip
     many_counts = share_work(
-        numbers, between, many, seq_lens, starts, decode_max_q_len + 1, longest, prefill_q_tokens, prefill_kv_tokens,
-        whole_tiles, num_kv_heads, causal, window_left, many_workers,
+        numbers, between, many, seq_lens, starts, tiling.decode_max_q_len + 1, longest, prefill.q_tokens,
+        prefill.kv_tokens, whole_tiles, num_kv_heads, causal, window_left, many_workers,
     )  # fmt: skip
     return numbers, longest, few_counts, many_counts
 
@@ -230,8 +234,9 @@ def share_work(
     Takes the sequences with least_q to most_q queries; ``starts`` is cu_seqlens_q, ``measured`` of ``measure_work``.
     """
     _, most_items, most_merges, total, kv_split, each_its_own = measured
-    first = at + num_workers + 1
-    worker_indptr, items = numbers[at:first], numbers[first : first + most_items * 8].reshape(most_items, 8)
+    items_at = at + num_workers + 1
+    worker_indptr = numbers[at:items_at]
+    items = numbers[items_at : items_at + most_items * 8].reshape(most_items, 8)
     worker_indptr[:] = 0
     if total == 0:
         return at, num_workers, 0, 0, 0

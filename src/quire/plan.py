@@ -50,12 +50,12 @@ def plan_step(
     Cost: a microsecond per hundred items; the first plan of a process loads Numba.
     """
     batch, max_pages = page_table.shape
-    large_table, table_at, copied = None, 0, batch * max_pages
+    large_table, copied = None, batch * max_pages
+    if copied <= COPIED_PAGES:
+        page_table = page_table.contiguous()
+    table_at = _address("page_table", page_table)
     if copied > COPIED_PAGES:
         large_table, copied = _rows_in_memory(page_table), 0
-    else:
-        page_table = page_table.contiguous()
-        table_at = _address("page_table", page_table)
     seq_lens, starts_at, starts_bytes = seq_lens.contiguous(), 0, 0
     if cu_seqlens_q is not None:
         cu_seqlens_q = cu_seqlens_q.contiguous()

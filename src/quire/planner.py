@@ -37,7 +37,8 @@ def plan(
     """Plan one step on the host; run it once per layer.
 
     Args:
-        page_table: int32 [batch, max_pages]; entries past a sequence's last page may hold anything.
+        page_table: int32 [batch, max_pages]; entries past a sequence's last page may hold anything. A large one is
+            not copied: leave it as it is while the plan runs.
         seq_lens: int32 [batch], KV tokens per sequence including this step's.
         cu_seqlens_q: int32 [batch + 1], where each sequence's queries start in the packed q; None for one
             query per sequence (decode).
@@ -59,10 +60,10 @@ def plan(
     """
     step_checks.check_rules(causal, window_left, batch_invariant, backend)
     _check_spec(spec)
-    table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
+    host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
     where = checks.resolve_device(device, page_table)
     name, kernels, tiling = _service(backend, spec, where, batch_invariant)
-    step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, causal, window_left, tiling)
+    step = plan_step(*host_step, spec.num_kv_heads, spec.page_size, causal, window_left, tiling)
     return AttentionPlan(
         spec, name, where, step, step.max_q_len, kernels, kernels.prepare(spec, step, where), {}
     )
@@ -141,17 +142,9 @@ class Planner:
         Cost: host only, and one copy to the device that the host does not wait for.
         """
         spec, limits = self.spec, self.limits
-        table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
-        step = plan_step(
-            table,
-            lens,
-            starts,
-            spec.num_kv_heads,
-            spec.page_size,
-            self.causal,
-            self.window_left,
-            self._tiling,
-        )
+        host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
+        rules = self.causal, self.window_left, self._tiling
+        step = plan_step(*host_step, spec.num_kv_heads, spec.page_size, *rules)
         limits.check(step)
         bound: dict[Hashable, BoundCall] = {}
         if self._reserved is None:

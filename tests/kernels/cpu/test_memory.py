@@ -164,6 +164,19 @@ def test_single_elements_keep_their_sign_and_width():
     assert torch.equal(o32, f32)
 
 
+@pytest.mark.parametrize("step", [64, -(2**40), 0])
+def test_steps_are_sixteen_numbers_evenly_apart(step):
+    store_steps, out = memory.store_steps, torch.full((18,), 7)
+
+    @numba.njit
+    def sixteen(address, first, step):
+        store_steps(address, first, step)
+
+    sixteen(out.data_ptr() + 8, 2**45, step)
+    assert torch.equal(out[1:17], 2**45 + step * torch.arange(16))
+    assert out[[0, 17]].tolist() == [7, 7]
+
+
 def test_prefetching_a_wrong_address_does_no_harm():
     prefetch = memory.prefetch
 

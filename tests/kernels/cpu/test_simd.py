@@ -144,3 +144,21 @@ def test_sum_rows_leaves_the_sum_of_vector_i_in_lane_i():
     out = torch.zeros(16)
     sums(matrix.data_ptr(), out.data_ptr())
     assert torch.equal(out, matrix.sum(1))
+
+
+def test_eight_int64_of_four_vectors_come_in_turn():
+    in_turn = simd.in_turn
+
+    @numba.njit
+    def dealt(source, target):
+        a, b = load(F32, source), load(F32, source + 64)
+        c, d = load(F32, source + 128), load(F32, source + 192)
+        store(F32, target, in_turn(a, b, c, d, 0))
+        store(F32, target + 64, in_turn(a, b, c, d, 1))
+        store(F32, target + 128, in_turn(a, b, c, d, 2))
+        store(F32, target + 192, in_turn(a, b, c, d, 3))
+
+    source = torch.arange(32, dtype=torch.int64) * 2**40 - 7
+    target = torch.zeros_like(source)
+    dealt(source.data_ptr(), target.data_ptr())
+    assert torch.equal(target, source.view(4, 8).T.flatten())

@@ -75,7 +75,7 @@ def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_pat
 def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_path):
     tests = [
         "-k",
-        "read or stores or pairs",
+        "read or stores or pairs or integers",
         "-p",
         "no:cacheprovider",
         "-p",
@@ -83,9 +83,8 @@ def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_pa
         "-o",
         "addopts=--import-mode=importlib",
     ]
-    result = on_target(
-        "x86-64", tmp_path, "-m", "pytest", *tests, str(HERE / "test_memory.py"), str(HERE / "test_pairs.py")
-    )
+    files = [str(HERE / f"test_{words}.py") for words in ("memory", "pairs", "integers")]
+    result = on_target("x86-64", tmp_path, "-m", "pytest", *tests, *files)
     assert result.returncode == 0, result.stdout
 
 

@@ -1,8 +1,9 @@
 """Where a block of decode's tokens lies: the addresses of its rows, their scales, and their places in the block.
 
 A whole block lies in turn: its first token, its 17th, its 33rd and its 49th, then its second, and so on. Read in that
-order, four places keep more of the memory's channels busy than one place after the other does. Rows that are converted
-first, which is no more than reading them, lie as they come: that is faster by a seventh.
+order, four places keep more of the memory's channels busy than one place after the other does. Rows of 8 bits that
+meet bfloat16 queries lie as they come, which is faster by a seventh: they are half as long, and their scales lie in
+their order.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from quire.kernels.cpu.integers import (
     add_integers,
     flip_signs,
     gather_quarters,
+    load_bytes,
     multiply_bytes,
     power_below,
     shift_up,
@@ -55,6 +56,7 @@ from quire.kernels.cpu.rows import ZERO, Call
 from quire.kernels.cpu.simd import (
     LANES,
     add,
+    at_least,
     div,
     first_lane,
     fma,
@@ -63,18 +65,19 @@ from quire.kernels.cpu.simd import (
     magnitude,
     maximum,
     mul,
+    select,
     splat,
     sub,
     tile,
 )
 
-# A sixteenth of what rounding a weight to bfloat16 costs, and rarely ever reached.
+# As much as a score, and with it lse, may be off by: a sixteenth of what rounding a weight to bfloat16 costs.
 SLACK = np.float32(2.0**-13)
-ROUND = np.float32(12582912.0)  # 1.5·2^23: adding it leaves a number below 2^15, rounded, in the low 16 bits
+ROUND = np.float32(12582912.0)  # 1.5·2^23: adding it leaves a number of 16 bits, rounded, in the lowest ones
 MOST = np.float32(65535.0)
-INFINITY = np.float32(np.inf)
+INFINITY, NAN = np.float32(np.inf), np.float32(np.nan)
 MOST_KEY = np.float32(128.0)
-TINY = np.float32(2.0**-110)  # 65535 divided by less would be infinite
+TINY = np.float32(2.0**-110)  # 65535 divided by it is finite, and a 65535th of it normal
 
 
 @part
@@ -114,7 +117,7 @@ def bytes_suffice(cfg: Any, call: Call, count: int, here: int, loss: float) -> A
     """Whether no score of a block is off by more than SLACK where no query loses more than ``loss`` as bytes."""
     largest = splat(ZERO)
     for j in range(0, count, LANES):
-        largest = maximum(largest, load(F32, here + K_SCALES + j * 4))
+        largest = maximum(largest, magnitude(load(F32, here + K_SCALES + j * 4)))
     return loss * first_lane(fold_max(largest, 1)) * MOST_KEY * abs(np.float32(call.softmax_scale)) <= SLACK
 
 
@@ -146,7 +149,7 @@ def score_bytes(
                 ask_for_line(upcoming + K_ROWS, first + t, i * LINE)
                 ask_for_line(v_rows, first + t, i * LINE)
                 ask_for_line(k_rows, first + t + SOON, i * LINE)
-                k = flip_signs(load(F32, load_i64(k_rows + (first + t) * 8) + i * LINE))
+                k = flip_signs(load_bytes(load_i64(k_rows + (first + t) * 8) + i * LINE))
                 for g in range(cfg.heads):
                     q = load(F32, high_bytes(cfg, q_rows + g * cfg.row_bytes) + i * LINE)
                     j = t * cfg.padded_heads + g
@@ -155,7 +158,7 @@ def score_bytes(
             products[j] = shift_up(products[j])
         for i in range(cfg.lines):
             for t in range(cfg.tokens):
-                k = load(F32, load_i64(k_rows + (first + t) * 8) + i * LINE)
+                k = load_bytes(load_i64(k_rows + (first + t) * 8) + i * LINE)
                 for g in range(cfg.heads):
                     q = load(F32, low_bytes(cfg, q_rows + g * cfg.row_bytes) + i * LINE)
                     j = t * cfg.padded_heads + g
@@ -166,31 +169,33 @@ def score_bytes(
 
 @part
 def weigh_in_bytes(cfg: Any, vectors: int, state: int, scores: int) -> None:
-    """Weights become shares of the largest in 65535ths, bytes of four tokens together; UNIT is what one is worth."""
+    """Weights become shares of the largest in 65535ths, bytes of four tokens together; UNIT is what one is worth.
+
+    That is NaN where a weight is no number, or less than 0.
+    """
     largest, spoilt = splat(ZERO), splat(ZERO)
     for j in range(vectors):
         weights = load(F32, scores + j * LANES * 4)
         largest = maximum(largest, weights)
-        spoilt = fma(
-            weights, splat(ZERO), spoilt
-        )  # 0, or NaN where a weight is no number: no integer says that
+        # 0 for finite weights of 0 and more, which are all that integers can say here.
+        spoilt = add(spoilt, sub(magnitude(weights), weights))
     largest = maximum(fold_max(largest, cfg.padded_heads), splat(TINY))
     shares = div(splat(MOST), largest)
     for j in range(vectors):
         at = scores + j * LANES * 4
         store_weights(at, add(mul(load(F32, at), shares), splat(ROUND)), cfg.padded_heads)
-    spoilt = fold_sum(spoilt, cfg.padded_heads)
-    store(F32, state + UNIT, add(mul(largest, splat(np.float32(1.0) / MOST)), spoilt))
+    sound = at_least(splat(ZERO), fold_sum(spoilt, cfg.padded_heads))
+    store(F32, state + UNIT, select(sound, mul(largest, splat(np.float32(1.0) / MOST)), splat(NAN)))
 
 
 @part
 def load_four(cfg: Any, v_rows: int, t: int, i: int) -> Any:
     """Vector i of the values of four tokens: four of 64 to a lane, in the order that ``put_bytes_in_order`` undoes."""
     offset = i // 4 * LINE
-    a, b = load(F32, load_i64(v_rows + t * 8) + offset), load(F32, load_i64(v_rows + (t + 1) * 8) + offset)
+    a, b = load_bytes(load_i64(v_rows + t * 8) + offset), load_bytes(load_i64(v_rows + (t + 1) * 8) + offset)
     c, d = (
-        load(F32, load_i64(v_rows + (t + 2) * 8) + offset),
-        load(F32, load_i64(v_rows + (t + 3) * 8) + offset),
+        load_bytes(load_i64(v_rows + (t + 2) * 8) + offset),
+        load_bytes(load_i64(v_rows + (t + 3) * 8) + offset),
     )
     ab, cd = (zip_rows_high(a, b), zip_rows_high(c, d)) if i & 2 else (zip_rows_low(a, b), zip_rows_low(c, d))
     return zip_words_high(ab, cd) if i & 1 else zip_words_low(ab, cd)

@@ -48,19 +48,19 @@ class Config(NamedTuple):
 
     @property
     def converts(self) -> int:
-        """Whether decode makes bfloat16 pairs of a block's rows before it multiplies them."""
+        """Whether decode makes bfloat16 pairs of a block's rows before it multiplies them; ``integers``: if it must."""
         return int(self.pairs and self.kv_dtype != BF16)
 
     @property
     def integers(self) -> int:
-        """Whether decode multiplies int8 pages as they lie. Longer rows could overflow a score's 32 bits."""
-        fits = self.kv_dtype == INT8 and self.head_dim <= 256
+        """Whether decode multiplies int8 pages as they lie. Rows beyond 512 could overflow a score's 32 bits."""
+        fits = self.kv_dtype == INT8 and self.head_dim <= 512
         return int(self.pairs and fits and has_byte_products())
 
     @property
     def lines(self) -> int:
-        """Whole lines of bytes in a row."""
-        return self.head_dim // LINE
+        """Whole lines of bytes in a row, where decode multiplies bytes; 0 elsewhere, so that no code comes of it."""
+        return self.head_dim // LINE if self.integers else 0
 
     @property
     def prefill_pairs(self) -> int:
@@ -122,7 +122,7 @@ class Config(NamedTuple):
 
     @property
     def sums(self) -> int:
-        """Sums that each of them takes: of integers, one with the weights' high bytes and one with the low ones."""
+        """Registers of sums to an output vector: of integers one by the weights' high bytes, one by the low ones."""
         return 2 if self.integers else 1
 
     @property

@@ -52,9 +52,11 @@ from quire.kernels.cpu.products import (
     K_ROWS,
     K_SCALES,
     MAX_HEADS,
+    OFFSET,
     PLACES,
     Q_ROWS,
     SLOPE,
+    STEP,
     V_ROWS,
     V_SCALES,
     L,
@@ -214,7 +216,8 @@ def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, numbe
     scale = query_scale(call)
     store(F32, state + M, splat(LOWEST))
     store(F32, state + L, splat(ZERO))
-    store(F32, state + SLOPE, splat(ZERO))
+    for lanes in (SLOPE, STEP, OFFSET):
+        store(F32, state + lanes, splat(ZERO))
     loss = ZERO
     for g in range(cfg.heads):
         q_row = state + Q_ROWS + g * cfg.row_bytes
@@ -279,7 +282,8 @@ def adjust_scores(
 def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scores: int) -> None:
     """Scores become weights p = 2^(s − m'); m, l and the correction 2^(m − m') move on (online softmax).
 
-    Weights of quantised values come out times their scales, which l leaves out; in pairs, each with the next token's.
+    Weights of quantised values come out times their scales, which l leaves out; in pairs, each with the next token's,
+    or as bytes.
     """
     vectors = (count * cfg.padded_heads + LANES - 1) // LANES
     before = load(F32, state + M)

@@ -3,11 +3,13 @@
 A vector of bytes is 64 of them, a vector of sums 16 integers of 32 bits; both are kept, loaded and stored as 16 lanes
 of 32 bits. Sums are exact modulo 2^32. One factor's bytes count from 0 to 255, the other's from −128 to 127.
 
+    load_bytes(address)               64 neighbouring bytes, from any address
     multiply_bytes(u, s, c)           c + u₀·s₀ + u₁·s₁ + u₂·s₂ + u₃·s₃
     flip_signs(v)                     signed bytes plus 128, as unsigned ones
     shift_up(v)                       integers times 256
     add_integers(v, w)  subtract_integers(v, w)  to_floats(v)
-    power_below(v)                    of floats ≥ 0, the largest powers of two that are no larger
+    power_below(v)                    of floats, positive and normal, the largest powers of two that are no larger;
+                                      0 of 0
     sum_integer_rows(tile)            lane i of the result is the sum over the lanes of vector i
     store_high(address, v)  store_low(address, v)          second-lowest and lowest byte of every lane, 16 bytes
     zip_rows_low(a, b)  zip_rows_high(a, b)                within quarters of a vector: a₀ b₀ a₁ b₁ …
@@ -20,15 +22,17 @@ of 32 bits. Sums are exact modulo 2^32. One factor's bytes count from 0 to 255, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from quire.kernels.cpu.pairs import has_pair_products
-from quire.kernels.cpu.simd import LANES, sum_by_pairs, vector
+from quire.kernels.cpu.simd import LANES, sum_by_pairs, vector, word
 
 _f32, _i8, _i16, _i32 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _bytes, _halves = ir.VectorType(_i8, 4 * LANES), ir.VectorType(_i16, 2 * LANES)
@@ -40,23 +44,12 @@ QUARTERS = 4  # of a vector, 16 bytes each
 def has_byte_products() -> bool:
     """Whether decode multiplies bytes: measured faster on AMD's CPUs from Zen 4 on, which ``pairs`` describes."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return has_pair_products() and "+avx512vnni" in features.split(",")
+    return has_pair_products() and "-avx512vnni" not in features.split(",")
 
 
-def _word(arity: int, emit: Any, result: Any = vector) -> Any:
-    def typed(*args: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            emitted = emit(builder, *values)
-            return context.get_dummy_value() if result is types.void else builder.bitcast(emitted, _vector)
-
-        return result(*args), codegen
-
-    forms = {
-        1: lambda typingctx, a: typed(a),
-        2: lambda typingctx, a, b: typed(a, b),
-        3: lambda typingctx, a, b, c: typed(a, b, c),
-    }
-    return intrinsic(forms[arity])
+def _word(arity: int, emit: Callable[..., Any]) -> Any:
+    """An intrinsic of vectors whose code is ``emit(builder, *llvm_values)``, a vector of any elements."""
+    return word(vector, lambda builder, *values: builder.bitcast(emit(builder, *values), _vector), arity)
 
 
 def _all(element: Any, value: int) -> Any:
@@ -74,12 +67,9 @@ def _pointer(builder: Any, address: Any, type_: Any) -> Any:
 def _emit_products(builder: Any, unsigned: Any, signed: Any, sums: Any) -> Any:
     if not has_byte_products():
         return sums  # compiled, never run
-    name = "llvm.x86.avx512.vpdpbusd.512"
-    args = [builder.bitcast(x, _ints) for x in (sums, unsigned, signed)]
-    function = builder.module.globals.get(name) or ir.Function(
-        builder.module, ir.FunctionType(_ints, [_ints] * 3), name
-    )
-    return builder.call(function, args)
+    signature = ir.FunctionType(_ints, [_ints] * 3)
+    products = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512.vpdpbusd.512")
+    return builder.call(products, [builder.bitcast(x, _ints) for x in (sums, unsigned, signed)])
 
 
 multiply_bytes = _word(3, _emit_products)
@@ -103,6 +93,16 @@ def sum_integer_rows(typingctx: Any, registers: Any) -> Any:
         return sum_by_pairs(builder, args[0], add)
 
     return vector(registers), codegen
+
+
+@intrinsic
+def load_bytes(typingctx: Any, address: Any) -> Any:
+    """64 neighbouring bytes: a page's row may begin at any."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.load(_pointer(builder, args[0], _bytes), align=1), _vector)
+
+    return vector(types.int64), codegen
 
 
 def _store_byte(shift: int) -> Any:
@@ -145,8 +145,9 @@ def gather_quarters(typingctx: Any, a: Any, b: Any, c: Any, d: Any, quarter: Any
     """Quarter i of each of four vectors."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        first = quarter.literal_value * QUARTERS
-        half = [*range(first, first + 4), *range(LANES + first, LANES + first + 4)]
+        size = LANES // QUARTERS
+        first = quarter.literal_value * size
+        half = [*range(first, first + size), *range(LANES + first, LANES + first + size)]
         ab, cd = _shuffle(builder, args[0], args[1], half), _shuffle(builder, args[2], args[3], half)
         return _shuffle(builder, ab, cd, list(range(LANES)))
 

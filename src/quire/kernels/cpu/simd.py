@@ -66,7 +66,7 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(manager, fe_type, ir.ArrayType(_vector(_f32), fe_type.size).as_pointer())
 
 
-def _word(result: Any, emit: Callable[..., Any], arity: int) -> Any:
+def word(result: Any, emit: Callable[..., Any], arity: int) -> Any:
     """An intrinsic of ``arity`` arguments whose code is ``emit(builder, *llvm_values)``."""
 
     def typed(*args: Any) -> Any:
@@ -201,20 +201,20 @@ def _emit_tanh(builder: Any, x: Any) -> Any:
     return _call(builder, f"llvm.copysign.v{LANES}f32", _vector(_f32), [result, x])
 
 
-splat = _word(vector, _broadcast, 1)
-add = _word(vector, lambda b, x, y: b.fadd(x, y), 2)
-sub = _word(vector, lambda b, x, y: b.fsub(x, y), 2)
-mul = _word(vector, lambda b, x, y: b.fmul(x, y), 2)
-div = _word(vector, lambda b, x, y: b.fdiv(x, y), 2)
-fma = _word(vector, _emit_fma, 3)
-maximum = _word(vector, _emit_maximum, 2)
-magnitude = _word(vector, _emit_magnitude, 1)
-exp2 = _word(vector, _emit_exp2, 1)
-tanh = _word(vector, _emit_tanh, 1)
-at_least = _word(mask, lambda b, x, y: b.fcmp_ordered(">=", x, y), 2)
-less_than = _word(mask, lambda b, x, y: b.fcmp_ordered("<", x, y), 2)
-both = _word(mask, lambda b, x, y: b.and_(x, y), 2)
-select = _word(vector, lambda b, m, x, y: b.select(m, x, y), 3)
+splat = word(vector, _broadcast, 1)
+add = word(vector, lambda b, x, y: b.fadd(x, y), 2)
+sub = word(vector, lambda b, x, y: b.fsub(x, y), 2)
+mul = word(vector, lambda b, x, y: b.fmul(x, y), 2)
+div = word(vector, lambda b, x, y: b.fdiv(x, y), 2)
+fma = word(vector, _emit_fma, 3)
+maximum = word(vector, _emit_maximum, 2)
+magnitude = word(vector, _emit_magnitude, 1)
+exp2 = word(vector, _emit_exp2, 1)
+tanh = word(vector, _emit_tanh, 1)
+at_least = word(mask, lambda b, x, y: b.fcmp_ordered(">=", x, y), 2)
+less_than = word(mask, lambda b, x, y: b.fcmp_ordered("<", x, y), 2)
+both = word(mask, lambda b, x, y: b.and_(x, y), 2)
+select = word(vector, lambda b, m, x, y: b.select(m, x, y), 3)
 
 
 # --- across lanes ----------------------------------------------------------------------------------------
@@ -254,10 +254,10 @@ def _fold(combine: Callable[..., Any]) -> Any:
 
 
 # a0 b0 a1 b1 …, its first and its second half.
-zip_low = _word(vector, lambda builder, a, b: _shuffle(builder, a, b, _zipped(0)), 2)
-zip_high = _word(vector, lambda builder, a, b: _shuffle(builder, a, b, _zipped(LANES // 2)), 2)
+zip_low = word(vector, lambda builder, a, b: _shuffle(builder, a, b, _zipped(0)), 2)
+zip_high = word(vector, lambda builder, a, b: _shuffle(builder, a, b, _zipped(LANES // 2)), 2)
 
-first_lane = _word(types.float32, lambda builder, v: builder.extract_element(v, _i32(0)), 1)
+first_lane = word(types.float32, lambda builder, v: builder.extract_element(v, _i32(0)), 1)
 
 # Combine the lanes that are equal modulo a period (a power of two), leaving the result in each of them.
 fold_sum = _fold(lambda builder, a, b: builder.fadd(a, b))
