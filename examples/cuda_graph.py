@@ -52,6 +52,7 @@ def main() -> None:
         wanted = quire.paged_attention(
             q, *pool.layer(0), table.dense(batch), table.seq_lens(batch), backend="reference"
         )
+        torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
         print(
             f"step {step}: {table.seq_lens(batch).tolist()} keys, off by {(out - wanted).abs().max().item():.0e}"
         )

@@ -165,12 +165,8 @@ class AttentionPlan:
             last, bound = self._last
             if layout != last:
                 bound = self._bound.get(layout)
-        except (
-            AttributeError,
-            TypeError,
-            RuntimeError,
-        ):  # something is no tensor or no number: the checks say what
-            layout, bound = None, None
+        except (AttributeError, TypeError, RuntimeError):
+            layout, bound = None, None  # something is no tensor or no number: the checks say what
         if bound is None:
             optional = alibi_slopes, sinks, tree_mask, k_scale, v_scale
             call = AttentionCall(q, k_pages, v_pages, out, lse, softmax_scale, softcap, *optional)
@@ -185,7 +181,8 @@ class AttentionPlan:
                 "a plan must be the latest of its Planner to be run; got one whose memory a later step took. "
                 "Fix: plan and run one step after the other, or plan this one with quire.plan"
             )
-        checks.check_door(*call[:4], *call[7:])
+        optional = call.alibi_slopes, call.sinks, call.tree_mask, call.k_scale, call.v_scale
+        checks.check_door(call.q, call.k_pages, call.v_pages, call.out, *optional)
         checks.check_numbers(softcap=call.softcap, softmax_scale=call.softmax_scale)
         checks.check_call(self.spec, self.num_tokens, self.device, call)
         checks.check_tree_mask(call.tree_mask, self.num_tokens, self.max_q_len)

@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(capsys, monkey
     code, _, err = run(capsys, "doctor")
     assert code == 2
     assert "needs transformers" in err
-    assert "pip install 'quire[hf]'" in err
+    assert "pip install '.[hf]' in Quire's folder" in err
 
 
 def test_a_missing_module_of_our_own_is_a_bug(monkeypatch):

@@ -40,7 +40,7 @@ def test_a_missing_package_comes_with_the_command_that_brings_it(capsys, monkeyp
     monkeypatch.setattr(doctor, "version", only_without_transformers)
     [line] = [line for line in diagnosis(capsys)[1].splitlines() if "transformers" in line]
     assert line.startswith("○")
-    assert "Fix: pip install 'quire[hf]'" in line
+    assert "Fix: pip install '.[hf]' in Quire's folder" in line
 
 
 def test_a_missing_demo_model_is_said(capsys, monkeypatch, tmp_path):

@@ -52,7 +52,9 @@ def run(arguments: Sequence[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in _HF_EXTRA:
             raise
-        return _say(f"the command line needs {package}, which is not installed. Fix: pip install 'quire[hf]'")
+        return _say(
+            f"the command line needs {package}, which is not installed. Fix: pip install '.[hf]' in Quire's folder"
+        )
 
 
 def _run(arguments: Sequence[str]) -> int:

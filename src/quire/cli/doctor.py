@@ -20,14 +20,14 @@ from quire.spec import AttentionSpec
 
 # package → what it is for, and how to get it
 PACKAGES = {
-    "torch": ("tensors, the models' arithmetic", "pip install quire"),
-    "numba": ("CPU kernels", "pip install quire"),
-    "llvmlite": ("CPU kernels", "pip install quire"),
-    "numpy": ("planning", "pip install quire"),
-    "transformers": ("models", "pip install 'quire[hf]'"),
-    "tokenizers": ("text", "pip install 'quire[hf]'"),
-    "safetensors": ("weights", "pip install 'quire[hf]'"),
-    "triton": ("GPU kernels", "pip install 'quire[gpu]'"),
+    "torch": ("tensors, the models' arithmetic", "pip install . in Quire's folder"),
+    "numba": ("CPU kernels", "pip install . in Quire's folder"),
+    "llvmlite": ("CPU kernels", "pip install . in Quire's folder"),
+    "numpy": ("planning", "pip install . in Quire's folder"),
+    "transformers": ("models", "pip install '.[hf]' in Quire's folder"),
+    "tokenizers": ("text", "pip install '.[hf]' in Quire's folder"),
+    "safetensors": ("weights", "pip install '.[hf]' in Quire's folder"),
+    "triton": ("GPU kernels", "pip install '.[gpu]' in Quire's folder"),
 }
 SIMD = (("avx512f", "AVX-512", 512), ("avx2", "AVX2", 256), ("neon", "NEON", 128), ("sse2", "SSE2", 128))
 EXTENSIONS = ("avx512_bf16", "avx512bf16", "avx512vnni", "avx512_fp16", "avx512fp16", "amx-tile", "avxvnni",

@@ -23,7 +23,7 @@ SHAPES = [
     "bfloat16-same-d72-g4",
     "float16-same-d80-g3",
     "bfloat16-int8-d96-g1",
-    "float16-fp8_e4m3-d100-g2",
+    "float16-fp8_e4m3-d37-g2",
     "float32-fp8_e5m2-d20-g4",
 ]
 EVEN = [f"decode-{shape}" for shape in SHAPES[::2]] + [f"prefill-{shape}" for shape in SHAPES[1::2]]
@@ -52,6 +52,13 @@ def found_on(cpu, folder, *arguments):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def tested_on(cpu, folder, chosen, *names):
+    """Tests of this folder's files, chosen by a pytest expression, in such a process."""
+    plain = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"]
+    files = [str(HERE / f"test_{name}.py") for name in names]
+    return on_target(cpu, folder, "-m", "pytest", "-k", chosen, *plain, *files)
+
+
 @pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
 @pytest.mark.parametrize(
     ("cpu", "cases", "registers", "fuses"),
@@ -73,19 +80,19 @@ def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_pat
 
 @pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
 def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_path):
-    tests = [
-        "-k",
-        "read or stores or pairs or integers",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-o",
-        "addopts=--import-mode=importlib",
-    ]
-    files = [str(HERE / f"test_{words}.py") for words in ("memory", "pairs", "integers")]
-    result = on_target("x86-64", tmp_path, "-m", "pytest", *tests, *files)
+    result = tested_on(
+        "x86-64", tmp_path, "read or stores or pairs or integers", "memory", "pairs", "integers"
+    )
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
+@pytest.mark.parametrize("cpu", ["haswell", "x86-64"])
+def test_linear_layers_are_right_on_narrower_x86(cpu, tmp_path):
+    """Whole tiles and tails of each, in every dtype."""
+    result = tested_on(cpu, tmp_path, "exact_as_torch and (8-32-64 or 3-21-7)", "linear")
+    assert result.returncode == 0, result.stdout
+    assert "12 passed" in result.stdout
 
 
 PAIRS = ["decode-bfloat16-same-d128-g4", "prefill-bfloat16-same-d128-g4", "decode-bfloat16-int8-d64-g4"]

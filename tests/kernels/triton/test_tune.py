@@ -57,6 +57,21 @@ def test_a_step_is_launched_with_the_rows_that_its_longest_decode_needs(q_lens, 
 
 
 @pytest.mark.interpreted
+def test_a_planners_plans_say_the_rows_that_are_launched_whatever_a_step_needs():
+    batch = make_batch(Shape(BF16, 64, group=4), [40, 30], [1, 1], page_size=16)
+    for max_q_len, rows in ((1, 8), (40, 16)):
+        planner = quire.Planner(
+            batch.shape.spec(16),
+            max_batch=2,
+            max_seq_len=64,
+            max_q_len=max_q_len,
+            backend="triton",
+            device="cpu",
+        )
+        assert f"decode tile: {rows} rows" in planner.plan(*batch.lengths).explain()
+
+
+@pytest.mark.interpreted
 def test_slots_further_apart_than_32_bits_say_are_refused():
     spec = Shape(BF16, 64, group=4).spec(16)
     batch = make_batch(Shape(BF16, 64, group=4), [20], [1], page_size=16)

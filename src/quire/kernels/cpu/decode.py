@@ -69,9 +69,16 @@ from quire.kernels.cpu.products import (
 )
 from quire.kernels.cpu.rows import (
     ITEM_BYTES,
+    KV_BEGIN,
+    KV_END,
+    KV_HEAD,
     LOG2_E,
     LOWEST,
     MINUS_INFINITY,
+    PARTIAL,
+    Q_BEGIN,
+    Q_POSITION,
+    SEQUENCE,
     ZERO,
     Call,
     Step,
@@ -127,8 +134,8 @@ def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
 @part
 def keys_of(call: Call, item: int) -> tuple[int, int]:
     """The range of tokens that an item's query sees."""
-    begin, end = load_i64(item + 40), load_i64(item + 48)
-    token, position = load_i64(item + 16), load_i64(item + 32)
+    begin, end = load_i64(item + KV_BEGIN), load_i64(item + KV_END)
+    token, position = load_i64(item + Q_BEGIN), load_i64(item + Q_POSITION)
     if (
         call.tree_mask
         and begin < end == position + 1
@@ -142,7 +149,8 @@ def keys_of(call: Call, item: int) -> tuple[int, int]:
 def locate_first_block(cfg: Any, step: Step, call: Call, item: int, block: int) -> None:
     """``locate_block`` for the first tokens of an item."""
     begin, end = keys_of(call, item)
-    locate_block(cfg, step, call, load_i64(item), load_i64(item + 8), begin, min(begin + BLOCK, end), block)
+    sequence, kv_head = load_i64(item + SEQUENCE), load_i64(item + KV_HEAD)
+    locate_block(cfg, step, call, sequence, kv_head, begin, min(begin + BLOCK, end), block)
 
 
 @part
@@ -153,8 +161,9 @@ def attend_item(
 
     Its first block is located ``here``, and the next item's is at the end: returns that place and the other one.
     """
-    sequence, kv_head, token = load_i64(item), load_i64(item + 8), load_i64(item + 16)
-    position, partial = load_i64(item + 32), load_i64(item + 56)
+    sequence, kv_head = load_i64(item + SEQUENCE), load_i64(item + KV_HEAD)
+    token = load_i64(item + Q_BEGIN)
+    position, partial = load_i64(item + Q_POSITION), load_i64(item + PARTIAL)
     begin, end = keys_of(call, item)
     scores = scratch + 2 * BLOCK_SCRATCH
     states = scores + BLOCK * LANES * 4

@@ -24,8 +24,16 @@ from quire.kernels.cpu.memory import BF16, F32, load, load_f32, load_i64, store,
 from quire.kernels.cpu.pairs import load_pairs, zip_pairs_high, zip_pairs_low
 from quire.kernels.cpu.rows import (
     ITEM_BYTES,
+    KV_BEGIN,
+    KV_END,
+    KV_HEAD,
     LOG2_E,
     LOWEST,
+    PARTIAL,
+    Q_BEGIN,
+    Q_LEN,
+    Q_POSITION,
+    SEQUENCE,
     ZERO,
     Call,
     Step,
@@ -98,18 +106,9 @@ def attend_heads(
     cfg: Any, step: Step, call: Call, item: int, first_head: int, heads: int, scratch: int
 ) -> None:
     """The tile's tokens × ``heads`` heads of the group from ``first_head`` on; row = token × heads + head."""
-    sequence, kv_head, token, q_len = (
-        load_i64(item),
-        load_i64(item + 8),
-        load_i64(item + 16),
-        load_i64(item + 24),
-    )
-    position, begin, end, partial = (
-        load_i64(item + 32),
-        load_i64(item + 40),
-        load_i64(item + 48),
-        load_i64(item + 56),
-    )
+    sequence, kv_head = load_i64(item + SEQUENCE), load_i64(item + KV_HEAD)
+    token, q_len, position = load_i64(item + Q_BEGIN), load_i64(item + Q_LEN), load_i64(item + Q_POSITION)
+    begin, end, partial = load_i64(item + KV_BEGIN), load_i64(item + KV_END), load_i64(item + PARTIAL)
     rows, head = q_len * heads, kv_head * step.group + first_head
     seq_len = load_i64(step.seq_lens + sequence * 8)
     queries = scratch + MATRICES

@@ -32,6 +32,8 @@ LN_2 = np.float32(0.6931471805599453)
 MINUS_INFINITY = np.float32(-np.inf)
 LOWEST = np.float32(np.finfo(np.float32).min)  # a maximum to start from: −inf − −inf would be NaN
 ZERO = np.float32(0.0)
+# Of an item, by work.ITEM_COLUMNS: where each of its int64 lies, and all together.
+SEQUENCE, KV_HEAD, Q_BEGIN, Q_LEN, Q_POSITION, KV_BEGIN, KV_END, PARTIAL = range(0, 64, 8)
 ITEM_BYTES = 64
 
 

@@ -45,21 +45,21 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     return None
 
 
-def _tiles(spec: AttentionSpec, chip: tune.Chip, max_q_len: int) -> tuple[tune.Tile, tune.Tile, str | None]:
-    """Those of decode and of prefill, and a phrase if Hopper's kernel cannot serve such layers."""
+def _tiles(spec: AttentionSpec, chip: tune.Chip, max_q_len: int) -> tuple[tune.Tile, tune.Tile]:
+    """Those of decode and of the portable prefill."""
     few_rows = max_q_len * spec.group_size <= tune.MIN_COLUMNS
-    return tune.decode_tile(spec, chip, few_rows), tune.prefill_tile(spec, chip), hopper.why_not(spec, chip)
+    return tune.decode_tile(spec, chip, few_rows), tune.prefill_tile(spec, chip)
 
 
 def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
     """A share per worker that the chip holds at once; queries that fit the smallest tile count as decode."""
     chip = tune.chip_of(device)
-    decode, prefill, reason = _tiles(spec, chip, max_q_len=tune.MIN_ROWS)
+    decode, prefill = _tiles(spec, chip, max_q_len=tune.MIN_ROWS)
     prefill_shape = TileShape(
         prefill.rows // spec.group_size, prefill.kv_tokens, chip.multiprocessors * tune.PREFILL_WAVES
     )
     tile_cost = 0
-    if reason is None:
+    if hopper.why_not(spec, chip) is None:
         prefill_shape, tile_cost = hopper.tile_shape(spec, chip), hopper.TILE_COST
     return Tiling(
         num_workers=chip.multiprocessors * decode.workers_per_sm,
@@ -77,6 +77,7 @@ class Reserved(NamedTuple):
 
     plan: DevicePlan
     launches: list[Launch]  # decode, prefill or both
+    tiles: tuple[tune.Tile, tune.Tile]  # decode's and the portable prefill's
     why_not_hopper: str | None
 
 
@@ -92,8 +93,9 @@ class _Prepared(NamedTuple):
 
 def reserve(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Reserved:
     """Room for every step within a capacity, and its launches: a decode, a prefill or both."""
-    decode, prefill, reason = _tiles(spec, tune.chip_of(device), capacity.max_q_len)
-    reason = reason or hopper.why_not_rules(capacity)
+    chip = tune.chip_of(device)
+    decode, prefill = tiles = _tiles(spec, chip, capacity.max_q_len)
+    reason = hopper.why_not(spec, chip) or hopper.why_not_rules(capacity)
     block_dim = tune.block_dim(spec.head_dim)
     shapes = PartialShape(decode.rows, block_dim), PartialShape(prefill.rows, block_dim)
     plan = DevicePlan.reserve(capacity, shapes, device)
@@ -102,7 +104,7 @@ def reserve(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Re
         for work, tile, phases in ((plan.decode, decode, 1), (plan.prefill, prefill, 2))
         if work is not None
     ]
-    return Reserved(plan, launches, reason)
+    return Reserved(plan, launches, tiles, reason)
 
 
 def prepare(
@@ -117,7 +119,7 @@ def prepare(
 def _describe(spec: AttentionSpec, step: StepPlan, device: torch.device, reserved: Reserved) -> list[str]:
     """Each launch, and which kernel takes the prefill."""
     rates, lines = forecast.rates_of(device), []
-    decode, prefill, _ = _tiles(spec, tune.chip_of(device), step.max_q_len)
+    decode, prefill = reserved.tiles
     if step.decode.num_items:
         lines.append(forecast.describe("decode", spec, decode, step.decode, step.causal, rates))
     if step.prefill.num_items:

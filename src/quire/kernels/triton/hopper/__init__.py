@@ -90,8 +90,8 @@ def note(reason: str | None) -> str:
     """The choice of a plan's prefill kernel in words, given what ``why_not`` said."""
     if reason is None:
         return (
-            "prefill kernel: Hopper's (warps that load, warps that compute), portable where softcap, ALiBi, sinks or a "
-            "tree mask is given or rows do not start on 16 bytes"
+            "prefill kernel: Hopper's (warps that load, warps that compute), portable where softcap, ALiBi, sinks, a tree "
+            "mask or a softmax_scale not above 0 is given, or a tensor is empty or its rows do not start on 16 bytes"
         )
     return f"prefill kernel: portable, not Hopper's, because {reason}"
 
