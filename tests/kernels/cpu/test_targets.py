@@ -52,7 +52,7 @@ def found_on(cpu, folder, *arguments):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def tested_on(cpu, folder, chosen, *names):
+def pytest_on(cpu, folder, chosen, *names):
     """Tests of this folder's files, chosen by a pytest expression, in such a process."""
     plain = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"]
     files = [str(HERE / f"test_{name}.py") for name in names]
@@ -80,7 +80,7 @@ def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_pat
 
 @pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
 def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_path):
-    result = tested_on(
+    result = pytest_on(
         "x86-64", tmp_path, "read or stores or pairs or integers", "memory", "pairs", "integers"
     )
     assert result.returncode == 0, result.stdout
@@ -90,7 +90,7 @@ def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_pa
 @pytest.mark.parametrize("cpu", ["haswell", "x86-64"])
 def test_linear_layers_are_right_on_narrower_x86(cpu, tmp_path):
     """Whole tiles and tails of each, in every dtype."""
-    result = tested_on(cpu, tmp_path, "exact_as_torch and (8-32-64 or 3-21-7)", "linear")
+    result = pytest_on(cpu, tmp_path, "exact_as_torch and (8-32-64 or 3-21-7)", "linear")
     assert result.returncode == 0, result.stdout
     assert "12 passed" in result.stdout
 
