@@ -14,7 +14,7 @@ CASES = [
     "8x2k:1,8x2k:1@page1,8x2k:1@page8,8x2k:1@page64,8x2k:1@page256",
     "8x2k:1@32/32x128", "8x2k:1@64/8x128", "8x2k:1@32/1x128",
     "8x2k:1@32/8x64", "8x2k:1@32/8x96", "8x2k:1@32/8x256",
-    "8x2k:1@float16", "8x8k:1@fp8_e4m3", "8x8k:1@fp8_e5m2",
+    "8x2k:1@float16", "8x8k:1,8x8k:1@int8,8x8k:1@fp8_e4m3,8x8k:1@fp8_e5m2",
     "2x4k:512+16x1k:1,2x4k:512,16x1k:1",  # a mixed step, and its two parts apart
     "1x16k:1+63x256:1,64x508:1",  # one sequence longer than all others, and as many tokens dealt evenly
 ]  # fmt: skip
@@ -24,6 +24,9 @@ COMPARISONS = {
     "8x2k:1@page8": ["8x2k:1"],
     "8x2k:1@page64": ["8x2k:1"],
     "8x2k:1@page256": ["8x2k:1"],
+    "8x8k:1@int8": ["8x8k:1"],
+    "8x8k:1@fp8_e4m3": ["8x8k:1"],
+    "8x8k:1@fp8_e5m2": ["8x8k:1"],
     "2x4k:512+16x1k:1": ["2x4k:512", "16x1k:1"],
     "1x16k:1+63x256:1": ["64x508:1"],
 }
