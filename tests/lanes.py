@@ -32,3 +32,20 @@ def applied(word, *operands):
     run = {1: one, 2: two, 3: three}[count]
     run(*(t.data_ptr() for t in operands), out.data_ptr(), len(out))
     return out
+
+
+def applied_to_four(word, source):
+    """The results for 0 to 3 of a word of four vectors and a number, the vectors as they lie in ``source``."""
+
+    @numba.njit
+    def four(source, out):
+        a, b = load(F32, source), load(F32, source + 64)
+        c, d = load(F32, source + 128), load(F32, source + 192)
+        store(F32, out, word(a, b, c, d, 0))
+        store(F32, out + 64, word(a, b, c, d, 1))
+        store(F32, out + 128, word(a, b, c, d, 2))
+        store(F32, out + 192, word(a, b, c, d, 3))
+
+    out = torch.zeros_like(source)
+    four(source.data_ptr(), out.data_ptr())
+    return out

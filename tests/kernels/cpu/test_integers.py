@@ -3,7 +3,7 @@
 import numba
 import pytest
 import torch
-from lanes import applied
+from lanes import applied, applied_to_four
 
 from quire.kernels.cpu import integers
 from quire.kernels.cpu.memory import F32, load, store
@@ -109,20 +109,8 @@ def test_four_rows_are_interleaved_and_put_in_order_again():
     for j in range(4):
         assert torch.equal(columns[j], rows.T[16 * (lane // 4) + 4 * j + lane % 4])
 
-    gather_quarters, out = integers.gather_quarters, torch.zeros(4, LANES)
-
-    @numba.njit
-    def ordered(source, target):
-        a, b = load(F32, source), load(F32, source + 64)
-        c, d = load(F32, source + 128), load(F32, source + 192)
-        store(F32, target, gather_quarters(a, b, c, d, 0))
-        store(F32, target + 64, gather_quarters(a, b, c, d, 1))
-        store(F32, target + 128, gather_quarters(a, b, c, d, 2))
-        store(F32, target + 192, gather_quarters(a, b, c, d, 3))
-
-    source = columns[:, :, 0].float().contiguous()
-    ordered(source.data_ptr(), out.data_ptr())
-    assert torch.equal(out.flatten(), rows[0].float())
+    ordered = applied_to_four(integers.gather_quarters, columns[:, :, 0].float().contiguous())
+    assert torch.equal(ordered.flatten(), rows[0].float())
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
