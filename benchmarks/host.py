@@ -36,7 +36,11 @@ PLANNED = ["1x2k:1", "8x2k:1", "256x8k:1"]
 ONE_KEY = "1x1:1"
 STORED = 8  # tokens of a write_kv
 # Microseconds that were set out for.
-GOALS = {("quire.plan", "1x2k:1"): 10, ("quire.plan", "256x8k:1"): 100, ("plan.run", ONE_KEY): 15}
+GOALS = {
+    ("quire.planning.step", "1x2k:1"): 10,
+    ("quire.planning.step", "256x8k:1"): 100,
+    ("plan.run", ONE_KEY): 15,
+}
 
 Call = tuple[str, str]  # what is called, and on which step
 
@@ -75,7 +79,7 @@ def planning_turns() -> dict[Call, Turn | None]:
             SPEC, max_batch=len(case.seq_lens), max_seq_len=max(case.seq_lens), device="cpu"
         )
         plans: dict[str, Callable[[], Any]] = {
-            "quire.plan": partial(quire.plan, *lengths, SPEC),
+            "quire.planning.step": partial(quire.plan, *lengths, SPEC),
             "Planner.plan": partial(planner.plan, *lengths),
         }
         turns |= {(who, name): stopwatch(call) for who, call in plans.items()}

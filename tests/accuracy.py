@@ -10,10 +10,11 @@ from support import Batch, attend
 
 import quire
 from quire.kernels import reference
-from quire.kernels.cpu.byte_products import SLACK
-from quire.kernels.cpu.config import DTYPE_CODES, Config
-from quire.plan import plan_step
-from quire.work import AttentionCall, StepPlan, TileShape, Tiling
+from quire.kernels.call import AttentionCall
+from quire.kernels.cpu.attend.byte_products import SLACK
+from quire.kernels.cpu.attend.config import DTYPE_CODES, Config
+from quire.planning.step import plan_step
+from quire.planning.work_list import StepPlan, TileShape, Tiling
 
 
 def step_of(batch: Batch, causal: bool = True, window_left: int = -1) -> StepPlan:

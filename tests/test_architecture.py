@@ -21,15 +21,17 @@ EVERY_FILE = sorted(
 )
 
 # A module may import from floors below its own, and from its own room. Rooms on one floor are blind to each
-# other, but for floors 0 and 2, which are one room each.
+# other, but for floor 0, which is one room.
 ROOMS = {
-    0: ["spec|errors|work|debug|compiled|custom_op|assets"],
-    1: ["pages", "plan|cut|deal", "kernels"],
-    2: ["attention|attention_plan|planner|store|state|checks|step_checks|flash_attn|explain"],
+    0: ["errors|spec|state|debug|assets"],
+    1: ["pages", "planning", "kernels"],
+    2: ["ops"],
     3: ["hf"],
     4: ["engine"],
     5: ["cli"],
 }
+# Where the rooms of floor 1 meet: plain values, and the door to the compiler. These import nothing but floor 0.
+MEETING_POINTS = ("planning.work_list", "kernels.compile")
 BACKENDS = ("reference", "cpu", "triton")
 
 
@@ -74,7 +76,21 @@ def test_imports_run_downwards(path):
     floor, room = place(module_name(path))
     for imported in imports(path):
         other_floor, other_room = place(imported)
-        assert other_floor < floor or other_room == room, f"{module_name(path)} imports quire.{imported}"
+        allowed = other_floor < floor or other_room == room or imported in MEETING_POINTS
+        assert allowed, f"{module_name(path)} imports quire.{imported}"
+
+
+@pytest.mark.parametrize("name", MEETING_POINTS)
+def test_meeting_points_see_floor_0_alone(name):
+    path = SOURCE / Path(*name.split(".")).with_suffix(".py")
+    assert all(place(imported)[0] == 0 for imported in imports(path))
+
+
+@pytest.mark.parametrize("room", ROOMS[1])
+def test_a_package_with_a_meeting_point_is_light(room):
+    """Importing a meeting point runs its package's __init__, which must not pull the other room in."""
+    if any(point.startswith(f"{room}.") for point in MEETING_POINTS):
+        assert all(place(i)[0] == 0 for i in imports(SOURCE / room / "__init__.py"))
 
 
 @pytest.mark.parametrize("path", INSIDE, ids=module_name)
@@ -102,7 +118,7 @@ def test_backends_never_import_one_another(path):
 
 @pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_is_two_rooms(path):
-    assert len(path.read_text().splitlines()) <= 350
+    assert len(path.read_text().splitlines()) <= 600
 
 
 def test_the_public_list_is_sorted_and_true():

@@ -18,8 +18,9 @@ import quire
 from benchmarks.gpu.layers import gather
 from benchmarks.judge import attention, visible_keys
 from quire.kernels import reference
-from quire.plan import plan_step
-from quire.work import AttentionCall, TileShape, Tiling
+from quire.kernels.call import AttentionCall
+from quire.planning.step import plan_step
+from quire.planning.work_list import TileShape, Tiling
 
 NO_PAGES = (2**31 - 1, -7, -(2**31), 10**6)
 LAYOUTS = ("pool", "nhd", "hnd")

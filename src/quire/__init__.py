@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from quire.attention import paged_attention
-from quire.attention_plan import AttentionPlan
 from quire.errors import (
     ArgumentError,
     DeviceError,
@@ -22,12 +20,14 @@ from quire.errors import (
     ShapeError,
     UnsupportedError,
 )
-from quire.flash_attn import flash_attn_with_kvcache
+from quire.ops.attention import paged_attention
+from quire.ops.attention_plan import AttentionPlan
+from quire.ops.flash_attn import flash_attn_with_kvcache
+from quire.ops.planner import Planner, plan
+from quire.ops.store import write_kv
 from quire.pages import KVPool, PageAllocator, PageTable
-from quire.planner import Planner, plan
 from quire.spec import AttentionSpec
 from quire.state import SoftmaxState, merge
-from quire.store import write_kv
 
 if TYPE_CHECKING:
     from quire.engine import LLM, RequestOutput, SamplingParams

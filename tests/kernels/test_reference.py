@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import quire
 from quire.kernels import reference
-from quire.work import AttentionCall
+from quire.kernels.call import AttentionCall
 
 F32 = torch.float32
 LN = math.log

@@ -136,7 +136,7 @@ def _backend(name: str, reason: str | None) -> Row:
     if name == "reference":
         return GOOD, name, "PyTorch in float64: slow, the specification"
     if name == "cpu":
-        from quire.kernels.cpu.launch import HAS_OPENMP, num_threads
+        from quire.kernels.cpu.threads import HAS_OPENMP, num_threads
 
         threads = f"{num_threads()} thread{'s' * (num_threads() > 1)}"
         found = "on PyTorch's own OpenMP" if HAS_OPENMP else "as no OpenMP runtime was found beside PyTorch"
@@ -152,7 +152,7 @@ def _files() -> list[Row]:
         else (BAD, "demo model", f"missing from {weights.parent}. Fix: install quire again")
     ]
     try:
-        from quire.kernels.cpu.decode import decode
+        from quire.kernels.cpu.attend.decode import decode
 
         cache = Path(decode.stats.cache_path)
         compiled = list(cache.glob("*.nbc"))

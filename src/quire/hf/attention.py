@@ -16,15 +16,15 @@ import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from quire.attention_plan import AttentionPlan
-from quire.custom_op import register
 from quire.errors import UnsupportedError
 from quire.hf.cache import LayerPages, PagedCache, Visibility
 from quire.hf.chunks import split_at_chunks
 from quire.hf.step import Step
-from quire.planner import plan
+from quire.ops.attention_plan import AttentionPlan
+from quire.ops.planner import plan
+from quire.ops.store import write_kv
+from quire.ops.torch_op import register
 from quire.spec import AttentionSpec
-from quire.store import write_kv
 
 ATTENTION_NAME = "quire"
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import linear
 
-from quire.custom_op import register
 from quire.kernels.cpu import linear as kernels
+from quire.ops.torch_op import register
 
 
 class LinearSwitch:

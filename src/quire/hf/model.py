@@ -9,13 +9,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.errors import ArgumentError
-from quire.hf import guard, limits
+from quire.hf import limits
+from quire.hf.admit import guard
 from quire.hf.cache import PagedCache, bytes_per_page, pages_within
 from quire.hf.forward import PackedForward
-from quire.hf.huge_pages import collapse_to_huge_pages
 from quire.hf.load import load_model
 from quire.hf.step import Step
 from quire.kernels import resolve_backend
+from quire.pages.huge_pages import collapse_to_huge_pages
 from quire.spec import KVDtype
 
 DEFAULT_CPU_POOL_BYTES = 1 << 30

@@ -19,8 +19,9 @@ from collections.abc import Callable
 
 import torch
 
+from quire.kernels.call import AttentionCall, BoundCall
+from quire.planning.work_list import StepPlan, TileShape, Tiling
 from quire.spec import AttentionSpec
-from quire.work import AttentionCall, BoundCall, StepPlan, TileShape, Tiling
 
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 INT8_MAX = 127.0

@@ -59,9 +59,9 @@ def judge_store(shape):
 
 
 def run(cases):
-    from quire.kernels.cpu.decode import decode
-    from quire.kernels.cpu.merge import merge
-    from quire.kernels.cpu.prefill import prefill
+    from quire.kernels.cpu.attend.decode import decode
+    from quire.kernels.cpu.attend.merge import merge
+    from quire.kernels.cpu.attend.prefill import prefill
     from quire.kernels.cpu.store import write
 
     for number, (kernel, shape) in enumerate(map(parse, cases)):
@@ -103,8 +103,8 @@ def cross(triple, cases):
     llvm.get_process_triple = lambda: triple
     import numba
 
-    from quire.kernels.cpu import decode, prefill, rows
-    from quire.kernels.cpu.config import DTYPE_CODES, Config
+    from quire.kernels.cpu.attend import decode, prefill, rows
+    from quire.kernels.cpu.attend.config import DTYPE_CODES, Config
 
     step = rows.Step(*[0] * len(rows.Step._fields))
     call = rows.Call(**dict.fromkeys(rows.Call._fields, 0) | {"softmax_scale": 1.0, "softcap": 0.0})

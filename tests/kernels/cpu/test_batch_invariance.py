@@ -135,7 +135,7 @@ def test_chunks_batches_and_threads_change_no_bit(
     lengths, schedule = story
     batch = make_batch(shape, lengths, lengths, page_size=page_size, seed=seed)
     rules = {**features(batch, seed=seed, **asked), "window_left": window_left}
-    with mock.patch("quire.work.INVARIANT_KV_SPLIT", kv_split):
+    with mock.patch("quire.planning.work_list.INVARIANT_KV_SPLIT", kv_split):
         wanted = Rows(batch, **rules).all_alone()
         got = Rows(batch, **rules)
         for chunks, num_threads in schedule:
@@ -166,7 +166,7 @@ def test_a_tree_masked_step_has_the_same_bits_alone_and_in_company(shape, causal
     batch = make_batch(shape, lengths, q_lens, page_size=16)
     mask = features(batch, tree=True)["tree_mask"]
     rules = {"batch_invariant": True, "causal": causal}
-    with mock.patch("quire.work.INVARIANT_KV_SPLIT", 64):
+    with mock.patch("quire.planning.work_list.INVARIANT_KV_SPLIT", 64):
         together = plan_for(batch, 3, **rules).run(*batch.pages, tree_mask=mask, return_state=True)
         starts = batch.cu_seqlens_q.tolist()
         for i, n in enumerate(lengths):
@@ -185,7 +185,7 @@ def test_a_tree_masked_step_has_the_same_bits_alone_and_in_company(shape, causal
 def test_it_is_as_accurate_as_any_other_plan(shape, asked):
     batch = make_batch(shape, [5, 700, 1, 300, 0, 20], [5, 1, 1, 130, 3, 25], page_size=16, layout="gaps")
     rules = features(batch, **asked)
-    with mock.patch("quire.work.INVARIANT_KV_SPLIT", 64):
+    with mock.patch("quire.planning.work_list.INVARIANT_KV_SPLIT", 64):
         window = {"window_left": rules.pop("window_left")} if "window_left" in rules else {}
         plan = plan_for(batch, 3, batch_invariant=True, **window)
         assert not len(plan.step.decode.items), "one kernel for all rows"

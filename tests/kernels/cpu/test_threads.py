@@ -69,7 +69,7 @@ def test_a_process_that_may_use_one_core_runs_on_one_thread(monkeypatch):
 
 @own_worker
 def test_threads_set_in_one_python_thread_count_for_those_started_later(set_threads):
-    from quire.kernels.cpu.launch import num_threads
+    from quire.kernels.cpu.threads import num_threads
 
     with ThreadPoolExecutor(1) as other:
         assert other.submit(num_threads).result() == torch.get_num_threads()

@@ -5,8 +5,8 @@ import torch
 from support import Shape, features, make_batch
 
 import quire
-from quire import work
 from quire.kernels.triton import tune
+from quire.planning import work_list as work
 
 pytestmark = pytest.mark.interpreted
 

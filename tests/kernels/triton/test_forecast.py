@@ -9,8 +9,8 @@ from support import Shape, make_batch
 
 import quire
 from quire.kernels.triton import forecast, tune
-from quire.plan import plan_step
-from quire.work import TileShape, Tiling
+from quire.planning.step import plan_step
+from quire.planning.work_list import TileShape, Tiling
 
 ROOT = Path(__file__).parents[3]
 SPEC = quire.AttentionSpec(8, 2, 64, page_size=16, kv_dtype="int8")

@@ -9,7 +9,7 @@ import torch
 from support import Shape, attend, features, make_batch
 
 import quire
-from quire import work
+from quire.planning import work_list as work
 
 pytestmark = pytest.mark.interpreted
 

@@ -15,8 +15,8 @@ from support import Shape, make_batch
 import quire
 from quire.kernels.triton.device_plan import DevicePlan, PartialShape
 from quire.kernels.triton.hopper import attend, finish, geometry, load
-from quire.plan import plan_step
-from quire.work import TileShape, Tiling
+from quire.planning.step import plan_step
+from quire.planning.work_list import TileShape, Tiling
 
 F16, BF16 = torch.float16, torch.bfloat16
 MODULES = {"geometry": geometry, "load": load, "finish": finish, "attend": attend}

@@ -12,9 +12,9 @@ from support import Shape, features, make_batch
 from waiting import done_before_waiting
 
 from quire.kernels import triton as backend
+from quire.kernels.call import AttentionCall
 from quire.kernels.triton import hopper, tune
-from quire.plan import plan_step
-from quire.work import AttentionCall
+from quire.planning.step import plan_step
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="where kernels are interpreted, none is compiled"

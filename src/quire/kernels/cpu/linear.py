@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from quire.kernels.cpu import borrow_scratch
-from quire.kernels.cpu.config import DTYPE_CODES
-from quire.kernels.cpu.launch import compile_time, kernel, num_threads, parallel_for, part, run
-from quire.kernels.cpu.memory import BF16, BYTES, F32, load, load_head, prefetch, store, store_head
-from quire.kernels.cpu.pairs import PAIRED, has_pair_products, load_pairs
-from quire.kernels.cpu.products import add_product
-from quire.kernels.cpu.simd import LANES, add, fma, splat, sum_rows, tile
+from quire.kernels.cpu.attend.config import DTYPE_CODES
+from quire.kernels.cpu.attend.products import add_product
+from quire.kernels.cpu.backend import borrow_scratch
+from quire.kernels.cpu.simd.memory import BF16, BYTES, F32, load, load_head, prefetch, store, store_head
+from quire.kernels.cpu.simd.pairs import PAIRED, has_pair_products, load_pairs
+from quire.kernels.cpu.simd.vectors import LANES, add, fma, splat, sum_rows, tile
+from quire.kernels.cpu.threads import compile_time, kernel, num_threads, parallel_for, part, run
 
 MAX_TOKENS = 8  # of one tile
 LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quire.kernels.cpu.launch import kernel, parallel_for, part
-from quire.kernels.cpu.memory import BYTES, load, load_head, load_i64, store, store_f32, store_head
-from quire.kernels.cpu.simd import (
+from quire.kernels.cpu.simd.memory import BYTES, load, load_head, load_i64, store, store_f32, store_head
+from quire.kernels.cpu.simd.vectors import (
     LANES,
     at_least,
     div,
@@ -25,6 +24,7 @@ from quire.kernels.cpu.simd import (
     select,
     splat,
 )
+from quire.kernels.cpu.threads import kernel, parallel_for, part
 
 SMALLEST_SCALE = np.finfo(np.float32).smallest_normal
 

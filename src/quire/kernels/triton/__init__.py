@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 
 from quire.errors import UnsupportedError
+from quire.kernels.call import AttentionCall, BoundCall
 from quire.kernels.triton import forecast, hopper, tune
 from quire.kernels.triton.attend import Launch
 from quire.kernels.triton.device_plan import DevicePlan, PartialShape
 from quire.kernels.triton.launch import INTERPRETED
 from quire.kernels.triton.store import bind_write
+from quire.planning.work_list import Capacity, StepPlan, TileShape, Tiling
 from quire.spec import AttentionSpec
-from quire.work import AttentionCall, BoundCall, Capacity, StepPlan, TileShape, Tiling
 
 __all__ = ["bind", "bind_write", "prepare", "reserve", "tiling", "why_not"]
 

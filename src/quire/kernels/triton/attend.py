@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quire.kernels.call import AttentionCall, BoundCall
 from quire.kernels.triton import hopper, tune
 from quire.kernels.triton.device_plan import COLUMNS, DevicePlan, DeviceWork
 from quire.kernels.triton.launch import INTERPRETED, Enqueue, Form, Options, addresses_of
@@ -32,8 +33,8 @@ from quire.kernels.triton.tile import (
     split_queries,
     value_unit,
 )
+from quire.planning.work_list import Capacity
 from quire.spec import AttentionSpec
-from quire.work import AttentionCall, BoundCall, Capacity
 
 WORD = 4  # one-byte elements to an int32
 _FOLD_ROWS = 32  # of a prefill tile that a worker folds at a time

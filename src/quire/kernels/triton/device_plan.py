@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quire import work
-from quire.compiled import compiled
-from quire.work import Capacity, StepPlan
+from quire.kernels.compile import compiled
+from quire.planning.work_list import ITEM_COLUMNS as HOST_COLUMNS
+from quire.planning.work_list import Capacity, StepPlan
 
 SEGMENT = 4  # int32s: every list starts on 16 bytes
 # Columns of an item on the device: those of the host, and where its tile's parts are; num_parts is 1 for a whole tile.
-ITEM_COLUMNS = (*work.ITEM_COLUMNS, "first_partial", "num_parts")
+ITEM_COLUMNS = (*HOST_COLUMNS, "first_partial", "num_parts")
 COLUMNS = len(ITEM_COLUMNS)
 
 
@@ -50,7 +50,7 @@ class PartialShape(NamedTuple):
 
 @dataclass(frozen=True)
 class DeviceWork:
-    """One kernel's work list and the room for its partial states; see ``work.WorkList`` for the columns."""
+    """One kernel's work list and the room for its partial states; see ``WorkList`` for the columns."""
 
     num_workers: int
     worker_indptr: Section  # int32 [num_workers + 1] into items

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from quire.kernels.triton.tune import Tile
+from quire.planning.work_list import WorkList
 from quire.spec import AttentionSpec
-from quire.work import WorkList
 
 
 class Rates(NamedTuple):

@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from quire.kernels.call import AttentionCall
 from quire.kernels.triton.device_plan import DeviceWork, Section
 from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Enqueue, Form, Options
 from quire.kernels.triton.tune import Chip, Tile, power_of_two
+from quire.planning.work_list import Capacity, TileShape
 from quire.spec import AttentionSpec
-from quire.work import AttentionCall, Capacity, TileShape
 
 ROWS = 128  # of a tile, two warpgroups of 64
 BLOCK_N = 128  # keys of a block

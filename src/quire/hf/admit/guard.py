@@ -1,0 +1,189 @@
+"""Before the first step: refuse, with a sentence, a model that would be silently wrong on pages.
+
+    check_config    what the config already says: encoders, training mode, several devices
+    layer_shapes    what each layer asks of attention, by a dry run; refuses what the pages cannot express
+    check_logits    the proof: the same short sequences through the pages and through the model itself
+
+The first two name a reason. The third catches what no one has thought of: state kept outside attention, a
+position counted from the start of the batch, an argument without a rule.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from quire.errors import QuireError, UnsupportedError
+from quire.hf.admit.probe import PROBE_TOKENS, LayerCall, record_layer_calls
+from quire.hf.admit.rehearsal import TEXT_LENGTHS, rehearse
+from quire.hf.cache import LayerShape, Visibility
+from quire.hf.forward import PackedForward
+
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+# Largest |Δlogit| as a share of the largest |logit|. Reduced precision also flips near ties between experts,
+# in a few rows: there the median row decides.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def check_config(model: PreTrainedModel) -> None:
+    """Refuse what needs no run to see.
+
+    Raises:
+        UnsupportedError: an encoder or encoder-decoder, a model in training mode or on several devices, or a
+            layer type without a rule.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(model, "be a decoder alone", "an encoder-decoder")
+    if model.training:
+        raise _refusal(model, "be in eval mode", "training mode, which drops out at random", "model.eval()")
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise _refusal(model, "be on one device", ", ".join(sorted(devices)), "model.to(device)")
+    layer_types = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
+    for layer_idx, layer_type in enumerate(layer_types):
+        if layer_type not in _LAYER_TYPES:
+            raise _refusal(
+                model,
+                f"have no layers but {', '.join(_LAYER_TYPES)}",
+                f"layer {layer_idx} of type {layer_type!r}, for which there is no rule",
+            )
+
+
+def layer_shapes(model: PreTrainedModel, forward: PackedForward) -> dict[int, LayerShape]:
+    """What each layer asks of attention: layer_idx → shape and visibility.
+
+    Raises:
+        UnsupportedError: a layer that attends twice or never per forward, that is not causal, that changes
+            its mask, or that passes an argument no rule is known for.
+    Cost: one forward of a few tokens.
+    """
+    try:
+        calls = record_layer_calls(forward, check_tokens(model.config, PROBE_TOKENS))
+    except Exception as error:
+        raise _refusal(model, "run on plain token ids", f"{type(error).__name__}: {error}") from error
+    _check_each_layer_once(model, calls)
+    max_position = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return {
+        call.layer_idx: _layer_shape(model, call, max_position)
+        for call in calls
+        if call.layer_idx is not None
+    }
+
+
+def check_logits(
+    model: PreTrainedModel,
+    forward: PackedForward,
+    shapes: Mapping[int, LayerShape],
+    page_size: int,
+    backend: str,
+) -> None:
+    """Rehearse two short texts on pages, and compare with the model itself.
+
+    Raises:
+        UnsupportedError: the logits differ by more than rounding.
+    Cost: five forwards of at most 13 tokens.
+    """
+    texts = check_tokens(model.config, sum(TEXT_LENGTHS)).split(TEXT_LENGTHS)  # type: ignore[no-untyped-call]
+    try:
+        rows, largest_logit = rehearse(forward, shapes, texts, page_size=page_size, backend=backend)
+    except QuireError:
+        raise
+    except Exception as error:
+        raise _refusal(model, "run on packed steps", f"{type(error).__name__}: {error}") from error
+    difference = float(rows.max() if model.dtype == torch.float32 else rows.median())
+    if not difference <= _TOLERANCE.get(model.dtype, _TOLERANCE[torch.bfloat16]) * largest_logit:
+        raise _refusal(
+            model,
+            "give the same logits on pages as without",
+            f"logits off by {difference:.2g} where the largest is {largest_logit:.2g}, so it counts "
+            "positions along the packed row or keeps something between tokens outside its keys and values",
+        )
+
+
+def check_tokens(config: PretrainedConfig, count: int) -> torch.Tensor:
+    """int64 [count] arbitrary token ids, none of which the config gives a special meaning."""
+    text_config = config.get_text_config(decoder=True)
+    special = _special_tokens(config) | _special_tokens(text_config)
+    plain = [token for token in range(min(text_config.vocab_size, 512)) if token not in special]
+    ids = torch.tensor(plain)
+    return ids[torch.randint(len(ids), (count,), generator=torch.Generator().manual_seed(0))]
+
+
+def _special_tokens(config: PretrainedConfig) -> set[int]:
+    named = [v for name, v in config.to_dict().items() if name.endswith(("token_id", "token_index"))]
+    flat = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    return {token for token in flat if isinstance(token, int)}
+
+
+def _check_each_layer_once(model: PreTrainedModel, calls: Sequence[LayerCall]) -> None:
+    if not calls:
+        raise _refusal(model, "attend through AttentionInterface", "no layer that does")
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    times = Counter(call.layer_idx for call in calls)
+    for layer_idx in range(num_layers):
+        if times[layer_idx] != 1:
+            often = "never" if times[layer_idx] == 0 else f"{times[layer_idx]} times"
+            raise _refusal(model, "attend once per layer and forward", f"layer {layer_idx} attending {often}")
+    strangers = [layer_idx for layer_idx in times if layer_idx not in range(num_layers)]
+    if strangers:
+        raise _refusal(model, f"attend in layers 0 to {num_layers - 1}", f"a call of layer {strangers[0]}")
+
+
+def _layer_shape(model: PreTrainedModel, call: LayerCall, max_position: int | None) -> LayerShape:
+    where = f"layer {call.layer_idx}"
+    batch, num_qo_heads, tokens, key_dim = call.query
+    if (
+        batch != 1
+        or call.key[:1] + call.key[2:] != call.query[:1] + call.query[2:]
+        or call.value[2] != tokens
+    ):
+        raise _refusal(
+            model,
+            "have one key and one value per query token, keys as wide as queries",
+            f"{where} with query {list(call.query)}, key {list(call.key)} and value {list(call.value)}",
+        )
+    if call.key[1] != call.value[1]:
+        raise _refusal(
+            model, "have as many key heads as value heads", f"{where} with {call.key[1]} and {call.value[1]}"
+        )
+    if call.unknown:
+        raise _refusal(
+            model,
+            "attend by q, k, v, mask, scale, softcap and sinks alone",
+            f"{where} passing {', '.join(call.unknown)}",
+        )
+    if call.options.get("dropout"):
+        raise _refusal(model, "attend without dropout", f"{where} with dropout {call.options['dropout']}")
+    return LayerShape(
+        num_qo_heads, call.key[1], key_dim, call.value[3], call.dtype, _visibility(model, call, max_position)
+    )
+
+
+def _visibility(model: PreTrainedModel, call: LayerCall, max_position: int | None) -> Visibility:
+    where = f"layer {call.layer_idx}"
+    if call.rule is None:
+        got = "a mask of its own making" if call.has_mask else "no mask, so every token sees every other"
+        raise _refusal(model, "keep the causal masks that transformers builds", f"{where} with {got}")
+    visibility = call.rule.read(max_position)
+    if visibility is None:
+        raise _refusal(model, "see all earlier tokens, a window or a chunk", f"{where} with another mask")
+    window = call.options.get("sliding_window")
+    if window is not None and visibility != Visibility(window_left=window - 1):
+        raise _refusal(
+            model,
+            f"mask by the window its layers pass on, {window} tokens",
+            f"{where} whose mask shows {visibility}",
+        )
+    return visibility
+
+
+def _refusal(
+    model: PreTrainedModel, must: str, got: str, fix: str = "use model.generate"
+) -> UnsupportedError:
+    return UnsupportedError(
+        f"to run on pages, a model must {must}; got {model.config.model_type}: {got}. Fix: {fix}"
+    )

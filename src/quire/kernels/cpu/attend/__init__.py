@@ -1,0 +1,1 @@
+"""The CPU attention kernels, decode and prefill, and their pieces."""

@@ -1,0 +1,131 @@
+"""The numbers that the attention kernels are specialised for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from quire.kernels.cpu.simd.integers import has_byte_products
+from quire.kernels.cpu.simd.memory import BF16, BYTES, E4M3, E5M2, F16, F32, INT8
+from quire.kernels.cpu.simd.pairs import EIGHT_BITS, LINE, PAIRED, has_pair_products
+from quire.kernels.cpu.simd.vectors import LANES
+
+DTYPE_CODES = {
+    torch.float32: F32,
+    torch.float16: F16,
+    torch.bfloat16: BF16,
+    torch.int8: INT8,
+    torch.float8_e4m3fn: E4M3,
+    torch.float8_e5m2: E5M2,
+}
+
+
+class Config(NamedTuple):
+    """What a kernel is specialised for. Every field and property is a compile-time number inside the kernel."""
+
+    q_dtype: int  # dtype codes of memory.py
+    kv_dtype: int
+    head_dim: int
+    heads: int = 1  # decode: query heads of one tile, at most ``most_heads``
+
+    @property
+    def vectors(self) -> int:
+        """Whole vectors in a row of head_dim elements."""
+        return self.head_dim // LANES
+
+    @property
+    def tail(self) -> int:
+        """Elements of a row behind its whole vectors."""
+        return self.head_dim % LANES
+
+    @property
+    def pairs(self) -> int:
+        """Whether decode multiplies bfloat16 pairs: where that is fast, and queries and pages hold nothing finer."""
+        exact = self.q_dtype == BF16 and self.kv_dtype in (BF16, *EIGHT_BITS)
+        read_at_once = PAIRED if self.kv_dtype == BF16 else LINE
+        return int(exact and self.head_dim % read_at_once == 0 and has_pair_products())
+
+    @property
+    def converts(self) -> int:
+        """Whether decode makes bfloat16 pairs of a block's rows before it multiplies them; ``integers``: if it must."""
+        return int(self.pairs and self.kv_dtype != BF16)
+
+    @property
+    def integers(self) -> int:
+        """Whether decode multiplies int8 pages as they lie. Rows beyond 512 could overflow a score's 32 bits."""
+        fits = self.kv_dtype == INT8 and self.head_dim <= 512
+        return int(self.pairs and fits and has_byte_products())
+
+    @property
+    def lines(self) -> int:
+        """Whole lines of bytes in a row, where decode multiplies bytes; 0 elsewhere, so that no code comes of it."""
+        return self.head_dim // LINE if self.integers else 0
+
+    @property
+    def prefill_pairs(self) -> int:
+        """Whether prefill multiplies pairs: keys have to be bfloat16 as they lie."""
+        return int(self.pairs and self.kv_dtype == BF16)
+
+    @property
+    def steps(self) -> int:
+        """Steps along head_dim that prefill takes for a score."""
+        return self.head_dim // 2 if self.prefill_pairs else self.head_dim
+
+    @property
+    def parts(self) -> int:
+        """Whole vectors, of pairs or of single numbers, in a row."""
+        return self.head_dim // (PAIRED if self.pairs else LANES)
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of a page's row that one such vector is loaded from."""
+        return (PAIRED if self.pairs else LANES) * BYTES[self.kv_dtype]
+
+    @property
+    def at_once(self) -> int:
+        """Tokens whose values are multiplied at once."""
+        if self.integers:
+            return 4
+        return 2 if self.pairs else 1
+
+    @property
+    def most_heads(self) -> int:
+        """Query heads that a decode tile may have: a vector of scores holds all tokens that are multiplied at once."""
+        return LANES // self.at_once
+
+    @property
+    def kv_largest(self) -> int:
+        """The largest value of a quantised page's dtype."""
+        return {INT8: 127, E4M3: 448, E5M2: 57344}.get(self.kv_dtype, 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in float32 scratch, padded to whole vectors."""
+        return -(-self.head_dim // LANES) * LANES * 4
+
+    @property
+    def padded_heads(self) -> int:
+        """Heads of a decode tile rounded up to a power of two, so that vectors of scores hold whole tokens."""
+        return 1 << (self.heads - 1).bit_length()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose scores fill one vector in decode."""
+        return LANES // self.padded_heads
+
+    @property
+    def strip(self) -> int:
+        """Output vectors per head that decode accumulates at once: as many as divide the row and fit registers."""
+        most = LANES // (self.heads * self.sums)
+        return max(n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n <= most)
+
+    @property
+    def sums(self) -> int:
+        """Registers of sums to an output vector: of integers one by the weights' high bytes, one by the low ones."""
+        return 2 if self.integers else 1
+
+    @property
+    def strip_tile(self) -> int:
+        """Registers that one such strip takes."""
+        return self.heads * self.strip * self.sums

@@ -1,0 +1,32 @@
+"""A plan's launches in words, for plan.explain(): tiles, threads, and how wide this CPU computes."""
+
+from __future__ import annotations
+
+from numba.core.registry import cpu_target
+
+from quire.kernels.cpu.simd.vectors import LANES
+from quire.planning.work_list import TileShape
+
+
+def describe_tile(name: str, shape: TileShape, rows: int, at_once: int) -> str:
+    """One kernel: what it works on at once."""
+    tokens = f"{shape.q_tokens} token{'' if shape.q_tokens == 1 else 's'}"
+    numbers = {1: "float32 numbers", 2: "pairs of bfloat16 numbers", 4: "bytes, in fours"}[at_once]
+    return f"{name} tile: {tokens} × {shape.kv_tokens} keys, {rows} rows; multiplies {numbers}"
+
+
+def describe_machine(threads: int) -> str:
+    """What all launches run on."""
+    bits = register_bits(cpu_target.target_context.codegen().magic_tuple()[2])
+    registers = f", in registers of {bits} bits" if bits else ""
+    return f"{threads} thread{'' if threads == 1 else 's'}; vectors of {LANES} float32 numbers{registers}"
+
+
+def register_bits(features: str) -> int:
+    """Bits of a vector register, by LLVM's list of features; 0 where Numba was told a CPU by its name alone."""
+    enabled = features.split(",")
+    if "+avx512f" in enabled:
+        return 512
+    if "+avx" in enabled:
+        return 256
+    return 128 if features else 0

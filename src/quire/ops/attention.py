@@ -1,0 +1,95 @@
+"""The public operator, in one call: check → plan → dispatch.
+
+Where many layers share a step, ``plan`` does the host's part once and ``AttentionPlan.run`` the rest per layer. All
+go through operators registered with torch, so that ``torch.compile(fullgraph=True)`` keeps them whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quire.ops import checks
+from quire.ops.attention_plan import make_outputs
+from quire.ops.planner import plan
+from quire.ops.torch_op import SCORING, register
+from quire.planning import checks as step_checks
+from quire.planning.checks import check_host
+from quire.state import SoftmaxState
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_state: bool = False,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> Any:  # a tensor, or a SoftmaxState where asked for: a union would cost every caller a cast
+    """Attend each query token to its own sequence's pages, planning on the way.
+
+    Arguments, results and errors are those of ``plan`` and ``AttentionPlan.run``.
+
+    Cost: one plan per call. Where several layers share a step, plan it once instead.
+    Source: PagedAttention, arXiv:2309.06180 §4.1.
+    """
+    checks.check_door(q, k_pages, v_pages, out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
+    check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
+    checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
+    step_checks.check_rules(causal, window_left, batch_invariant, backend)
+    out, lse = make_outputs(q, out, return_state)
+    torch.ops.quire.paged_attention(
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse,
+        causal, window_left, batch_invariant, backend,
+        softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
+    )  # fmt: skip
+    return out if lse is None else SoftmaxState(out, lse)
+
+
+def _paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    causal: bool,
+    window_left: int,
+    batch_invariant: bool,
+    backend: str,
+    *scoring: Any,
+) -> None:
+    checks.check_queries(q)
+    checks.check_pages("k_pages", k_pages)
+    spec = checks.infer_spec(q, k_pages)
+    step = plan(
+        page_table, seq_lens, cu_seqlens_q, spec,
+        causal=causal, window_left=window_left, batch_invariant=batch_invariant, backend=backend, device=q.device,
+    )  # fmt: skip
+    step.attend(q, k_pages, v_pages, out, lse, *scoring)
+
+
+register(
+    "paged_attention",
+    "Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor? cu_seqlens_q, "
+    f"Tensor(a!) out, Tensor(b!)? lse, bool causal, int window_left, bool batch_invariant, "
+    f"str backend, {SCORING}",
+    _paged_attention,
+)

@@ -1,0 +1,221 @@
+"""A step's attention, planned: what every layer of the step runs.
+
+A call's *layout* is all of it but addresses and values: shapes, strides, dtypes, devices, numbers, and which optional
+tensors are given. What can be wrong with a call, its layout decides, and so does how a kernel is launched: a call is
+checked and bound to its kernels once per layout, and every layer after that only hands its addresses over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Hashable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from quire.debug import debug_enabled
+from quire.errors import ArgumentError
+from quire.kernels.call import AttentionCall, BoundCall
+from quire.ops import checks
+from quire.ops.torch_op import SCORING, is_watched, register
+from quire.planning import checks as step_checks
+from quire.planning.explain import explain
+from quire.planning.work_list import StepPlan
+from quire.spec import AttentionSpec
+from quire.state import SoftmaxState
+
+_plan_numbers = itertools.count()
+# By number, until they are gone. A WeakValueDictionary would take half a microsecond more of every plan.
+_plans: dict[int, weakref.ref[AttentionPlan]] = {}
+
+
+class AttentionPlan:
+    """One step's attention, planned on the host and run once per layer. Made by ``plan`` or by a ``Planner``."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        backend: str,
+        device: torch.device,
+        step: StepPlan,
+        max_q_len: int,
+        kernels: ModuleType,
+        prepared: Any,
+        bound: dict[Hashable, BoundCall],
+    ) -> None:
+        self.spec, self.backend, self.device, self.step = spec, backend, device, step
+        self.num_tokens, self.max_q_len = step.num_tokens, max_q_len
+        self._kernels, self._prepared, self._bound = kernels, prepared, bound
+        self._replaced = False
+        self._last: tuple[Hashable, BoundCall | None] = None, None
+        # A tensor, so that a compiled graph takes each step's plan as an input instead of being compiled anew.
+        number = next(_plan_numbers)
+        self._number = torch.from_numpy(np.array(number))
+        _plans[number] = weakref.ref(self, partial(_plans.pop, number))
+
+    def __repr__(self) -> str:
+        return f"AttentionPlan({self.backend}, {self.step.batch} sequences, {self.num_tokens} query tokens)"
+
+    @property
+    def page_indptr(self) -> torch.Tensor:
+        """int32 [batch + 1]: where each sequence's pages start in ``page_indices``."""
+        return torch.from_numpy(self.step.page_indptr)
+
+    @property
+    def page_indices(self) -> torch.Tensor:
+        """int32 [pages]: physical pages of all sequences end to end."""
+        return torch.from_numpy(self.step.page_indices)
+
+    @property
+    def page_offsets(self) -> torch.Tensor:
+        """int32 [pages]: the logical token at which each page starts."""
+        return torch.from_numpy(self.step.page_offsets)
+
+    @property
+    def page_valid_lengths(self) -> torch.Tensor:
+        """int32 [pages]: tokens of each page that hold keys."""
+        return torch.from_numpy(self.step.page_valid_lengths)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        tree_mask: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:  # a tensor, or a SoftmaxState where asked for: a union would cost every caller a cast
+        """Attend each query token to its own sequence's pages.
+
+        Args:
+            q: packed queries [tokens, num_qo_heads, head_dim]; planned dtype and device.
+            k_pages, v_pages: one layer's pages [num_kv_heads, num_pages, page_size, head_dim].
+            softmax_scale: 1/√head_dim when None.
+            softcap: c > 0 bounds scores to c·tanh(score / c).
+            alibi_slopes: float32 [num_qo_heads]; adds −slope·|distance|.
+            sinks: float32 [num_qo_heads]; a logit that takes part in the softmax and has no value.
+            tree_mask: bool [tokens, max_q_len]: may packed query i see the j-th of its sequence's tokens of
+                this step? It only hides: the causal rule holds beside it, so a tree's parents come before
+                their children, and earlier keys stay visible. Distances (window, ALiBi) count slots.
+            k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size] where pages are quantised, as ``write_kv``
+                makes them: none is negative.
+            out: written instead of a new tensor.
+            return_state: return a SoftmaxState. Its lse counts the sink, so of several states to be merged
+                only one may have been given the sinks.
+        Returns:
+            Like q, or a SoftmaxState. Rows that see no key are zero, with lse −inf.
+        Raises:
+            ShapeError, DtypeError, DeviceError: an argument does not fit the plan.
+        Cost: no host sync; no allocation when ``out`` is given.
+        Source: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867.
+        """
+        watched = is_watched(q)
+        if watched:
+            checks.check_door(q, k_pages, v_pages, out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
+            checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
+        out, lse = make_outputs(q, out, return_state)
+        if watched:
+            torch.ops.quire.run_plan(
+                self._number, q, k_pages, v_pages, out, lse, softmax_scale, softcap,
+                alibi_slopes, sinks, tree_mask, k_scale, v_scale,
+            )  # fmt: skip
+        else:
+            self.attend(
+                q, k_pages, v_pages, out, lse, softmax_scale, softcap,
+                alibi_slopes, sinks, tree_mask, k_scale, v_scale,
+            )  # fmt: skip
+        return out if lse is None else SoftmaxState(out, lse)
+
+    def explain(self) -> str:
+        """The plan in words: kernels, items, splits, bytes to read and balance, a line each."""
+        return explain(self.spec, self.backend, self.step, getattr(self._prepared, "notes", ()))
+
+    def attend(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor,
+        lse: torch.Tensor | None, softmax_scale: float | None, softcap: float, alibi_slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None, tree_mask: torch.Tensor | None, k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """Run the kernels on one layer's tensors, checked and bound if none of this layout came before."""
+        layout_of = checks.layout_of
+        try:
+            layout: Hashable = (
+                q.shape, q.stride(), q.dtype, q.device, q.requires_grad and torch.is_grad_enabled(),
+                k_pages.shape, k_pages.stride(), k_pages.dtype, k_pages.device,
+                v_pages.shape, v_pages.stride(), v_pages.dtype, v_pages.device,
+                out.shape, out.stride(), out.dtype, out.device,
+                lse if lse is None else lse.stride(),
+                softmax_scale, softcap,
+                alibi_slopes if alibi_slopes is None else layout_of(alibi_slopes),
+                sinks if sinks is None else layout_of(sinks),
+                tree_mask if tree_mask is None else layout_of(tree_mask),
+                k_scale if k_scale is None else layout_of(k_scale),
+                v_scale if v_scale is None else layout_of(v_scale),
+            )  # fmt: skip
+            # The layers of a step are mostly alike, and tuples are sooner compared than hashed.
+            last, bound = self._last
+            if layout != last:
+                bound = self._bound.get(layout)
+        except (AttributeError, TypeError, RuntimeError):
+            layout, bound = None, None  # something is no tensor or no number: the checks say what
+        if bound is None:
+            optional = alibi_slopes, sinks, tree_mask, k_scale, v_scale
+            call = AttentionCall(q, k_pages, v_pages, out, lse, softmax_scale, softcap, *optional)
+            bound = self._bind(layout, call)
+        self._last = layout, bound
+        bound(q, k_pages, v_pages, out, lse, k_scale, v_scale, alibi_slopes, sinks, tree_mask)
+
+    def _bind(self, layout: Hashable, call: AttentionCall) -> BoundCall:
+        """All that can be wrong with a call, then its kernels."""
+        if self._replaced:
+            raise ArgumentError(
+                "a plan must be the latest of its Planner to be run; got one whose memory a later step took. "
+                "Fix: plan and run one step after the other, or plan this one with quire.plan"
+            )
+        optional = call.alibi_slopes, call.sinks, call.tree_mask, call.k_scale, call.v_scale
+        checks.check_door(call.q, call.k_pages, call.v_pages, call.out, *optional)
+        checks.check_numbers(softcap=call.softcap, softmax_scale=call.softmax_scale)
+        checks.check_call(self.spec, self.num_tokens, self.device, call)
+        checks.check_tree_mask(call.tree_mask, self.num_tokens, self.max_q_len)
+        if debug_enabled():
+            step, num_pages = self.step, call.k_pages.shape[1]
+            step_checks.check_page_ids(step.page_table, step.seq_lens, step.page_size, num_pages)
+        bound: BoundCall = self._kernels.bind(self._prepared, call)
+        self._bound[layout] = bound
+        return bound
+
+    def replace(self) -> None:
+        """Say that a later plan has taken this one's memory."""
+        self._bound, self._last, self._replaced = {}, (None, None), True
+
+
+def make_outputs(
+    q: torch.Tensor, out: torch.Tensor | None, return_state: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The result where the caller gave none, and lse where it is asked for."""
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:2], dtype=torch.float32) if return_state else None
+
+
+def _run_plan(plan_number: torch.Tensor, *call: Any) -> None:
+    plan: Any = _plans[int(plan_number)]()  # its caller holds it
+    plan.attend(*call)
+
+
+register(
+    "run_plan",
+    f"Tensor plan_number, Tensor q, Tensor k_pages, Tensor v_pages, Tensor(a!) out, Tensor(b!)? lse, {SCORING}",
+    _run_plan,
+)

@@ -1,0 +1,286 @@
+"""Errors of one layer's tensors, the same for every backend: name, expected, got, fix.
+
+Everything is read on the host from shapes, strides and dtypes: no check waits for a device. Those of a step's
+lengths and tables are in ``planning.checks``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Hashable
+
+import torch
+
+from quire.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
+from quire.kernels.call import AttentionCall
+from quire.planning.checks import check_tensor, describe, given
+from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype
+
+_CPU = torch.device("cpu")
+_KV_NAMES: dict[torch.dtype, KVDtype] = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}  # type: ignore[misc]
+
+
+def check_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
+    """Kernels read rows of head_dim neighbouring elements."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ShapeError(
+            f"{name} must have a contiguous last dimension; got strides {list(value.stride())}. "
+            f"Fix: {name}.contiguous()"
+        )
+
+
+def hold_data(needed: tuple[object, ...], optional: tuple[object, ...]) -> bool:
+    """Whether torch hands a call with these to an operator's implementation, which checks everything else.
+
+    Tracing asks too, with tensors that only pretend: nothing here depends on a shape.
+    """
+    for value in needed:
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            return False
+    # A generator would cost as much as all else here.
+    for value in optional:  # noqa: SIM110
+        if value is not None and (not isinstance(value, torch.Tensor) or value.is_meta):
+            return False
+    return True
+
+
+def check_door(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, tree_mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """What torch would take for something else than a call of the operator; the operator checks the rest."""
+    if hold_data((q, k_pages, v_pages), (out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)):
+        return
+    check_queries(q)
+    check_pages("k_pages", k_pages)
+    check_pages("v_pages", v_pages)
+    check_devices(
+        "q", q.device, k_pages=k_pages, v_pages=v_pages, out=out, alibi_slopes=alibi_slopes, sinks=sinks,
+        tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+
+
+def resolve_device(device: torch.device | str | None, page_table: torch.Tensor) -> torch.device:
+    """Where q and the pages will be: page_table's device when None."""
+    return page_table.device if device is None else existing_device(device)
+
+
+def existing_device(device: torch.device | str) -> torch.device:
+    """A device as its tensors will say it: "cuda" with a number, "cpu:0" without.
+
+    Raises:
+        DeviceError: there is none here.
+    """
+    if device in ("cpu", _CPU):
+        return _CPU
+    if isinstance(device, torch.device) and device.index is not None:
+        return _numbered_device(device)
+    return _device_of_a_tensor(device)
+
+
+def _device_of_a_tensor(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # each of torch's devices fails in its own way, and some with pages of text
+        raise DeviceError(
+            f"device must be one that this torch and machine have; got {device!r} ({_first_line(error)}). "
+            'Fix: device="cpu", or a torch built for that device'
+        ) from error
+
+
+# "cuda" alone is another device after torch.cuda.set_device; one with a number stays what it was.
+_numbered_device = functools.cache(_device_of_a_tensor)
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).partition("\n")[0].rstrip(".")
+    return line if len(line) <= 100 else f"{line[:100]} …"
+
+
+def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """All tensors of a call live in one place.
+
+    Checked before the operator is called: torch sends a call with any tensor on "meta" to the fake
+    implementation, which computes nothing.
+    """
+    for name, tensor in given(tensors):
+        if tensor.device != device:
+            raise DeviceError(
+                f"{name} must be on {device}, like {like}; got {tensor.device}. Fix: {name}.to({str(device)!r})"
+            )
+
+
+def check_queries(q: object) -> torch.Tensor:
+    """q: [tokens, num_qo_heads, head_dim] of a compute dtype."""
+    q = check_tensor("q", q, 3, "[tokens, num_qo_heads, head_dim]")
+    if q.dtype not in COMPUTE_DTYPES:
+        raise DtypeError(
+            f"q must be float32, float16 or bfloat16; got {describe(q)}. Fix: q.to(torch.bfloat16)"
+        )
+    check_last_dim_contiguous("q", q)
+    return q
+
+
+def check_pages(name: str, pages: object) -> torch.Tensor:
+    """One layer's pages: [num_kv_heads, num_pages, page_size, head_dim]."""
+    layout = "[num_kv_heads, num_pages, page_size, head_dim]"
+    pages = check_tensor(name, pages, 4, layout)
+    if 0 in pages.shape:
+        raise ShapeError(
+            f"{name} must be {layout} with no empty dimension; got {describe(pages)}. Fix: a larger pool"
+        )
+    check_last_dim_contiguous(name, pages)
+    return pages
+
+
+def check_scales(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
+) -> None:
+    """Quantised pages come with scales, fp32 [num_kv_heads, num_pages, page_size]; others come without."""
+    for name, scale, pages in (("k_scale", k_scale, k_pages), ("v_scale", v_scale, v_pages)):
+        quantized = pages.dtype in _KV_NAMES
+        if scale is None:
+            if quantized:
+                raise ArgumentError(
+                    f"{name} must be given for {describe(pages)} pages; got None. Fix: {name}=pool.{name}[layer]"
+                )
+            continue
+        if not quantized:
+            raise ArgumentError(
+                f"{name} must be None for {describe(pages)} pages; got a tensor. Fix: {name}=None"
+            )
+        if scale.dtype != torch.float32 or scale.shape != pages.shape[:3]:
+            raise ShapeError(
+                f"{name} must be float32 {list(pages.shape[:3])}; got {describe(scale)}. Fix: {name}=pool.{name}[layer]"
+            )
+    if k_scale is not None and v_scale is not None and k_scale.stride() != v_scale.stride():
+        raise ShapeError(
+            f"v_scale must have k_scale's strides {list(k_scale.stride())}; got {list(v_scale.stride())}. "
+            "Fix: take both from one KVPool"
+        )
+
+
+def infer_spec(q: torch.Tensor, k_pages: torch.Tensor) -> AttentionSpec:
+    """The spec a call speaks of."""
+    num_kv_heads, _, page_size, head_dim = k_pages.shape
+    return AttentionSpec(q.shape[1], num_kv_heads, head_dim, page_size, q.dtype, _KV_NAMES.get(k_pages.dtype))
+
+
+def check_numbers(**numbers: object) -> None:
+    """Python numbers, before torch compares them with the operator's schema; check_call says which."""
+    for name, value in numbers.items():
+        optional = name == "softmax_scale" and value is None
+        if not optional and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            default = None if name == "softmax_scale" else 0.0
+            raise ArgumentError(f"{name} must be a number; got {value!r}. Fix: {name}={default}")
+
+
+def check_own_memory(name: str, tensor: torch.Tensor) -> None:
+    """What is written must not overlap itself: an expanded tensor keeps only the last row."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ShapeError(
+            f"{name} must have memory of its own for every row; got strides {list(tensor.stride())}. "
+            f"Fix: {name}.clone()"
+        )
+
+
+def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int) -> None:
+    """alibi_slopes and sinks: one fp32 number per query head."""
+    if value is None:
+        return
+    layout = f"float32 [num_qo_heads] = [{num_qo_heads}]"
+    check_tensor(name, value, 1, layout)
+    if value.dtype != torch.float32 or len(value) != num_qo_heads:
+        raise ShapeError(
+            f"{name} must be {layout}; got {describe(value)}. Fix: {name}.float(), one per query head"
+        )
+    check_last_dim_contiguous(name, value)
+
+
+def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: int) -> None:
+    """tree_mask: bool [tokens, max_q_len], a row per packed query, a column per new key of its sequence."""
+    if tree_mask is None:
+        return
+    layout = f"bool [tokens, max_q_len] = [{num_tokens}, {max_q_len}]"
+    check_tensor("tree_mask", tree_mask, 2, layout)
+    if tree_mask.dtype != torch.bool or tree_mask.shape[0] != num_tokens or tree_mask.shape[1] < max_q_len:
+        raise ShapeError(
+            f"tree_mask must be {layout}; got {describe(tree_mask)}. "
+            "Fix: row i, column j: may packed query i see the j-th new token of its own sequence"
+        )
+    check_last_dim_contiguous("tree_mask", tree_mask)
+
+
+def layout_of(tensor: torch.Tensor) -> Hashable:
+    """All that checks and kernels can read of a tensor but its address and values.
+
+    Arguments that were accepted once need no check when they come again in the same layout.
+    """
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:
+    """One layer's arguments against the plan they are run with."""
+    _check_planned_queries(spec, num_tokens, device, call.q)
+    check_devices(
+        "q", call.q.device, k_pages=call.k_pages, v_pages=call.v_pages, out=call.out, alibi_slopes=call.alibi_slopes,
+        sinks=call.sinks, tree_mask=call.tree_mask, k_scale=call.k_scale, v_scale=call.v_scale,
+    )  # fmt: skip
+    for name, pages in (("k_pages", call.k_pages), ("v_pages", call.v_pages)):
+        check_pages(name, pages)
+        heads, _, page_size, head_dim = pages.shape
+        if (heads, page_size, head_dim) != (spec.num_kv_heads, spec.page_size, spec.head_dim):
+            raise ShapeError(
+                f"{name} must be [{spec.num_kv_heads}, num_pages, {spec.page_size}, {spec.head_dim}] as "
+                f"planned; got {describe(pages)}. Fix: pool.layer(i), or plan for this pool's spec"
+            )
+        if pages.dtype != spec.storage_dtype:
+            raise DtypeError(
+                f"{name} must be {spec.storage_dtype} as planned; got {describe(pages)}. "
+                "Fix: give the plan the pool's spec"
+            )
+    if call.k_pages.shape != call.v_pages.shape:
+        raise ShapeError(
+            f"v_pages must be like k_pages, {describe(call.k_pages)}; got {describe(call.v_pages)}. "
+            "Fix: take both from one KVPool"
+        )
+    check_scales(call.k_pages, call.v_pages, call.k_scale, call.v_scale)
+    check_out(call.out, call.q)
+    check_head_vector("alibi_slopes", call.alibi_slopes, spec.num_qo_heads)
+    check_head_vector("sinks", call.sinks, spec.num_qo_heads)
+    if not math.isfinite(call.scale):
+        raise ArgumentError(
+            f"softmax_scale must be a finite number; got {call.scale}. Fix: softmax_scale=None"
+        )
+    if not 0.0 <= call.softcap < float("inf"):
+        raise ArgumentError(
+            f"softcap must be 0 (off) or a positive number; got {call.softcap}. Fix: softcap=0.0"
+        )
+
+
+def _check_planned_queries(
+    spec: AttentionSpec, num_tokens: int, device: torch.device, q: torch.Tensor
+) -> None:
+    check_queries(q)
+    if q.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "q must not require a gradient: Quire is for inference; got requires_grad=True. "
+            "Fix: call it under torch.inference_mode()"
+        )
+    planned = (num_tokens, spec.num_qo_heads, spec.head_dim)
+    if q.shape != planned:
+        raise ShapeError(f"q must be {list(planned)} as planned; got {describe(q)}. Fix: plan this step anew")
+    if q.dtype != spec.dtype:
+        raise DtypeError(f"q must be {spec.dtype} as planned; got {describe(q)}. Fix: q.to({spec.dtype})")
+    check_devices("the plan", device, q=q)
+
+
+def check_out(out: torch.Tensor, q: torch.Tensor) -> None:
+    """An output given by the caller looks like q."""
+    check_tensor("out", out, 3, "[tokens, num_qo_heads, head_dim]")
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise ShapeError(f"out must be like q, {describe(q)}; got {describe(out)}. Fix: torch.empty_like(q)")
+    check_own_memory("out", out)
+    check_last_dim_contiguous("out", out)

@@ -1,0 +1,211 @@
+"""From a step's lengths and page table to a plan: check → cut → prepare the kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from quire.debug import debug_enabled
+from quire.errors import ArgumentError
+from quire.kernels import load_backend, resolve_backend
+from quire.kernels.call import BoundCall
+from quire.ops import checks
+from quire.ops.attention_plan import AttentionPlan
+from quire.planning import checks as step_checks
+from quire.planning.checks import describe
+from quire.planning.step import largest_work, plan_step
+from quire.planning.work_list import Capacity, Tiling
+from quire.spec import AttentionSpec
+
+# Numbers of tokens for which a Planner keeps its bound calls: as many as decode has batch sizes, or nearly.
+KEPT_BOUND = 256
+
+
+def plan(
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    spec: AttentionSpec,
+    *,
+    causal: bool = True,
+    window_left: int = -1,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+) -> AttentionPlan:
+    """Plan one step on the host; run it once per layer.
+
+    Args:
+        page_table: int32 [batch, max_pages]; entries past a sequence's last page may hold anything. A large one is
+            not copied: leave it as it is while the plan runs.
+        seq_lens: int32 [batch], KV tokens per sequence including this step's.
+        cu_seqlens_q: int32 [batch + 1], where each sequence's queries start in the packed q; None for one
+            query per sequence (decode).
+        spec: the layers' shape.
+        causal: each query sees keys up to its own position; query j of sequence i stands at
+            ``seq_lens[i] − q_len[i] + j``.
+        window_left: keys further back than this many positions are out of sight; −1 for no window.
+        batch_invariant: a query's result has the same bits in every batch, on any number of workers, and
+            however its sequence was divided into steps. Slower: see docs/numerics.md.
+        backend: "auto", "cpu", "triton" or "reference".
+        device: where q and the pages will be; page_table's device when None.
+    Returns:
+        An AttentionPlan, valid until a length or a page changes.
+    Raises:
+        ArgumentError: lengths and tables that do not fit together; a device that is not there.
+        UnsupportedError: the backend asked for cannot serve this spec here, or not batch-invariantly.
+    Cost: host only, tens of microseconds; tensors on a device are copied to the host once.
+    Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
+    """
+    step_checks.check_rules(causal, window_left, batch_invariant, backend)
+    _check_spec(spec)
+    host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
+    where = checks.resolve_device(device, page_table)
+    name, kernels, tiling = _service(backend, spec, where, batch_invariant)
+    step = plan_step(*host_step, spec.num_kv_heads, spec.page_size, causal, window_left, tiling)
+    return AttentionPlan(
+        spec, name, where, step, step.max_q_len, kernels, kernels.prepare(spec, step, where), {}
+    )
+
+
+class Planner:
+    """Plans steps of bounded size into the same memory, one after the other, so that a CUDA graph serves them all.
+
+    Every plan lies at the same addresses and is run by the same launches. A graph that was captured around
+    ``AttentionPlan.run`` therefore computes, each time it is replayed, whatever step was planned last::
+
+        planner = quire.Planner(spec, max_batch=64, max_seq_len=8192, device="cuda")
+        plan = planner.plan(page_table, seq_lens)
+        with torch.cuda.graph(graph):
+            plan.run(q, k_pages, v_pages, out=out)      # and the rest of the model
+        ...
+        planner.plan(page_table, seq_lens)              # the next step, on the stream of the replays
+        graph.replay()
+
+    A graph has one number of tokens: pad shorter steps with sequences of length 0, whose rows become 0. Work that
+    a step does not have costs a launch that ends at once, so plan for decode alone (``max_q_len=1``) where there is
+    no other. A backend without such graphs plans as ``quire.plan`` does.
+
+    Args:
+        spec: the layers' shape.
+        max_batch: sequences of a step.
+        max_seq_len: KV tokens of a sequence.
+        max_q_len: query tokens of a sequence.
+        max_tokens: query tokens of a step; max_batch · max_q_len when None.
+        causal, window_left, batch_invariant, backend: rules of all its plans, as in ``plan``.
+        device: where q and the pages will be.
+    Raises:
+        ArgumentError: a limit below one, a rule that is none, or a device that is not there.
+        UnsupportedError: the backend asked for cannot serve this spec here, or not batch-invariantly.
+    Cost: memory on a GPU for the largest step: its page table, its work, and at most two partial states of a tile
+        per worker, in all a few MB for decode.
+    Source: fixed workspaces under CUDA graphs, arXiv:2501.01005 §3.3.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        *,
+        max_batch: int,
+        max_seq_len: int,
+        max_q_len: int = 1,
+        max_tokens: int | None = None,
+        causal: bool = True,
+        window_left: int = -1,
+        batch_invariant: bool = False,
+        backend: str = "auto",
+        device: torch.device | str = "cuda",
+    ) -> None:
+        step_checks.check_rules(causal, window_left, batch_invariant, backend)
+        _check_spec(spec)
+        self.limits = step_checks.Limits.checked(max_batch, max_seq_len, max_q_len, max_tokens)
+        self.spec, self.causal, self.window_left = spec, causal, window_left
+        self.device = checks.existing_device(device)
+        self.backend, self._kernels, self._tiling = _service(backend, spec, self.device, batch_invariant)
+        self._reserved = self._reserve()
+        # By a step's number of tokens, the latest last.
+        self._bound: dict[int, dict[Hashable, BoundCall]] = {}
+        self._latest: AttentionPlan | None = None
+
+    def plan(
+        self, page_table: torch.Tensor, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None = None
+    ) -> AttentionPlan:
+        """Plan the next step; the one before can no longer be run.
+
+        Args:
+            page_table, seq_lens, cu_seqlens_q: the step, as in ``quire.plan``.
+        Returns:
+            An AttentionPlan, whose ``max_q_len`` (the columns of a tree mask) is the planner's.
+        Raises:
+            ArgumentError: lengths and tables that do not fit together, or a step above the limits.
+        Cost: host only, and one copy to the device that the host does not wait for.
+        """
+        spec, limits = self.spec, self.limits
+        host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
+        rules = self.causal, self.window_left, self._tiling
+        step = plan_step(*host_step, spec.num_kv_heads, spec.page_size, *rules)
+        limits.check(step)
+        bound: dict[Hashable, BoundCall] = {}
+        if self._reserved is None:
+            prepared = self._kernels.prepare(spec, step, self.device)
+        else:
+            prepared = self._kernels.prepare(spec, step, self.device, self._reserved)
+            if not debug_enabled():  # which looks at every step's page ids
+                bound = self._bound_for(step.num_tokens)
+        if self._latest is not None:
+            self._latest.replace()
+        self._latest = AttentionPlan(
+            spec, self.backend, self.device, step, limits.max_q_len, self._kernels, prepared, bound
+        )
+        return self._latest
+
+    def _bound_for(self, num_tokens: int) -> dict[Hashable, BoundCall]:
+        """What steps of so many tokens have bound; kept for a few numbers, as chunks of prompts may have any."""
+        bound = self._bound[num_tokens] = self._bound.pop(num_tokens, {})
+        if len(self._bound) > KEPT_BOUND:
+            del self._bound[next(iter(self._bound))]
+        return bound
+
+    def _reserve(self) -> Any:
+        """The backend's memory for every step within the limits, if it has any to keep."""
+        reserve = getattr(self._kernels, "reserve", None)
+        if reserve is None:
+            return None
+        limits = self.limits
+        decode, prefill = largest_work(
+            self._tiling, self.spec.num_kv_heads, limits.max_batch, limits.max_tokens, limits.max_seq_len,
+            limits.max_q_len,
+        )  # fmt: skip
+        max_pages = -(-limits.max_seq_len // self.spec.page_size)
+        capacity = Capacity(
+            limits.max_batch, max_pages, limits.max_q_len, decode, prefill,
+            self.causal, self.window_left, self._tiling.kv_split,
+        )  # fmt: skip
+        return reserve(self.spec, capacity, self.device)
+
+
+def _check_spec(spec: object) -> None:
+    if not isinstance(spec, AttentionSpec):
+        raise ArgumentError(
+            f"spec must be an AttentionSpec; got {describe(spec)}. Fix: quire.AttentionSpec(...)"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _backend(requested: str, spec: AttentionSpec, where: torch.device) -> tuple[str, ModuleType]:
+    """The backend of that name that serves this spec there."""
+    name = resolve_backend(requested, where)
+    return name, load_backend(name, spec, where)
+
+
+def _service(
+    requested: str, spec: AttentionSpec, where: torch.device, batch_invariant: bool
+) -> tuple[str, ModuleType, Tiling]:
+    """A backend's name, its kernels, and how they want the work cut just now."""
+    name, kernels = _backend(requested, spec, where)
+    tiling: Tiling = kernels.tiling(spec, where)
+    return name, kernels, tiling.batch_invariant(name) if batch_invariant else tiling

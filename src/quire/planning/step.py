@@ -1,0 +1,164 @@
+"""The host plan: lengths and page tables become index lists and equal shares of work.
+
+One step's attention is a set of *tiles*: a run of query tokens of one sequence, with all query heads of
+one KV head packed together (GQA), against the KV range they may see. Tiles are laid end to end on a line
+measured in work; the line is cut into ``num_workers`` equal shares, and a tile that straddles a cut is split
+along its KV range (FlashDecoding's split, placed the Stream-K way: at most ``num_workers − 1`` splits in all,
+whatever the lengths). Split tiles leave partial softmax states, which ``merges`` says how to fold.
+A batch-invariant step (``Tiling.kv_split``) is split at fixed keys instead, and shares are runs of whole parts.
+
+``cut`` does the arithmetic, compiled; the index lists of pages (``work.StepPlan``) are NumPy over whole batches.
+
+Sources: PagedAttention, arXiv:2309.06180 §4; FlashDecoding (KV split); Stream-K, arXiv:2301.03598.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quire.errors import ArgumentError, ShapeError
+from quire.planning.work_list import Ints, StepPlan, TileShape, Tiling, WorkBound, WorkList
+
+# Page ids of a table that is copied into the plan: to so many, that is sooner done than torch makes an array of it.
+COPIED_PAGES = 2048
+
+
+def plan_step(
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    num_kv_heads: int,
+    page_size: int,
+    causal: bool,
+    window_left: int,
+    tiling: Tiling,
+) -> StepPlan:
+    """Copy one step and cut it into one equal share per worker and kernel.
+
+    Args:
+        page_table, seq_lens, cu_seqlens_q: the step, on the host, its shapes and dtypes already checked.
+        window_left: keys further back than this many positions are out of sight; −1 for no window.
+        tiling: how the backend wants it cut.
+    Raises:
+        ArgumentError: lengths that are no step's, or tensors without memory.
+    Cost: a microsecond per hundred items; the first plan of a process loads Numba.
+    """
+    batch, max_pages = page_table.shape
+    large_table, copied = None, batch * max_pages
+    if copied <= COPIED_PAGES:
+        page_table = page_table.contiguous()
+    table_at = _address("page_table", page_table)
+    if copied > COPIED_PAGES:
+        large_table, copied = _rows_in_memory(page_table), 0
+    seq_lens, starts_at, starts_bytes = seq_lens.contiguous(), 0, 0
+    if cu_seqlens_q is not None:
+        cu_seqlens_q = cu_seqlens_q.contiguous()
+        starts_at, starts_bytes = _address("cu_seqlens_q", cu_seqlens_q), cu_seqlens_q.element_size()
+    numbers, fits, num_tokens, max_q_len, max_seq_len, decode, prefill = _arithmetic()(
+        _address("seq_lens", seq_lens), seq_lens.element_size(), starts_at, starts_bytes, table_at, copied,
+        batch, max_pages * page_size, tiling, num_kv_heads, causal, window_left,
+    )  # fmt: skip
+    if not fits:
+        _refuse(numbers[:batch], numbers[batch:], max_pages, page_size)
+    step = StepPlan(
+        numbers, large_table, batch, max_pages, page_size, causal, window_left,
+        WorkList(numbers, *decode), WorkList(numbers, *prefill), tiling.kv_split, num_tokens, max_q_len, max_seq_len,
+    )  # fmt: skip
+    if tiling.prefill_tile_cost and not tiling.kv_split and step.prefill.num_items:
+        step.prefill = _dealt(step, num_kv_heads, tiling) or step.prefill
+    return step
+
+
+def _address(name: str, tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers lie, for ``cut.cut_step``."""
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ArgumentError(
+            f"{name} must hold data; got a {type(tensor).__name__} without memory. Fix: plan with a real tensor"
+        )
+    return address
+
+
+def _rows_in_memory(page_table: torch.Tensor) -> NDArray[np.int32]:
+    """The table itself, for kernels that read rows of neighbouring page ids, or a copy where it has none."""
+    if not page_table.is_contiguous() and page_table.stride(1) != 1:
+        page_table = page_table.contiguous()
+    return page_table.numpy()
+
+
+def _refuse(lens: Ints, starts: Ints, max_pages: int, page_size: int) -> NoReturn:
+    """Say which number of a step is wrong."""
+    if len(lens) and lens.min() < 0:
+        raise ArgumentError(
+            f"seq_lens must not be negative; got {lens.min()}. Fix: use 0 for an empty sequence"
+        )
+    if len(lens) and lens.max() > max_pages * page_size:
+        row = int(lens.argmax())
+        raise ShapeError(
+            f"page_table must have {-(-int(lens[row]) // page_size)} columns for seq_lens[{row}]={lens[row]} at "
+            f"page_size {page_size}; got {max_pages}. Fix: append the tokens to the page table first"
+        )
+    raise ArgumentError(
+        f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
+        "Fix: the cumulative sum of query lengths, with a leading 0"
+    )
+
+
+def largest_work(
+    tiling: Tiling, num_kv_heads: int, max_batch: int, max_tokens: int, max_seq_len: int, max_q_len: int
+) -> tuple[WorkBound, WorkBound]:
+    """What decode and prefill of any step within these limits have at most."""
+    few = tiling.decode_max_q_len
+    short = max_batch * -(-min(max_q_len, few) // tiling.decode.q_tokens)
+    long, q_tokens = min(max_batch, max_tokens // (few + 1)), tiling.prefill.q_tokens
+    tiles = 0 if max_q_len <= few else min(long * -(-max_q_len // q_tokens), long + max_tokens // q_tokens)
+    return (
+        _largest(tiling.decode, tiling, short * num_kv_heads, max_seq_len),
+        _largest(tiling.prefill, tiling, tiles * num_kv_heads, max_seq_len),
+    )
+
+
+def _largest(shape: TileShape, tiling: Tiling, tiles: int, max_seq_len: int) -> WorkBound:
+    """For so many tiles, all as long as can be.
+
+    A cut between shares splits at most one tile, and leaves at least two blocks on both sides. Where parts have
+    workers of their own, there are no more parts than workers.
+    """
+    workers, kv_split = shape.num_workers or tiling.num_workers, tiling.kv_split
+    if kv_split:
+        parts = -(-max_seq_len // kv_split)
+        return WorkBound(workers, tiles * parts, tiles * parts if parts > 1 else 0)
+    cuts = min(workers - 1, tiles * max(0, max_seq_len // (2 * shape.kv_tokens) - 1))
+    own = min(workers, tiles * -(-max_seq_len // shape.kv_tokens)) if shape.part_cost else 0
+    return WorkBound(workers, max(tiles + cuts, own), max(cuts + min(cuts, tiles), own))
+
+
+def _dealt(step: StepPlan, num_kv_heads: int, tiling: Tiling) -> WorkList | None:
+    """Whole prefill tiles dealt out to the workers, or None where that would be uneven."""
+    from quire.planning.deal import deal_tiles
+
+    tile = tiling.prefill
+    items, worker_indptr, evenly = deal_tiles(
+        step.seq_lens, step.cu_seqlens_q, tiling.decode_max_q_len + 1, step.max_q_len, tile.q_tokens, tile.kv_tokens,
+        tiling.prefill_tile_cost, num_kv_heads, step.causal, step.window_left, tile.num_workers or tiling.num_workers,
+    )  # fmt: skip
+    if not evenly:
+        return None
+    return WorkList(np.concatenate((worker_indptr, items.ravel())), 0, len(worker_indptr) - 1, len(items))
+
+
+@functools.cache
+def _arithmetic() -> Callable[..., Any]:
+    # Imported late: `import quire` must stay light, and Numba is not.
+    from quire.kernels.compile import machine_code
+    from quire.planning.stream_k import cut_step
+
+    whole = TileShape(0, 0)
+    tiling = Tiling(0, whole, whole)
+    return machine_code(cut_step, 0, 0, 0, 0, 0, 0, 0, 0, tiling, 0, False, 0)

@@ -1,0 +1,92 @@
+"""Dealt tiles: each once, where it is free first, and evenly or not at all."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.planning import deal
+from quire.planning.stream_k import share_step
+from quire.planning.work_list import TileShape, Tiling, WorkList
+
+
+def lengths(sequences):
+    return np.array([n for n, _ in sequences], np.int64), np.array(
+        [0, *np.cumsum([q for _, q in sequences])], np.int64
+    )
+
+
+@settings(max_examples=60)
+@given(
+    sequences=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 20)), max_size=6),
+    least_q=st.integers(1, 3),
+    q_tokens=st.integers(1, 9),
+    kv_tokens=st.sampled_from([1, 4, 16]),
+    tile_cost=st.sampled_from([0, 5, 40]),
+    num_kv_heads=st.integers(1, 3),
+    causal=st.booleans(),
+    window_left=st.integers(-1, 40),
+    num_workers=st.integers(1, 12),
+)
+def test_the_tiles_are_those_of_the_line_of_work(
+    sequences, least_q, q_tokens, kv_tokens, tile_cost, num_kv_heads, causal, window_left, num_workers
+):
+    seq_lens, starts = lengths(sequences)
+    rules = (num_kv_heads, causal, window_left)
+    arguments = (seq_lens, starts, least_q, 99, q_tokens, kv_tokens, tile_cost, *rules, num_workers)
+
+    items, worker_indptr, evenly = deal.deal_tiles(*arguments)
+    tiling = Tiling(1, TileShape(1, 1), TileShape(q_tokens, kv_tokens), least_q - 1, whole_tiles=True)
+    numbers, _, _, many = share_step(0, seq_lens, starts, tiling, *rules)
+    uncut = WorkList(numbers, *many)
+
+    assert sorted(map(tuple, items)) == sorted(map(tuple, uncut.items))
+    assert worker_indptr[0] == 0
+    assert worker_indptr[-1] == len(items)
+    assert (np.diff(worker_indptr) >= 0).all()
+    by_python = deal.deal_tiles.py_func(*arguments)
+    np.testing.assert_array_equal(items, by_python[0])
+    np.testing.assert_array_equal(worker_indptr, by_python[1])
+    assert evenly == by_python[2]
+
+
+def cost_of_shares(items, worker_indptr, kv_tokens, tile_cost):
+    blocks = np.maximum(1, -(-(items[:, 6] - items[:, 5]) // kv_tokens))
+    total = np.concatenate([[0], np.cumsum(blocks * kv_tokens + tile_cost)])
+    return np.diff(total[worker_indptr])
+
+
+def test_no_worker_is_later_than_the_others_by_more_than_a_tile():
+    seq_lens, starts = lengths([(8192, 8192), (100, 100), (5000, 77)])
+    items, indptr, evenly = deal.deal_tiles(seq_lens, starts, 1, 10**9, 32, 128, 370, 8, True, -1, 132)
+
+    cost = cost_of_shares(items, indptr, 128, 370)
+
+    assert evenly
+    assert cost.max() - cost.min() <= 8192 + 370
+    assert cost.max() <= 1.02 * cost.mean()
+
+
+def test_a_worker_takes_its_heavy_tiles_first():
+    seq_lens, starts = lengths([(4096, 4096)])
+    items, indptr, _ = deal.deal_tiles(seq_lens, starts, 1, 10**9, 32, 128, 370, 2, True, -1, 16)
+
+    for worker in range(16):
+        share = items[indptr[worker] : indptr[worker + 1]]
+        assert (np.diff(share[:, 6]) <= 0).all()
+
+
+def test_heads_too_long_for_a_cache_come_one_after_another():
+    seq_lens, starts = lengths([(deal.GROUP_TOKENS, 4096)])
+    items, indptr, _ = deal.deal_tiles(seq_lens, starts, 1, 10**9, 32, 128, 370, 3, True, -1, 16)
+
+    for worker in range(16):
+        heads = items[indptr[worker] : indptr[worker + 1], 1]
+        assert (np.diff(heads) >= 0).all()
+        assert set(heads) == {0, 1, 2}
+
+
+def test_too_few_tiles_are_not_called_even():
+    seq_lens, starts = lengths([(32768, 256)])  # 64 tiles of 256 blocks
+    assert not deal.deal_tiles(seq_lens, starts, 1, 10**9, 32, 128, 370, 8, True, -1, 132)[2]
