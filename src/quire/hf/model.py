@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -16,6 +17,7 @@ from quire.hf.forward import PackedForward
 from quire.hf.load import load_model
 from quire.hf.step import Step
 from quire.kernels import resolve_backend
+from quire.pages import PageAllocator
 from quire.pages.huge_pages import collapse_to_huge_pages
 from quire.spec import KVDtype
 
@@ -81,6 +83,8 @@ class PagedModel:
         self._cache = PagedCache(
             shapes, page_size=page_size, num_pages=num_pages, kv_dtype=kv_dtype, device=model.device
         )
+        self.allocator = PageAllocator(num_pages)  # one per pool: every engine on this model draws from it
+        self.lock = threading.RLock()
 
     @classmethod
     def load(
