@@ -37,8 +37,8 @@ ONE_KEY = "1x1:1"
 STORED = 8  # tokens of a write_kv
 # Microseconds that were set out for.
 GOALS = {
-    ("quire.planning.step", "1x2k:1"): 10,
-    ("quire.planning.step", "256x8k:1"): 100,
+    ("quire.plan", "1x2k:1"): 10,
+    ("quire.plan", "256x8k:1"): 100,
     ("plan.run", ONE_KEY): 15,
 }
 
@@ -79,7 +79,7 @@ def planning_turns() -> dict[Call, Turn | None]:
             SPEC, max_batch=len(case.seq_lens), max_seq_len=max(case.seq_lens), device="cpu"
         )
         plans: dict[str, Callable[[], Any]] = {
-            "quire.planning.step": partial(quire.plan, *lengths, SPEC),
+            "quire.plan": partial(quire.plan, *lengths, SPEC),
             "Planner.plan": partial(planner.plan, *lengths),
         }
         turns |= {(who, name): stopwatch(call) for who, call in plans.items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -116,9 +118,38 @@ def test_backends_never_import_one_another(path):
                 assert not [i for i in imports(path) if i.startswith(f"kernels.{other}")]
 
 
+def code_lines(source: str) -> int:
+    """Lines that hold code: neither blank, nor a comment, nor part of a docstring."""
+    skipped = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+    docstrings = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skipped:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
 @pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_is_two_rooms(path):
-    assert len(path.read_text().splitlines()) <= 600
+def test_no_file_holds_more_than_500_lines_of_code(path):
+    assert code_lines(path.read_text()) <= 500
+
+
+def test_lines_of_code_are_counted_without_comments_and_docstrings():
+    assert code_lines('"""One.\n\nTwo."""\n\n# three\nx = 1  # four\ny = (\n    2\n)\n') == 4
 
 
 def test_the_public_list_is_sorted_and_true():

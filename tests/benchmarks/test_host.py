@@ -9,7 +9,7 @@ import quire
 from benchmarks import host, records
 from benchmarks.cases import parse_case
 
-CALLS = [(who, name) for name in ("1x9:1", "2x40:1") for who in ("quire.planning.step", "Planner.plan")]
+CALLS = [(who, name) for name in ("1x9:1", "2x40:1") for who in ("quire.plan", "Planner.plan")]
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def small_steps(monkeypatch):
 
 def test_every_goal_is_of_a_call_that_is_measured(monkeypatch):
     monkeypatch.undo()
-    calls = {(who, name) for name in host.PLANNED for who in ("quire.planning.step", "Planner.plan")}
+    calls = {(who, name) for name in host.PLANNED for who in ("quire.plan", "Planner.plan")}
     assert host.GOALS.keys() <= calls | {("plan.run", host.ONE_KEY)}
 
 
@@ -53,7 +53,7 @@ def test_what_computes_wrongly_is_not_timed_and_the_command_fails(monkeypatch, t
     by_call = {row["who"]: row for row in records.read(tmp_path / "host.csv")}
     for who in ("plan.run", "write_kv"):
         assert (by_call[who]["status"], by_call[who]["median_us"]) == ("wrong", "")
-    assert by_call["quire.planning.step"]["status"] == "ok"
+    assert by_call["quire.plan"]["status"] == "ok"
 
 
 def test_tokens_left_in_memory_by_an_earlier_run_do_not_pass_for_stored_ones(monkeypatch):

@@ -96,7 +96,7 @@ def test_a_ratio_across_cases_is_that_of_each_round(monkeypatch):
 
 def test_a_line_per_call_of_the_host_with_what_was_set_out_for():
     call = {"machine": "2-core Kind", "threads": "2", "date": "2026-01-02", "commit": "abc1234", "rounds": "9",
-            "case": "1x2k:1", "who": "quire.planning.step", "status": "ok", "goal_us": "10"}  # fmt: skip
+            "case": "1x2k:1", "who": "quire.plan", "status": "ok", "goal_us": "10"}  # fmt: skip
     timed_call = call | {"median_us": "12.54", "p20_us": "12.01", "p80_us": "13.20"}
     wrong_call = call | dict.fromkeys(("median_us", "p20_us", "p80_us", "goal_us"), "") | {"status": "wrong"}
     lines = report.host_table([timed_call, wrong_call]).splitlines()
