@@ -40,7 +40,7 @@ class PagedModel:
         kv_dtype: None keeps pages in the model's dtype; "int8", "fp8_e4m3", "fp8_e5m2" quantise them.
         backend: "auto", "cpu", "triton" or "reference".
         compile: run the model's layers compiled by torch, which takes a C++ compiler and, once, the time to
-            compile; see docs/performance.md for what both come to.
+            compile; see docs/experiments.md for what both come to.
     Raises:
         UnsupportedError: the model would not compute the same on pages, or cannot be compiled as asked; the
             sentence says why (see guard.py, compiled.py).

@@ -42,7 +42,7 @@ CASES = [
     for chip in (CHIPS if shape in SHAPES[:5] else ["sm_90"])
 ]
 # Bytes of registers that a thread spills to memory, where it is more than none, as Hopper's Triton compiles them.
-# They may only go down; where tiles that spill less were measured, they were slower (docs/performance.md).
+# They may only go down; where tiles that spill less were measured, they were slower (docs/experiments.md).
 SPILLS = {
     "sm_90-bfloat16-same-d128-g4-prefill": 24,  # Hopper's kernel, outside its loops
     "sm_100-bfloat16-same-d128-g4-prefill": 8,

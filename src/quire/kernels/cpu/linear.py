@@ -30,7 +30,7 @@ from quire.kernels.cpu.threads import compile_time, kernel, num_threads, paralle
 
 MAX_TOKENS = 8  # of one tile
 LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token
-# Up to how many tokens this kernel was measured to be faster than torch's; see docs/performance.md.
+# Up to how many tokens this kernel was measured to be faster than torch's; see docs/experiments.md.
 FEW_TOKENS = {torch.float32: 24, torch.float16: 8, torch.bfloat16: 8}
 CACHE_LINE = 64
 

@@ -98,7 +98,7 @@ def token_bytes(spec: AttentionSpec) -> int:
 
 @functools.lru_cache
 def decode_tile(spec: AttentionSpec, chip: Chip, few_rows: bool) -> Tile:
-    """Few rows, bound by memory: enough bytes in flight, and on Hopper as measured (docs/performance.md).
+    """Few rows, bound by memory: enough bytes in flight, and on Hopper as measured (docs/experiments.md).
 
     One worker of large blocks per multiprocessor loses nothing to two of small ones and splits tiles half as
     often. Quantised blocks cost arithmetic instead: there many workers of few warps wait for one another least.
