@@ -50,9 +50,8 @@ def test_a_missing_demo_model_is_said(capsys, monkeypatch, tmp_path):
 
 def test_a_backend_that_cannot_serve_says_why(capsys, monkeypatch):
     monkeypatch.setattr("quire.kernels.cpu.why_not", lambda spec, device: "its cores are asleep")
-    out = diagnosis(capsys)[1]
-    assert "its cores are asleep" in out
-    assert "largest error" not in out
+    [line] = [line for line in diagnosis(capsys)[1].splitlines() if "its cores are asleep" in line]
+    assert "largest error" not in line  # a GPU, where there is one, has a line of its own
 
 
 def test_the_self_check_passes_on_correct_kernels_by_a_margin():

@@ -63,7 +63,7 @@ def test_a_plan_whose_memory_a_later_step_took_is_refused():
 
 
 def test_what_it_keeps_for_numbers_of_tokens_is_bounded(monkeypatch):
-    monkeypatch.setattr(quire.planner, "KEPT_BOUND", 2)
+    monkeypatch.setattr("quire.ops.planner.KEPT_BOUND", 2)
     plans = planner()
     kept = [plans._bound_for(tokens) for tokens in (1, 2, 1, 3)]
     assert kept[2] is kept[0]

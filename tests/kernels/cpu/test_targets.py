@@ -55,7 +55,7 @@ def found_on(cpu, folder, *arguments):
 def pytest_on(cpu, folder, chosen, *names):
     """Tests of this folder's files, chosen by a pytest expression, in such a process."""
     plain = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"]
-    files = [str(HERE / f"test_{name}.py") for name in names]
+    files = [str(HERE / Path(name).with_name(f"test_{Path(name).name}.py")) for name in names]
     return on_target(cpu, folder, "-m", "pytest", "-k", chosen, *plain, *files)
 
 
@@ -81,7 +81,7 @@ def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_pat
 @pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
 def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_path):
     result = pytest_on(
-        "x86-64", tmp_path, "read or stores or pairs or integers", "memory", "pairs", "integers"
+        "x86-64", tmp_path, "read or stores or pairs or integers", "simd/memory", "simd/pairs", "simd/integers"
     )
     assert result.returncode == 0, result.stdout
 

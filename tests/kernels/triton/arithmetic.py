@@ -102,7 +102,6 @@ class FaithfulArithmetic(InterpreterBuilder):
         self.codegen_fns["min_dot_size"] = _min_dot_size
 
     unary_op = _through_fp32("unary_op")
-    create_fma = _through_fp32("create_fma")
     create_rsqrt = _through_fp32("create_rsqrt")
     create_erf = _through_fp32("create_erf")
     create_clampf = _through_fp32("create_clampf")
@@ -122,6 +121,14 @@ class FaithfulArithmetic(InterpreterBuilder):
                 f"{result.dtype} overflow in {op.__name__} at program {self.grid_idx}: "
                 f"{exact[wrong].flat[0]} became {result[wrong].flat[0]}. Fix: widen an operand to int64 first"
             )
+
+    def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        """x · y + z rounded once; NumPy would round the product too, and a kernel may count on either."""
+        if x.dtype.scalar != tl.float32:
+            raise KernelFault(f"fma of {x.dtype.scalar} is not interpreted")
+        # The product of two float32 numbers is exact in float64.
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), tl.float32)
 
     # A GPU's min and max return the number when the other operand is NaN; NumPy's return NaN.
     def create_maxnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:

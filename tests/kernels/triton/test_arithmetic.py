@@ -52,6 +52,23 @@ def arithmetic(x, y, out, SIZE: tl.constexpr):
     tl.store(out + 3 * SIZE + at, tl.where(a < b, a, b))
 
 
+@triton.jit
+def fused(x, y, z, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, tl.fma(tl.load(x + at), tl.load(y + at), tl.load(z + at)))
+
+
+def test_fma_rounds_once():
+    """What is left of a product once its rounded self is taken away is its rounding error, not 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(128, generator=generator) for _ in range(2))
+    out = torch.empty(128)
+    fused[(1,)](x, y, -(x * y), out, SIZE=128)
+    error = x.double() * y.double() - (x * y).double()
+    assert torch.equal(out.double(), error)
+    assert error.count_nonzero() > 100
+
+
 def test_bf16_arithmetic_rounds_each_result_once():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(128, generator=generator).to(BF16) for _ in range(2))

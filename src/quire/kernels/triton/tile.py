@@ -207,7 +207,9 @@ def weigh(s, m, highest, scale, MASKED: tl.constexpr, PLAIN: tl.constexpr, TRANS
         factor = scale * LOG2_E
         shift = shift * factor
         p = tl.exp2(tl.fma(s, per_row(factor, TRANSPOSED), -by_row(shift, TRANSPOSED)))
-        return p, tl.exp2(tl.fma(m, factor, -shift))
+        # Not an fma: m · factor is rounded as ``shift`` was when m was the highest. Where it still is, the correction
+        # is 1 to the bit, and a block that a row does not see leaves the row's bits alone.
+        return p, tl.exp2(m * factor - shift)
     else:
         return tl.exp2(s - by_row(shift, TRANSPOSED)), tl.exp2(m - shift)
 
