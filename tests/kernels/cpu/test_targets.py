@@ -81,7 +81,12 @@ def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_pat
 @pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
 def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_path):
     result = pytest_on(
-        "x86-64", tmp_path, "read or stores or pairs or integers", "simd/memory", "simd/pairs", "simd/integers"
+        "x86-64",
+        tmp_path,
+        "read or stores or pairs or integers",
+        "simd/memory",
+        "simd/pairs",
+        "simd/integers",
     )
     assert result.returncode == 0, result.stdout
 
