@@ -79,7 +79,7 @@ def planning_turns() -> dict[Call, Turn | None]:
             SPEC, max_batch=len(case.seq_lens), max_seq_len=max(case.seq_lens), device="cpu"
         )
         plans: dict[str, Callable[[], Any]] = {
-            "quire.plan": partial(quire.plan, *lengths, SPEC),
+            "quire.plan": partial(quire.plan, *lengths[:2], SPEC, lengths[2]),
             "Planner.plan": partial(planner.plan, *lengths),
         }
         turns |= {(who, name): stopwatch(call) for who, call in plans.items()}

@@ -61,7 +61,7 @@ Peer = Callable[[Case, Inputs, Bench], Ready]
 
 def quire_planned(case: Case, inputs: Inputs, bench: Bench) -> Ready:
     """plan.run on pages, planned ahead as for the second and later layers of a step."""
-    plan = quire.plan(inputs.page_table, inputs.seq_lens, inputs.cu_seqlens_q, case.spec)
+    plan = quire.plan(inputs.page_table, inputs.seq_lens, case.spec, inputs.cu_seqlens_q)
     out = torch.empty_like(inputs.q)
     pages = (inputs.q, inputs.k_pages, inputs.v_pages)
     return _ready(lambda: plan.run(*pages, out=out, **inputs.scales))

@@ -10,7 +10,7 @@ from support import Batch, attend
 
 import quire
 from quire.kernels import reference
-from quire.kernels.call import AttentionCall
+from quire.kernels.call import AttentionCall, Scoring
 from quire.kernels.cpu.attend.byte_products import SLACK
 from quire.kernels.cpu.attend.config import DTYPE_CODES, Config
 from quire.planning.step import plan_step
@@ -30,7 +30,7 @@ def exact(batch: Batch, *, causal: bool = True, window_left: int = -1, **scoring
     """The float64 reference, not rounded to the batch's dtype."""
     out = torch.full(batch.q.shape, math.nan, dtype=torch.float64)
     lse = torch.full(batch.q.shape[:2], math.nan)
-    call = AttentionCall(*batch.pages, out, lse, **scoring, **batch.scales)
+    call = AttentionCall(*batch.pages, out, lse, Scoring(**scoring, **batch.scales))
     reference.attend(step_of(batch, causal, window_left), call)
     return quire.SoftmaxState(out, lse)
 

@@ -184,7 +184,7 @@ def plan_for(batch: Batch, workers: int | None = None, **rules: Any) -> quire.At
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads if workers is None else workers)
-        return quire.plan(*batch.lengths, batch.shape.spec(batch.page_size), **rules)
+        return quire.plan(*batch.lengths[:2], batch.shape.spec(batch.page_size), batch.cu_seqlens_q, **rules)
     finally:
         torch.set_num_threads(threads)
 

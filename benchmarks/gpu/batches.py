@@ -18,7 +18,7 @@ import quire
 from benchmarks.gpu.layers import gather
 from benchmarks.judge import attention, visible_keys
 from quire.kernels import reference
-from quire.kernels.call import AttentionCall
+from quire.kernels.call import AttentionCall, Scoring
 from quire.planning.step import plan_step
 from quire.planning.work_list import TileShape, Tiling
 
@@ -157,7 +157,7 @@ def exact(batch: Batch) -> quire.SoftmaxState:
     )
     out = torch.zeros(batch.q.shape, dtype=torch.float64, device=batch.q.device)
     lse = torch.full(batch.q.shape[:2], -math.inf, device=batch.q.device)
-    reference.attend(step, AttentionCall(batch.q, k, v, out, lse, **batch.scoring))
+    reference.attend(step, AttentionCall(batch.q, k, v, out, lse, Scoring(**batch.scoring)))
     return quire.SoftmaxState(out, lse)
 
 

@@ -81,7 +81,14 @@ def check_attention(
 
 def check_batch(batch: Batch, backend: str) -> Verdict:
     """Run twice, with and without lse, into poisoned outputs; AssertionError on anything but rounding."""
-    plan = quire.plan(*batch.lengths, batch.spec, backend=backend, device=batch.q.device, **batch.rules)
+    plan = quire.plan(
+        *batch.lengths[:2],
+        batch.spec,
+        batch.cu_seqlens_q,
+        backend=backend,
+        device=batch.q.device,
+        **batch.rules,
+    )
     arguments: dict[str, Any] = batch.scales | batch.scoring
     out = torch.full_like(batch.q, math.nan)
     state = plan.run(batch.q, *batch.pages, out=out, return_state=True, **arguments)
@@ -160,8 +167,9 @@ def run_chunks(batch: Batch, backend: str, steps: Sequence[Sequence[Chunk]]) -> 
         plan = quire.plan(
             batch.page_table[[i for i, _, _ in chunks]],
             torch.tensor([end for _, _, end in chunks], dtype=torch.int32),
+            batch.spec,
             torch.tensor([0, *np.cumsum([end - begin for _, begin, end in chunks])], dtype=torch.int32),
-            batch.spec, batch_invariant=True, backend=backend, device=out.device,
+            batch_invariant=True, backend=backend, device=out.device,
         )  # fmt: skip
         state = plan.run(batch.q[rows], *batch.pages, return_state=True, **batch.scales)
         out[rows], lse[rows] = state.out, state.lse
@@ -223,7 +231,7 @@ def check_far_pages(device: Device, setting: Setting, *, title: str = "") -> lis
     k_pages, v_pages = pool.layer(0)
     quire.write_kv(k, v, k_pages, v_pages, torch.cat(slots), backend=setting.backend)
     plan = quire.plan(
-        table, small.seq_lens, small.cu_seqlens_q, spec, backend=setting.backend, device=device.where
+        table, small.seq_lens, spec, small.cu_seqlens_q, backend=setting.backend, device=device.where
     )
     out = plan.run(small.q, k_pages, v_pages, out=torch.full_like(small.q, math.nan))
     verdict = judge(out, exact(small).out, plain(small), largest_value(small))

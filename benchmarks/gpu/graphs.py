@@ -54,7 +54,16 @@ def check_graph(
         ]
     wrong = []
     for i in (0, 1, 2, 0):
-        work.take(i, quire.plan(*batches[i].lengths, spec, backend=setting.backend, device=device.where))
+        work.take(
+            i,
+            quire.plan(
+                *batches[i].lengths[:2],
+                spec,
+                batches[i].cu_seqlens_q,
+                backend=setting.backend,
+                device=device.where,
+            ),
+        )
         plain = work.results(work.run)
         work.plan = planner.plan(*batches[i].lengths)
         replayed = work.results(replay)

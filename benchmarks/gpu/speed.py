@@ -89,7 +89,9 @@ def time_quire(device: Device, setting: Setting, layers: Layers, timed: bool = T
     case = layers.case
 
     def make_plan() -> quire.AttentionPlan:
-        return quire.plan(*layers.lengths, case.spec, backend=setting.backend, device=device.where)
+        return quire.plan(
+            *layers.lengths[:2], case.spec, layers.cu_seqlens_q, backend=setting.backend, device=device.where
+        )
 
     plan = make_plan()
     out = torch.full_like(layers.q, math.nan)

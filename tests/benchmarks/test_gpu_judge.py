@@ -163,7 +163,7 @@ def test_nan_is_never_good():
 def test_a_timed_case_is_judged_by_a_sample_that_sees_mistakes(kv_dtype):
     case = parse_case("3x70:1+2x50:40", parse_spec("4/2x16", 16, "float32", kv_dtype))
     layers = make_layers(case, CPU, seed=5, num_layers=2)
-    plan = quire.plan(*layers.lengths, case.spec, backend="reference")
+    plan = quire.plan(*layers.lengths[:2], case.spec, layers.cu_seqlens_q, backend="reference")
     out = plan.run(layers.q, *layers.pool.layer(1), **layers.scales(1))
     assert layers.judge(1, out).good
     assert not layers.judge(0, out).good, "another layer's keys"

@@ -93,7 +93,7 @@ def test_lengths_that_change_later_change_no_plan():
 @pytest.mark.parametrize("columns", [1, 5, COPIED_PAGES // 3, COPIED_PAGES])
 def test_a_small_page_table_is_copied_and_a_large_one_is_the_callers(columns):
     table = torch.arange(3 * columns, dtype=torch.int32).view(3, columns)
-    planned = quire.plan(table, torch.tensor([1, 0, PAGE]), None, SHAPE.spec(PAGE)).step.page_table
+    planned = quire.plan(table, torch.tensor([1, 0, PAGE]), SHAPE.spec(PAGE)).step.page_table
     np.testing.assert_array_equal(planned, table.numpy())
     assert np.shares_memory(planned, table.numpy()) == (table.numel() > COPIED_PAGES)
 
@@ -228,9 +228,9 @@ def test_a_plan_made_where_tensors_default_to_meta_still_runs():
     spec = quire.AttentionSpec(4, 2, 16, page_size=4, dtype=torch.float32)
     k, v, q = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16), torch.randn(1, 4, 16)
     table, lens = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
-    expected = quire.plan(table, lens, None, spec).run(q, k, v)
+    expected = quire.plan(table, lens, spec).run(q, k, v)
     with torch.device("meta"):
-        plan = quire.plan(table, lens, None, spec)
+        plan = quire.plan(table, lens, spec)
     torch.testing.assert_close(plan.run(q, k, v), expected, rtol=0, atol=0)
 
 

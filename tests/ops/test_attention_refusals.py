@@ -33,7 +33,9 @@ pytestmark = pytest.mark.xdist_group("attention-float32-d16-g2")
 def test_a_plan_for_another_spec_is_refused_and_nothing_is_written(spec, wanted):
     batch = mixed()
     sizes = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": PAGE, "dtype": torch.float32}
-    plan = quire.plan(*batch.lengths, quire.AttentionSpec(**{**sizes, **spec}), backend="reference")
+    plan = quire.plan(
+        *batch.lengths[:2], quire.AttentionSpec(**{**sizes, **spec}), batch.cu_seqlens_q, backend="reference"
+    )
     out = untouched(batch)
     with pytest.raises(wanted, match=r"planned.*Fix:"):
         plan.run(*batch.pages, out=out)
@@ -79,7 +81,7 @@ def test_a_backend_that_cannot_serve_host_memory_is_refused_not_replaced():
     with pytest.raises(quire.UnsupportedError, match=r'backend "triton".*Fix:'):
         plan_for(batch, backend="triton")
     with pytest.raises(quire.UnsupportedError, match=r'backend "cpu".*meta'):
-        quire.plan(*batch.lengths, SHAPE.spec(PAGE), device="meta", backend="cpu")
+        quire.plan(*batch.lengths[:2], SHAPE.spec(PAGE), batch.cu_seqlens_q, device="meta", backend="cpu")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_step_that_only_pretends_to_hold_data_is_refused(name, spare):
     batch.page_table = pad(batch.page_table, (0, spare))
     setattr(batch, name, FakeTensorMode().from_tensor(getattr(batch, name)))
     with pytest.raises(quire.ArgumentError, match=f"{name} must hold data; got a FakeTensor"):
-        quire.plan(*batch.lengths, SHAPE.spec(PAGE))
+        quire.plan(*batch.lengths[:2], SHAPE.spec(PAGE), batch.cu_seqlens_q)
 
 
 BAD = {

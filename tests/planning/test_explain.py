@@ -10,7 +10,7 @@ import quire
 def test_bytes_splits_and_balance_are_those_of_the_work_list():
     spec = quire.AttentionSpec(8, 2, 64, page_size=16, dtype=torch.bfloat16)
     page_table = torch.zeros(2, 64, dtype=torch.int32)
-    plan = quire.plan(page_table, torch.tensor([1000, 40], dtype=torch.int32), None, spec)
+    plan = quire.plan(page_table, torch.tensor([1000, 40], dtype=torch.int32), spec)
 
     text = plan.explain()
 
@@ -28,8 +28,8 @@ def test_a_window_and_full_attention_are_named():
     plan = quire.plan(
         torch.zeros(1, 64, dtype=torch.int32),
         torch.tensor([1000], dtype=torch.int32),
-        starts,
         spec,
+        starts,
         window_left=100,
         causal=False,
     )
@@ -41,18 +41,16 @@ def test_a_window_and_full_attention_are_named():
 
 def test_an_empty_step_explains_itself_too():
     spec = quire.AttentionSpec(8, 2, 64)
-    empty = quire.plan(torch.zeros(0, 0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), None, spec)
+    empty = quire.plan(torch.zeros(0, 0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), spec)
     assert "decode: nothing to do" in empty.explain()
-    one_empty = quire.plan(
-        torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), None, spec
-    )
+    one_empty = quire.plan(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), spec)
     assert "no keys" in one_empty.explain()
 
 
 def test_a_batch_invariant_plan_says_where_it_is_cut():
     spec = quire.AttentionSpec(8, 2, 64)
     lens = torch.tensor([5000], dtype=torch.int32)
-    plan = quire.plan(torch.zeros(1, 400, dtype=torch.int32), lens, None, spec, batch_invariant=True)
+    plan = quire.plan(torch.zeros(1, 400, dtype=torch.int32), lens, spec, batch_invariant=True)
     assert "batch-invariant: one kernel for all rows, tiles cut at every 2048 keys" in plan.explain()
     assert "decode: nothing to do" in plan.explain()
     assert "2 tiles split into 6 parts" in plan.explain()

@@ -51,8 +51,8 @@ class RunningStep:
             self._plans[key] = plan(
                 page_table,
                 seq_lens,
-                cu_seqlens_q,
                 layer.spec,
+                cu_seqlens_q,
                 window_left=layer.visibility.window_left,
                 backend=self.backend,
                 device=self.device,

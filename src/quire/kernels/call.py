@@ -7,12 +7,33 @@ from typing import Any, NamedTuple
 
 import torch
 
-Tensors = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None,
-    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None,
-]  # fmt: skip
 # Runs a plan on one layer's tensors, given one by one in the order of AttentionCall.tensors.
 BoundCall = Callable[..., None]
+
+
+class Scoring(NamedTuple):
+    """How scores are made of queries and keys: the arguments of ``AttentionPlan.run`` behind its tensors.
+
+    Numbers come first. The operators' schemas, the checks and the order of a bound call's tensors follow these fields.
+    """
+
+    softmax_scale: float | None = None  # 1/√head_dim
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    @property
+    def numbers(self) -> tuple[float | None, float]:
+        """softmax_scale and softcap."""
+        return self[:2]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The other arguments: None where one is not given."""
+        return self[2:]
 
 
 class AttentionCall(NamedTuple):
@@ -28,31 +49,21 @@ class AttentionCall(NamedTuple):
     v_pages: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor | None
-    softmax_scale: float | None = None  # 1/√head_dim
-    softcap: float = 0.0
-    alibi_slopes: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
-    tree_mask: torch.Tensor | None = None
-    k_scale: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None
+    scoring: Scoring = Scoring()
 
     @property
-    def tensors(self) -> Tensors:
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All that differs between calls of one layout, in the order in which a bound call takes them."""
-        return (
-            self.q, self.k_pages, self.v_pages, self.out, self.lse, self.k_scale, self.v_scale,
-            self.alibi_slopes, self.sinks, self.tree_mask,
-        )  # fmt: skip
+        return *self[:5], *self.scoring.tensors
 
-    def on(self, tensors: Sequence[Any]) -> AttentionCall:
-        """The same call on other tensors."""
-        q, k_pages, v_pages, out, lse, k_scale, v_scale, alibi_slopes, sinks, tree_mask = tensors
-        return AttentionCall(
-            q, k_pages, v_pages, out, lse, self.softmax_scale, self.softcap, alibi_slopes, sinks, tree_mask,
-            k_scale, v_scale,
-        )  # fmt: skip
+    @classmethod
+    def of(cls, tensors: Sequence[Any], numbers: tuple[float | None, float]) -> AttentionCall:
+        """The call with these ``tensors``, and with ``scoring.numbers``."""
+        q, k_pages, v_pages, out, lse, *optional = tensors
+        return cls(q, k_pages, v_pages, out, lse, Scoring(*numbers, *optional))
 
     @property
     def scale(self) -> float:
         """What q·k is multiplied with."""
-        return self.q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        scale = self.scoring.softmax_scale
+        return self.q.shape[-1] ** -0.5 if scale is None else scale

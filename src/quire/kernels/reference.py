@@ -45,15 +45,17 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> StepPl
 
 def bind(step: StepPlan, call: AttentionCall) -> BoundCall:
     """Calls of one layout, each attended on its own."""
+    numbers = call.scoring.numbers
 
     def run(*tensors: torch.Tensor | None) -> None:
-        attend(step, call.on(tensors))
+        attend(step, AttentionCall.of(tensors, numbers))
 
     return run
 
 
 def attend(step: StepPlan, call: AttentionCall) -> None:
     """Attend every sequence's queries to its own pages; see the module's formula."""
+    scoring = call.scoring
     for i, seq_len in enumerate(step.seq_lens.tolist()):
         begin, end = step.cu_seqlens_q[i : i + 2].tolist()
         if begin == end:
@@ -62,11 +64,11 @@ def attend(step: StepPlan, call: AttentionCall) -> None:
         pages = torch.from_numpy(step.page_table[i, : step.pages_per_sequence[i]].astype("int64")).to(
             call.q.device
         )
-        k = gather_pages(call.k_pages, call.k_scale, pages, seq_len)
-        v = gather_pages(call.v_pages, call.v_scale, pages, seq_len)
+        k = gather_pages(call.k_pages, scoring.k_scale, pages, seq_len)
+        v = gather_pages(call.v_pages, scoring.v_scale, pages, seq_len)
         visible = visible_keys(end - begin, seq_len, step.causal, step.window_left, call.q.device)
-        if call.tree_mask is not None:
-            visible = with_tree_mask(visible, call.tree_mask[rows])
+        if scoring.tree_mask is not None:
+            visible = with_tree_mask(visible, scoring.tree_mask[rows])
         out, lse = attend_one(call, call.q[rows].double(), k, v, visible)
         call.out[rows] = out.to(call.out.dtype)
         if call.lse is not None:
@@ -110,23 +112,23 @@ def attend_one(
     call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence: q [q_len, num_qo_heads, head_dim] to out of that shape and lse [q_len, num_qo_heads]."""
-    group_size = q.shape[1] // k.shape[0]
+    scoring, group_size = call.scoring, q.shape[1] // k.shape[0]
     k, v = k.repeat_interleave(group_size, 0), v.repeat_interleave(group_size, 0)
 
     scores = call.scale * torch.einsum("qhd,htd->hqt", q, k)
-    if call.softcap:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    if call.alibi_slopes is not None:
+    if scoring.softcap:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    if scoring.alibi_slopes is not None:
         q_len, seq_len = visible.shape
         position = torch.arange(seq_len - q_len, seq_len, device=q.device)[:, None]
         distance = (position - torch.arange(seq_len, device=q.device)).abs()
-        scores = scores - call.alibi_slopes.double()[:, None, None] * distance
+        scores = scores - scoring.alibi_slopes.double()[:, None, None] * distance
     scores = scores.masked_fill(~visible, float("-inf"))
 
     lse = torch.logsumexp(scores, -1)
     sees_nothing = ~visible.any(-1)
-    if call.sinks is not None:
-        lse = torch.logaddexp(lse, call.sinks.double()[:, None]).masked_fill(sees_nothing, float("-inf"))
+    if scoring.sinks is not None:
+        lse = torch.logaddexp(lse, scoring.sinks.double()[:, None]).masked_fill(sees_nothing, float("-inf"))
     weights = torch.exp(scores - lse[..., None]).masked_fill(sees_nothing[:, None], 0.0)
     # A masked key's value may be anything, NaN too: no such key is in v, which ends at seq_len.
     return torch.einsum("hqt,htd->qhd", weights, v), lse.T

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from quire.kernels.call import Scoring
 from quire.ops import checks
 from quire.ops.attention_plan import make_outputs
 from quire.ops.planner import plan
@@ -48,15 +49,15 @@ def paged_attention(
     Cost: one plan per call. Where several layers share a step, plan it once instead.
     Source: PagedAttention, arXiv:2309.06180 §4.1.
     """
-    checks.check_door(q, k_pages, v_pages, out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
+    scoring = Scoring(softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
+    checks.check_door(q, k_pages, v_pages, out, scoring)
     check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
     step_checks.check_rules(causal, window_left, batch_invariant, backend)
     out, lse = make_outputs(q, out, return_state)
     torch.ops.quire.paged_attention(
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse,
-        causal, window_left, batch_invariant, backend,
-        softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
+        causal, window_left, batch_invariant, backend, *scoring,
     )  # fmt: skip
     return out if lse is None else SoftmaxState(out, lse)
 
@@ -80,10 +81,10 @@ def _paged_attention(
     checks.check_pages("k_pages", k_pages)
     spec = checks.infer_spec(q, k_pages)
     step = plan(
-        page_table, seq_lens, cu_seqlens_q, spec,
+        page_table, seq_lens, spec, cu_seqlens_q,
         causal=causal, window_left=window_left, batch_invariant=batch_invariant, backend=backend, device=q.device,
     )  # fmt: skip
-    step.attend(q, k_pages, v_pages, out, lse, *scoring)
+    step.attend(q, k_pages, v_pages, out, lse, scoring)
 
 
 register(

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 import torch
 
 from quire.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
-from quire.kernels.call import AttentionCall
+from quire.kernels.call import AttentionCall, Scoring
 from quire.planning.checks import check_tensor, describe, given
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype
 
@@ -46,20 +46,19 @@ def hold_data(needed: tuple[object, ...], optional: tuple[object, ...]) -> bool:
 
 
 def check_door(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, tree_mask: torch.Tensor | None,
-    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
-) -> None:  # fmt: skip
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor | None, scoring: Scoring
+) -> None:
     """What torch would take for something else than a call of the operator; the operator checks the rest."""
-    if hold_data((q, k_pages, v_pages), (out, alibi_slopes, sinks, tree_mask, k_scale, v_scale)):
+    if hold_data((q, k_pages, v_pages), (out, *scoring.tensors)):
         return
     check_queries(q)
     check_pages("k_pages", k_pages)
     check_pages("v_pages", v_pages)
-    check_devices(
-        "q", q.device, k_pages=k_pages, v_pages=v_pages, out=out, alibi_slopes=alibi_slopes, sinks=sinks,
-        tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale,
-    )  # fmt: skip
+    check_devices("q", q.device, k_pages=k_pages, v_pages=v_pages, out=out, **_by_name(scoring))
+
+
+def _by_name(scoring: Scoring) -> dict[str, torch.Tensor | None]:
+    return dict(zip(Scoring._fields[2:], scoring.tensors, strict=True))
 
 
 def resolve_device(device: torch.device | str | None, page_table: torch.Tensor) -> torch.device:
@@ -224,10 +223,10 @@ def layout_of(tensor: torch.Tensor) -> Hashable:
 def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:
     """One layer's arguments against the plan they are run with."""
     _check_planned_queries(spec, num_tokens, device, call.q)
+    scoring = call.scoring
     check_devices(
-        "q", call.q.device, k_pages=call.k_pages, v_pages=call.v_pages, out=call.out, alibi_slopes=call.alibi_slopes,
-        sinks=call.sinks, tree_mask=call.tree_mask, k_scale=call.k_scale, v_scale=call.v_scale,
-    )  # fmt: skip
+        "q", call.q.device, k_pages=call.k_pages, v_pages=call.v_pages, out=call.out, **_by_name(scoring)
+    )
     for name, pages in (("k_pages", call.k_pages), ("v_pages", call.v_pages)):
         check_pages(name, pages)
         heads, _, page_size, head_dim = pages.shape
@@ -246,17 +245,17 @@ def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call:
             f"v_pages must be like k_pages, {describe(call.k_pages)}; got {describe(call.v_pages)}. "
             "Fix: take both from one KVPool"
         )
-    check_scales(call.k_pages, call.v_pages, call.k_scale, call.v_scale)
+    check_scales(call.k_pages, call.v_pages, scoring.k_scale, scoring.v_scale)
     check_out(call.out, call.q)
-    check_head_vector("alibi_slopes", call.alibi_slopes, spec.num_qo_heads)
-    check_head_vector("sinks", call.sinks, spec.num_qo_heads)
+    check_head_vector("alibi_slopes", scoring.alibi_slopes, spec.num_qo_heads)
+    check_head_vector("sinks", scoring.sinks, spec.num_qo_heads)
     if not math.isfinite(call.scale):
         raise ArgumentError(
             f"softmax_scale must be a finite number; got {call.scale}. Fix: softmax_scale=None"
         )
-    if not 0.0 <= call.softcap < float("inf"):
+    if not 0.0 <= scoring.softcap < float("inf"):
         raise ArgumentError(
-            f"softcap must be 0 (off) or a positive number; got {call.softcap}. Fix: softcap=0.0"
+            f"softcap must be 0 (off) or a positive number; got {scoring.softcap}. Fix: softcap=0.0"
         )
 
 

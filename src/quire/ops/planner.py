@@ -28,8 +28,8 @@ KEPT_BOUND = 256
 def plan(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
     spec: AttentionSpec,
+    cu_seqlens_q: torch.Tensor | None = None,
     *,
     causal: bool = True,
     window_left: int = -1,
@@ -43,9 +43,9 @@ def plan(
         page_table: int32 [batch, max_pages]; entries past a sequence's last page may hold anything. A large one is
             not copied: leave it as it is while the plan runs.
         seq_lens: int32 [batch], KV tokens per sequence including this step's.
+        spec: the layers' shape.
         cu_seqlens_q: int32 [batch + 1], where each sequence's queries start in the packed q; None for one
             query per sequence (decode).
-        spec: the layers' shape.
         causal: each query sees keys up to its own position; query j of sequence i stands at
             ``seq_lens[i] − q_len[i] + j``.
         window_left: keys further back than this many positions are out of sight; −1 for no window.

@@ -8,16 +8,16 @@ costs 2 µs a call where ``torch.library.custom_op`` costs 20.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch.compiler import is_compiling
 
+from quire.kernels.call import Scoring
+
 # Of the operators that attend: what follows their outputs in the schema.
-SCORING = (
-    "float? softmax_scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
-    "Tensor? k_scale, Tensor? v_scale"
-)
+_SCHEMA_TYPES: dict[Any, str] = {float: "float", float | None: "float?", torch.Tensor | None: "Tensor?"}
+SCORING = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in get_type_hints(Scoring).items())
 _library = torch.library.Library("quire", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 

@@ -109,7 +109,7 @@ def test_few_rows_over_pages_of_their_own_dtype_equal_the_reference(case, monkey
     most = tune.MIN_COLUMNS // case["group"]  # query tokens; more than keys once
     how = {key: case[key] for key in ("page_size", "layout")}
     batch = make_batch(shape, [0, 1, 64, 65, 900], [1, most, most, 1, most], **how)
-    plan = quire.plan(*batch.lengths, shape.spec(case["page_size"]), backend="triton")
+    plan = quire.plan(*batch.lengths[:2], shape.spec(case["page_size"]), batch.cu_seqlens_q, backend="triton")
     assert f"decode tile: {tune.MIN_COLUMNS} rows" in plan.explain()
     judge(batch, causal=case["causal"], **features(batch, **case["asked"]))
 
@@ -214,7 +214,7 @@ def test_it_does_not_matter_which_worker_comes_last(step, monkeypatch):
 
 def test_one_plan_serves_many_layers():
     batch = make_batch(SMALL, *STEPS["mixed"], page_size=16)
-    plan = quire.plan(*batch.lengths, batch.shape.spec(16), backend="triton")
+    plan = quire.plan(*batch.lengths[:2], batch.shape.spec(16), batch.cu_seqlens_q, backend="triton")
     wanted = exact(batch)
     for _ in range(3):  # counters of the split tiles are ready again after each
         state = plan.run(*batch.pages, return_state=True)

@@ -99,7 +99,9 @@ def test_the_number_of_multiprocessors_changes_no_bit(shape, monkeypatch):
     rules, chip, states = features(batch, alibi=True, sinks=True), tune.chip_of(batch.q.device), []
     for multiprocessors in (1, 3, 7):
         monkeypatch.setattr(tune, "chip_of", lambda _, n=multiprocessors: chip._replace(multiprocessors=n))
-        plan = quire.plan(*batch.lengths, shape.spec(16), batch_invariant=True, backend="triton")
+        plan = quire.plan(
+            *batch.lengths[:2], shape.spec(16), batch.cu_seqlens_q, batch_invariant=True, backend="triton"
+        )
         states.append(plan.run(*batch.pages, return_state=True, **batch.scales, **rules))
     for state in states[1:]:
         assert torch.equal(state.out, states[0].out)

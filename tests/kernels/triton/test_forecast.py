@@ -54,14 +54,14 @@ def test_the_expected_time_is_bytes_over_the_rate_and_a_launch():
 @pytest.mark.interpreted
 def test_a_plan_says_that_nobody_measured_the_chip_it_runs_on():
     batch = make_batch(Shape(torch.bfloat16, 64), [100, 40], [1, 20], page_size=16)
-    text = quire.plan(*batch.lengths, batch.shape.spec(16), backend="triton").explain()
+    text = quire.plan(
+        *batch.lengths[:2], batch.shape.spec(16), batch.cu_seqlens_q, backend="triton"
+    ).explain()
     assert "decode tile: 16 rows" in text
     assert "prefill tile: 128 rows" in text
     assert text.count("nobody measured it here") == 2
     assert "prefill kernel: portable, not Hopper's" in text
-    decode_only = quire.plan(
-        batch.page_table[:1], batch.seq_lens[:1], None, batch.shape.spec(16), backend="triton"
-    )
+    decode_only = quire.plan(batch.page_table[:1], batch.seq_lens[:1], batch.shape.spec(16), backend="triton")
     assert "prefill kernel" not in decode_only.explain()
     assert "decode tile: 8 rows" in decode_only.explain()
 

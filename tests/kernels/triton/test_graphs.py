@@ -104,7 +104,7 @@ def replay_each(shape, steps, tape, limits, asked=None, **rules):
     lse = plan.run(*first.pages, out=out, return_state=True, **first.scales, **scoring).lse
     graph = tape.cut()
     for name, batch in zip(steps, batches, strict=True):
-        own = quire.plan(*batch.lengths, shape.spec(PAGE), backend="triton", **rules)
+        own = quire.plan(*batch.lengths[:2], shape.spec(PAGE), batch.cu_seqlens_q, backend="triton", **rules)
         wanted = own.run(*batch.pages, return_state=True, **batch.scales, **scoring)
         poison(planner)
         planner.plan(*batch.lengths)

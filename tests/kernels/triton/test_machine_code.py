@@ -12,7 +12,7 @@ from support import Shape, features, make_batch
 from waiting import done_before_waiting
 
 from quire.kernels import triton as backend
-from quire.kernels.call import AttentionCall
+from quire.kernels.call import AttentionCall, Scoring
 from quire.kernels.triton import hopper, tune
 from quire.planning.step import plan_step
 
@@ -81,7 +81,7 @@ def attend(batch, rules, window_left=-1, batch_invariant=False):
         causal=True, window_left=window_left, tiling=tiling,
     )  # fmt: skip
     lse = torch.empty(batch.q.shape[:2])
-    call = AttentionCall(*batch.pages, torch.empty_like(batch.q), lse, **batch.scales, **rules)
+    call = AttentionCall(*batch.pages, torch.empty_like(batch.q), lse, Scoring(**batch.scales, **rules))
     backend.bind(backend.prepare(spec, step, batch.q.device), call)(*call.tensors)
 
 

@@ -51,7 +51,7 @@ def test_bfloat16_decode_of_few_rows_lies_transposed_and_serves_four_tokens_all_
 @pytest.mark.parametrize(("q_lens", "rows"), [([1, 2], 8), ([1, 3], 16), ([4, 1], 16)])
 def test_a_step_is_launched_with_the_rows_that_its_longest_decode_needs(q_lens, rows):
     batch = make_batch(Shape(BF16, 64, group=4), [40, 30], q_lens, page_size=16)
-    plan = quire.plan(*batch.lengths, batch.shape.spec(16), backend="triton")
+    plan = quire.plan(*batch.lengths[:2], batch.shape.spec(16), batch.cu_seqlens_q, backend="triton")
     assert f"decode tile: {rows} rows" in plan.explain()
     assert "prefill" not in plan.explain().split("decode tile")[1]
 
@@ -75,7 +75,7 @@ def test_a_planners_plans_say_the_rows_that_are_launched_whatever_a_step_needs()
 def test_slots_further_apart_than_32_bits_say_are_refused():
     spec = Shape(BF16, 64, group=4).spec(16)
     batch = make_batch(Shape(BF16, 64, group=4), [20], [1], page_size=16)
-    plan = quire.plan(*batch.lengths, spec, backend="triton")
+    plan = quire.plan(*batch.lengths[:2], spec, batch.cu_seqlens_q, backend="triton")
     shape = spec.num_kv_heads, 2, 16, 64
     far = torch.empty_strided(shape, (64, 0, 2**27, 1), dtype=BF16, device="meta")  # 16 · 2^27 is 2^31
     call = backend.AttentionCall(batch.q, far, far, torch.empty_like(batch.q), None)

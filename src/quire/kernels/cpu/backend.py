@@ -196,16 +196,17 @@ def bind(prepared: _Prepared, call: AttentionCall) -> BoundCall:
 def _strides(call: AttentionCall) -> tuple[int | float, ...]:
     """All of ``Call`` that is no address."""
     element, kv_element = call.q.element_size(), call.k_pages.element_size()
+    k_scale, tree_mask = call.scoring.k_scale, call.scoring.tree_mask
     return (
         *(stride * element for stride in call.q.stride()[:2]),
         *(stride * kv_element for stride in call.k_pages.stride()[:3]),
         *(stride * kv_element for stride in call.v_pages.stride()[:3]),
         *(stride * element for stride in call.out.stride()[:2]),
         0 if call.lse is None else call.lse.stride(0) * 4,
-        *((0, 0, 0) if call.k_scale is None else (stride * 4 for stride in call.k_scale.stride())),
-        0 if call.tree_mask is None else call.tree_mask.stride(0),
+        *((0, 0, 0) if k_scale is None else (stride * 4 for stride in k_scale.stride())),
+        0 if tree_mask is None else tree_mask.stride(0),
         float(call.scale),
-        float(call.softcap),
+        float(call.scoring.softcap),
     )
 
 

@@ -45,7 +45,7 @@ PER_STEP = ["table_row", "window_left", "mask_token", "mask_columns"]
 
 @triton.jit(do_not_specialize=PER_STEP)
 def attend(
-    q, k, v, out, lse, k_scale, v_scale, alibi_slopes, sinks, tree_mask,
+    q, k, v, out, lse, alibi_slopes, sinks, tree_mask, k_scale, v_scale,
     items, worker_indptr, arrivals, cu_seqlens_q, page_table, partial_out, partial_lse,
     softmax_scale, softcap, table_row, window_left, mask_token, mask_columns,
     q_token, q_head, out_token, out_head, lse_token,
@@ -289,7 +289,8 @@ class Launch:
 
     def bind(self, call: AttentionCall) -> BoundCall:
         """The launch on tensors of this call's layout."""
-        mask, factor, softcap = call.tree_mask, call.scale, float(call.softcap)
+        scoring = call.scoring.numbers
+        mask, factor, softcap = call.scoring.tree_mask, call.scale, float(call.scoring.softcap)
         numbers = (
             factor, softcap, self._sections[4].shape[1], self._window_left,
             0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
@@ -300,7 +301,7 @@ class Launch:
             addresses, granted = addresses_of(tensors)
             enqueue = enqueues.get(granted)
             if enqueue is None:
-                enqueue = enqueues[granted] = self._bind(call.on(tensors), granted, numbers)
+                enqueue = enqueues[granted] = self._bind(AttentionCall.of(tensors, scoring), granted, numbers)
             enqueue(tensors, addresses)
 
         return run
@@ -311,7 +312,7 @@ class Launch:
             return self._hopper.bind(call, granted)
         recipe = self._recipe
         strides = [None if tensor is None else tensor.stride() for tensor in call.tensors]
-        layout = (*strides, call.softcap > 0, call.scale > 0, granted)
+        layout = (*strides, call.scoring.softcap > 0, call.scale > 0, granted)
         form = recipe.forms.get(layout)
         if form is None:
             tensors = (*call.tensors, *[section.tensor for section in self._sections])
@@ -324,7 +325,8 @@ class Launch:
 
 def _tail(constants: Constants, call: AttentionCall) -> tuple[Any, ...]:
     """The kernel's last arguments: strides, then what the call adds to the plan's constants."""
-    q, k_pages, v_pages, out, lse, k_scale, *_ = call.tensors
+    q, k_pages, v_pages, out, lse, scoring = call
+    k_scale = scoring.k_scale
     k_head, *k_strides, _ = k_pages.stride()
     v_head, *v_strides, _ = v_pages.stride()
     # Whether rows of one-byte elements can be read four at a time.
@@ -340,8 +342,8 @@ def _tail(constants: Constants, call: AttentionCall) -> tuple[Any, ...]:
     )  # fmt: skip
     constants = constants._replace(
         packed=packed,
-        softcap=call.softcap > 0,
-        plain=not call.softcap and call.alibi_slopes is None and call.scale > 0,
+        softcap=scoring.softcap > 0,
+        plain=not scoring.softcap and scoring.alibi_slopes is None and call.scale > 0,
         same_strides=k_strides == v_strides,
     )
     return (*strides, *constants)

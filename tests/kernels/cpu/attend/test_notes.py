@@ -10,7 +10,7 @@ from quire.kernels.cpu.attend import config, notes
 def explained(seq_lens, q_lens, spec):
     starts = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
     lens = torch.tensor(seq_lens, dtype=torch.int32)
-    return quire.plan(torch.zeros(len(lens), 64, dtype=torch.int32), lens, starts, spec).explain()
+    return quire.plan(torch.zeros(len(lens), 64, dtype=torch.int32), lens, spec, starts).explain()
 
 
 @pytest.mark.parametrize(

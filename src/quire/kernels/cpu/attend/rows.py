@@ -66,11 +66,11 @@ class Call(NamedTuple):
     v: int
     out: int
     lse: int
-    k_scale: int
-    v_scale: int
     alibi_slopes: int
     sinks: int
     tree_mask: int
+    k_scale: int
+    v_scale: int
 
     q_token: int
     q_head: int

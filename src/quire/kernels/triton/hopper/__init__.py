@@ -74,7 +74,8 @@ def why_not_rules(rules: Capacity) -> str | None:
 
 def why_not_call(call: AttentionCall) -> str | None:
     """A phrase if the kernel cannot serve these tensors of a layer that it could serve otherwise."""
-    if call.softcap or any(x is not None for x in (call.alibi_slopes, call.sinks, call.tree_mask)):
+    _, softcap, alibi_slopes, sinks, tree_mask, *_ = call.scoring
+    if softcap or any(x is not None for x in (alibi_slopes, sinks, tree_mask)):
         return "softcap, alibi_slopes, sinks or tree_mask is given"
     if call.scale <= 0:
         return "softmax_scale is not positive"
@@ -169,7 +170,7 @@ class Prefill:
         layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
         descriptors = [
             TensorDescriptor(box.base, list(box.shape), list(box.strides), block, layout)
-            for box, block in zip(self._boxes(*call.tensors[:4]), (rows, page, page, rows), strict=True)
+            for box, block in zip(self._boxes(*call[:4]), (rows, page, page, rows), strict=True)
         ]
         constants = (
             spec.group_size, spec.page_size, BLOCK_N, STAGES, self._causal, LOADER_REGISTERS, CONSUMER_REGISTERS,
