@@ -7,8 +7,10 @@ its narrow operands to fp32, computes, and rounds once to nearest even, as the h
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 import triton.language as tl
@@ -158,12 +160,12 @@ class FaithfulArithmetic(InterpreterBuilder):
         self, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, *_: Any
     ) -> TensorHandle:
         lhs, rhs = _widened(a).data, _widened(b).data
-        if lhs.dtype.kind == "i":  # exact, and float64 goes through BLAS where integers do not
-            product = np.matmul(lhs.astype(np.float64), rhs.astype(np.float64))
+        if lhs.dtype.kind == "i":
+            product = _matmul(lhs.astype(np.int32), rhs.astype(np.int32))
         elif a.dtype.scalar == tl.float32 and input_precision.name != "IEEE":
             product = _tf32_matmul(lhs, rhs, three_times=input_precision.name == "TF32x3")
         else:
-            product = np.matmul(lhs.astype(np.float32), rhs.astype(np.float32))
+            product = _matmul(lhs.astype(np.float32), rhs.astype(np.float32))
         return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
 
@@ -171,10 +173,34 @@ def _tf32_matmul(lhs: np.ndarray, rhs: np.ndarray, three_times: bool) -> np.ndar
     """One product of what the tensor core sees; or three, two of them with what rounding left of either operand."""
     lhs, rhs = (np.ascontiguousarray(operand, np.float32) for operand in (lhs, rhs))
     if not three_times:
-        return np.matmul(tf32_cut(lhs), tf32_cut(rhs))
+        return _matmul(tf32_cut(lhs), tf32_cut(rhs))
     a, b = tf32_rounded(lhs), tf32_rounded(rhs)
-    rest = np.matmul(tf32_cut(lhs - a), b) + np.matmul(a, tf32_cut(rhs - b))
-    return np.nan_to_num(rest, nan=0.0, posinf=np.inf, neginf=-np.inf) + np.matmul(a, b)
+    rest = _matmul(tf32_cut(lhs - a), b) + _matmul(a, tf32_cut(rhs - b))
+    return np.nan_to_num(rest, nan=0.0, posinf=np.inf, neginf=-np.inf) + _matmul(a, b)
+
+
+def _matmul(lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """The product of matrices, or of stacks of them, each element summed from the first k to the last.
+
+    So a row's bits depend on that row and the columns alone. NumPy's BLAS chooses the order by shape and processor.
+    """
+    *stack, rows, _ = lhs.shape
+    out = np.zeros((math.prod(stack), rows, rhs.shape[-1]), lhs.dtype)
+    _sum_in_order(
+        np.ascontiguousarray(lhs).reshape(-1, *lhs.shape[-2:]),
+        np.ascontiguousarray(rhs).reshape(-1, *rhs.shape[-2:]),
+        out,
+    )
+    return out.reshape(*stack, rows, rhs.shape[-1])
+
+
+@numba.njit(cache=True)  # without fastmath LLVM neither reorders the sum nor fuses multiply and add
+def _sum_in_order(lhs: np.ndarray, rhs: np.ndarray, out: np.ndarray) -> None:
+    for s in range(lhs.shape[0]):
+        for i in range(lhs.shape[1]):
+            for k in range(lhs.shape[2]):
+                for j in range(rhs.shape[2]):
+                    out[s, i, j] += lhs[s, i, k] * rhs[s, k, j]
 
 
 def _min_dot_size(lhs_type: Any, rhs_type: Any) -> tuple[int, int, int]:

@@ -111,6 +111,31 @@ def test_an_int8_dot_is_exact():
 
 
 @triton.jit
+def product(
+    x, y, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr
+):
+    row, column, k = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :], tl.arange(0, SIZE)
+    lhs, rhs = tl.load(x + row * SIZE + k[None, :]), tl.load(y + k[:, None] + column * SIZE)
+    tl.store(out + row * COLUMNS + column, tl.dot(lhs, rhs, input_precision=PRECISION))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.int8], ids=str)
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_a_dot_is_summed_in_order_however_many_rows_and_columns_there_are(dtype, size):
+    """On any processor, so that a test of the kernels' bits is one of the kernels."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = ((torch.randn(128, size, generator=generator) * 30).to(dtype) for _ in range(2))
+    wanted = torch.zeros(128, 128, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    for k in range(size):
+        wanted += x[:, k, None].to(wanted.dtype) * y[None, :, k].to(wanted.dtype)
+    for rows in (1, 2, 16, 64, 128):
+        for columns in (1, 16, 32, 128):
+            out = torch.empty(rows, columns, dtype=wanted.dtype)
+            product[(1,)](x, y, out, ROWS=rows, COLUMNS=columns, SIZE=size, PRECISION="ieee")
+            assert torch.equal(out, wanted[:rows, :columns])
+
+
+@triton.jit
 def loop(bounds, out):
     total = 0
     for i in tl.range(tl.load(bounds), tl.load(bounds + 1), num_stages=3):
