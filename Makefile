@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-all check bench clean
 
 help:  ## Say what there is to make
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: $(READY)  ## Serve eight prompts with the embedded model and show who owns which pages
 	@$(BIN)/quire demo
 
 test: $(READY)  ## Run the tests on all cores
 	@$(BIN)/python -m pytest -n auto
+
+test-all: $(READY)  ## Run the exhaustive cases too: every dtype, head_dim and chip
+	@$(BIN)/python -m pytest -n auto -m ""
 
 check: $(READY)  ## Lint, formatting and strict types
 	$(BIN)/ruff check .

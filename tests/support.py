@@ -249,3 +249,21 @@ def guarded_copy(values: torch.Tensor) -> torch.Tensor:
     assert protected == 0, os.strerror(ctypes.get_errno())
     tensor = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=room - size)
     return tensor.view(values.dtype).view(values.shape).copy_(values)
+
+
+def assert_no_byte_beyond_is_touched(batch: Batch) -> None:
+    """The kernels read what the page table names: a step past a row's end, a last page or a last scale ends us."""
+    wanted = attend(batch).out
+    last_column = (int(batch.seq_lens[0]) - 1) // batch.page_size
+    page, last_page = int(batch.page_table[0, last_column]), batch.k_pages.shape[1] - 1
+    for pages in (batch.k_pages, batch.v_pages, *batch.scales.values()):  # bits keep NaN as it is
+        bits = pages.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[pages.element_size()])
+        bits[:, [page, last_page]] = bits[:, [last_page, page]]
+    table = batch.page_table.clone()
+    batch.page_table[table == last_page] = page
+    batch.page_table[table == page] = last_page
+    batch.q, batch.k_pages, batch.v_pages = (guarded_copy(t) for t in batch.pages)
+    batch.scales = {name: guarded_copy(scale) for name, scale in batch.scales.items()}
+    batch.page_table = guarded_copy(batch.page_table[:, : last_column + 1])
+    out = guarded_copy(torch.zeros_like(batch.q))
+    assert torch.equal(attend(batch, out=out).out, wanted)

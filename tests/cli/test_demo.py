@@ -7,6 +7,9 @@ import pytest
 from quire import LLM, cli
 from quire.cli.prompts import PROMPTS
 
+# One worker loads the model and compiles its kernels, not both.
+pytestmark = pytest.mark.xdist_group("cli-demo-model")
+
 MAX_TOKENS = 4
 
 

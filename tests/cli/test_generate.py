@@ -13,6 +13,9 @@ from quire.cli.app import Dtype, KVDtypeName
 from quire.cli.console import visible
 from quire.spec import COMPUTE_DTYPES, KVDtype
 
+# One worker loads the model and compiles its kernels, not both.
+pytestmark = pytest.mark.xdist_group("cli-demo-model")
+
 PROMPT = "def read(path):\n"
 
 

@@ -13,7 +13,7 @@ import quire
 from quire.planning.step import largest_work, plan_step
 from quire.planning.work_list import TileShape, Tiling
 
-SHAPE, PAGE = Shape(torch.float32, 32, group=2), 16
+SHAPE, PAGE = Shape(torch.float32, 16, group=2), 16  # compiled by other modules too
 SPEC = SHAPE.spec(PAGE)
 LIMITS = {"max_batch": 3, "max_seq_len": 100, "max_q_len": 20, "max_tokens": 30}
 STEPS = {

@@ -83,7 +83,9 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.exhaustive])]
+)
 def test_a_compiled_layer_is_one_graph_with_the_eager_values(backend):
     assert_same_as_eager(compiled_layer(backend), seed=0)
 

@@ -25,19 +25,33 @@ SHAPES = [
     Shape(F32, 16, group=3),
     Shape(F32, 40, group=2),
     Shape(F32, 16, group=100, num_kv_heads=1),
-    Shape(F32, 256, group=1, num_kv_heads=1),
     Shape(BF16, 128, group=4),
     Shape(F16, 80, group=1, num_kv_heads=1),
     Shape(BF16, 64, group=4, kv_dtype="int8"),
-    Shape(F16, 72, group=2, kv_dtype="fp8_e4m3"),
     Shape(F32, 40, group=3, kv_dtype="fp8_e5m2"),
 ]
-grouped = [
-    pytest.param(s, id=str(s), marks=pytest.mark.xdist_group(f"prefill-{s.dtype}-{s.head_dim}-{s.kv_dtype}"))
-    for s in SHAPES
+MORE_SHAPES = [
+    Shape(F32, 256, group=1, num_kv_heads=1),
+    Shape(F16, 72, group=2, kv_dtype="fp8_e4m3"),
 ]
-every_shape = pytest.mark.parametrize("shape", grouped)
-small = pytest.mark.parametrize("shape", grouped[:1])
+
+
+def grouped(shapes, *marks):
+    """All tests of a kernel go to one xdist worker, which compiles it once."""
+    return [
+        pytest.param(
+            s,
+            id=str(s),
+            marks=[pytest.mark.xdist_group(f"prefill-{s.dtype}-{s.head_dim}-{s.kv_dtype}"), *marks],
+        )
+        for s in shapes
+    ]
+
+
+every_shape = pytest.mark.parametrize(
+    "shape", [*grouped(SHAPES), *grouped(MORE_SHAPES, pytest.mark.exhaustive)]
+)
+small = pytest.mark.parametrize("shape", grouped(SHAPES[:1]))
 
 FEATURES = [
     {},

@@ -17,7 +17,8 @@ ON_X86 = platform.machine() in ("x86_64", "AMD64")
 # What kernels may ask the rest of the process for: the C library's, and OpenMP's, which torch brings along.
 LIBRARY = {"exp2f", "log2f", "memset", "memcpy", "GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num"}
 
-# Every page dtype and odd head_dim through decode on one target and prefill on the other; int8 decode on both.
+# A kernel takes seconds to compile, so each target runs a few; with the exhaustive cases every page dtype and odd
+# head_dim goes through decode on one target and through prefill on the other, int8 decode on both.
 SHAPES = [
     "float32-same-d40-g2",
     "bfloat16-same-d72-g4",
@@ -30,6 +31,11 @@ EVEN = [f"decode-{shape}" for shape in SHAPES[::2]] + [f"prefill-{shape}" for sh
 ODD = [f"decode-{shape}" for shape in SHAPES[1::2]] + [f"prefill-{shape}" for shape in SHAPES[::2]]
 INT8_DECODE = "decode-bfloat16-int8-d96-g1"
 STORES = [f"store-{shape}" for shape in SHAPES[2:]]
+NO_PAIRS = [
+    "decode-bfloat16-same-d32-g1",
+    "decode-bfloat16-int8-d64-g1",
+]  # multiplied in pairs where that is fast
+FEW = ["decode-float32-same-d20-g2", "prefill-float16-fp8_e4m3-d20-g2"]
 
 
 def on_target(cpu, folder, *command):
@@ -63,13 +69,16 @@ def pytest_on(cpu, folder, chosen, *names):
 @pytest.mark.parametrize(
     ("cpu", "cases", "registers", "fuses"),
     [
-        ("haswell", [*EVEN, INT8_DECODE], {"xmm", "ymm"}, True),
-        ("x86-64", ODD, {"xmm"}, False),
+        ("haswell", [*NO_PAIRS, FEW[1]], {"xmm", "ymm"}, True),
+        ("x86-64", FEW, {"xmm"}, False),
+        pytest.param("haswell", [*EVEN, INT8_DECODE], {"xmm", "ymm"}, True, marks=pytest.mark.exhaustive),
+        pytest.param("x86-64", ODD, {"xmm"}, False, marks=pytest.mark.exhaustive),
     ],
-    ids=["avx2", "sse2"],
+    ids=["avx2", "sse2", "avx2, every dtype", "sse2, every dtype"],
 )
 def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_path):
     found = found_on(cpu, tmp_path, "run", *cases, *STORES)
+    assert found["pair_products"] == 0
     assert found["kernels"] == len(cases) + len(STORES) + 1, (
         "each case compiles a kernel, the first a merge too"
     )
@@ -92,7 +101,7 @@ def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_pa
 
 
 @pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
-@pytest.mark.parametrize("cpu", ["haswell", "x86-64"])
+@pytest.mark.parametrize("cpu", ["haswell", pytest.param("x86-64", marks=pytest.mark.exhaustive)])
 def test_linear_layers_are_right_on_narrower_x86(cpu, tmp_path):
     """Whole tiles and tails of each, in every dtype."""
     result = pytest_on(cpu, tmp_path, "exact_as_torch and (8-32-64 or 3-21-7)", "linear")
@@ -100,8 +109,8 @@ def test_linear_layers_are_right_on_narrower_x86(cpu, tmp_path):
     assert "12 passed" in result.stdout
 
 
-PAIRS = ["decode-bfloat16-same-d128-g4", "prefill-bfloat16-same-d128-g4", "decode-bfloat16-int8-d64-g4"]
-SINGLE = ["decode-bfloat16-same-d80-g1", "decode-float16-int8-d64-g1"]  # a tail; queries that are finer
+PAIRS = ["decode-bfloat16-same-d32-g1", "prefill-bfloat16-same-d32-g1", "decode-bfloat16-int8-d64-g1"]
+SINGLE = ["decode-bfloat16-same-d20-g1", "decode-float16-int8-d64-g1"]  # a tail; queries that are finer
 
 
 @pytest.mark.parametrize(
@@ -117,17 +126,21 @@ def test_bfloat16_pairs_and_bytes_are_multiplied_where_that_is_fast(cpu, in_pair
     assert of_bytes == [case for case in in_pairs if "int8" in case]
 
 
-@pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
-def test_bfloat16_is_right_where_pairs_are_not_multiplied(tmp_path):
-    assert found_on("haswell", tmp_path, "run", *PAIRS)["pair_products"] == 0
-
-
 WIDENING = {"bfloat16-same": "shl.4s", "float16-int8": "scvtf.4s", "float32-fp8_e4m3": "fcvtl.4s"}
 
 
-def test_arm_gets_vector_instructions_and_nothing_from_libraries_it_may_lack(tmp_path):
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ["decode-bfloat16-same-d128-g4"],
+        pytest.param(
+            ["decode-float16-int8-d64-g1", "prefill-float32-fp8_e4m3-d72-g1"], marks=pytest.mark.exhaustive
+        ),
+    ],
+    ids=", ".join,
+)
+def test_arm_gets_vector_instructions_and_nothing_from_libraries_it_may_lack(cases, tmp_path):
     """Compiled, not run: whatever machine this is."""
-    cases = ["decode-bfloat16-same-d128-g4", "decode-float16-int8-d64-g1", "prefill-float32-fp8_e4m3-d72-g1"]
     found = found_on("neoverse-n1", tmp_path, "cross", "aarch64-unknown-linux-gnu", *cases)
     for case, code in found.items():
         count = code["instructions"].get

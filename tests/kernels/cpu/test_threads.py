@@ -49,9 +49,9 @@ print(json.dumps([threads_here() - before + 1, torch.get_num_threads()]))
 @pytest.mark.parametrize(
     ("setting", "environment", "threads"),
     [
-        ("", {"OMP_NUM_THREADS": "1"}, 1),
+        pytest.param("", {"OMP_NUM_THREADS": "1"}, 1, marks=pytest.mark.exhaustive),
         ("torch.set_num_threads(3)", {"OMP_NUM_THREADS": "1"}, 3),
-        ("torch.set_num_threads(1)", {"OMP_NUM_THREADS": "2"}, 1),
+        pytest.param("torch.set_num_threads(1)", {"OMP_NUM_THREADS": "2"}, 1, marks=pytest.mark.exhaustive),
         ("os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])", {"OMP_NUM_THREADS": "2"}, 2),
     ],
     ids=["OMP_NUM_THREADS=1", "set_num_threads(3)", "set_num_threads(1)", "OMP_NUM_THREADS=2 on one core"],
@@ -84,7 +84,7 @@ def test_threads_set_in_one_python_thread_count_for_those_started_later(set_thre
 @own_worker
 def test_different_plans_run_side_by_side_give_the_bits_they_give_alone(set_threads):
     set_threads(2)
-    shapes = [SHAPE, Shape(torch.float32, 16, 1), SHAPE, Shape(torch.bfloat16, 16, 3, "int8")]
+    shapes = [SHAPE, Shape(torch.float32, 16, 2), SHAPE, Shape(torch.float32, 40, 3, "fp8_e5m2")]
     batches = [
         make_batch(shape, [70 * i + 1, 900, 0, 33], [1, 20, 0, 1] if i % 2 else None, seed=i)
         for i, shape in enumerate(shapes * 2)

@@ -50,6 +50,8 @@ class InterpretingPytest:
             "-m",
             "pytest",
             "-n0",
+            "-m",
+            "",  # the asking process has chosen
             "-p",
             "no:cacheprovider",
             f"--rootdir={config.rootpath}",

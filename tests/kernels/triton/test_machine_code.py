@@ -34,9 +34,10 @@ SHAPES = [
 ]
 FEATURES = ["window", "softcap", "alibi", "sinks", "tree"]
 Q_LENS = {"decode": [1, 1], "prefill": [40, 30]}
-# The chip that the tile table is made for compiles every shape, the others the first five.
+exhaustive = pytest.mark.exhaustive
+# Every chip compiles the first shape, the one that the tile table is made for every shape, all the first five.
 CASES = [
-    (chip, shape, step)
+    pytest.param((chip, shape, step), marks=[] if chip == "sm_90" or shape == LLAMA else exhaustive)
     for shape in SHAPES
     for step in Q_LENS
     for chip in (CHIPS if shape in SHAPES[:5] else ["sm_90"])
@@ -111,8 +112,15 @@ LARGE = [Shape(F32, 256, group=4), Shape(F32, 128, group=64), Shape(BF16, 256, g
 LARGE += [Shape(BF16, 128, group=128, kv_dtype="int8"), Shape(F32, 256, group=16, kv_dtype="int8")]
 
 
-@pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize("chip", ["sm_89", "sm_90"])
+@pytest.mark.parametrize(
+    ("chip", "shape"),
+    [
+        *(("sm_89", shape) for shape in LARGE[:2]),
+        *(pytest.param("sm_89", shape, marks=exhaustive) for shape in LARGE[2:]),
+        *(pytest.param("sm_90", shape, marks=exhaustive) for shape in LARGE),
+    ],
+    ids=str,
+)
 def test_a_tile_fits_shared_memory_or_is_refused_before(chip, shape):
     known = CHIPS[chip].known
     if not tune.fits(shape.spec(16), known):
@@ -153,7 +161,9 @@ STORED = [
 ]
 
 
-@pytest.mark.parametrize("case", STORED, ids=name)
+@pytest.mark.parametrize(
+    "case", [*STORED[:3], *(pytest.param(case, marks=exhaustive) for case in STORED[3:])], ids=name
+)
 def test_stored_values_pass_through_shared_memory_once(case):
     """Room for the stages in flight and the queries: none for a block of values made float16 and laid down again."""
     chip, shape = case
@@ -168,7 +178,9 @@ def test_stored_values_pass_through_shared_memory_once(case):
     assert needed <= code.shared_bytes <= needed + for_the_rest
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "chip", [chip if chip in ("sm_90", "gfx942") else pytest.param(chip, marks=exhaustive) for chip in CHIPS]
+)
 def test_every_feature_compiles(chip):
     asked = dict.fromkeys(FEATURES, True)
     code = read_machine_code(compile_attention(chip, Shape(BF16, 64, 2, "fp8_e5m2"), [40, 30], **asked))
@@ -195,7 +207,9 @@ def test_products_run_on_the_chips_best_matrix_units(chip, step, units):
         assert "serialized" not in assembler_remarks(kernel)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "head_dim", [pytest.param(64, marks=exhaustive), 128, pytest.param(256, marks=exhaustive)]
+)
 def test_the_portable_prefill_too_runs_on_hoppers_best_matrix_units(head_dim, monkeypatch):
     monkeypatch.setattr(hopper, "why_not", lambda *_: "the portable kernel is asked for")
     kernel = compile_attention("sm_90", replace(LLAMA, head_dim=head_dim), Q_LENS["prefill"])
@@ -212,7 +226,9 @@ HOPPER = [
 
 
 @pytest.mark.skipif(not HOPPERS_TRITON, reason=f"Hopper's kernel is served by Triton {hopper.TRITON}x alone")
-@pytest.mark.parametrize("page_size", [16, 48, 64, 128, 256])
+@pytest.mark.parametrize(
+    "page_size", [16, 48, *(pytest.param(size, marks=exhaustive) for size in (64, 128, 256))]
+)
 def test_prefill_on_hopper_is_a_kernel_of_its_own_that_never_waits_for_single_products(page_size):
     shape = HOPPER[page_size % 7]
     batch = make_batch(shape, [100, 70], [40, 30], page_size=page_size)
@@ -229,10 +245,10 @@ def test_prefill_on_hopper_is_a_kernel_of_its_own_that_never_waits_for_single_pr
     [
         ("sm_100", LLAMA, 16, {}),
         ("sm_90", Shape(F32, 128), 16, {}),
-        ("sm_90", Shape(BF16, 80), 16, {}),
-        ("sm_90", Shape(BF16, 128, kv_dtype="int8"), 16, {}),
-        ("sm_90", LLAMA, 24, {}),
-        *(("sm_90", LLAMA, 16, {name: True}) for name in FEATURES),
+        ("sm_90", Shape(F16, 80), 16, {}),
+        ("sm_90", Shape(BF16, 128, group=4, kv_dtype="int8"), 16, {}),
+        ("sm_90", replace(LLAMA, head_dim=64), 24, {}),
+        *(("sm_90", replace(LLAMA, head_dim=64), 16, {name: True}) for name in FEATURES),
     ],
 )
 def test_where_hoppers_kernel_does_not_serve_the_portable_one_does(chip, shape, page_size, asked):

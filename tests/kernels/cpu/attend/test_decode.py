@@ -8,7 +8,7 @@ import torch
 from accuracy import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, Shape, attend, features, guarded_copy, make_batch
+from support import LAYOUTS, Shape, assert_no_byte_beyond_is_touched, attend, features, make_batch
 
 from quire.kernels import cpu, reference
 
@@ -16,37 +16,46 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 # Each is one compilation: (q dtype, page dtype, head_dim, query heads per tile), from one vector lane to a
 # group of several tiles, whole vectors and tails.
+SMALL, SPLIT, TAIL = Shape(F32, 64, group=2), Shape(F32, 16, group=3), Shape(F32, 40, group=2)
+INT8, NARROW = Shape(BF16, 64, group=4, kv_dtype="int8"), Shape(F32, 40, group=3, kv_dtype="fp8_e5m2")
+ODD = Shape(BF16, 88, group=7)  # five vectors, of which the first four are taken apart in pairs, and a tail
 SHAPES = [
-    Shape(F32, 64, group=1),
-    Shape(F32, 16, group=3),
-    Shape(F32, 40, group=2),
+    SMALL,
+    SPLIT,
+    TAIL,
+    Shape(F32, 1, group=1, num_kv_heads=3),
+    Shape(F32, 16, group=100, num_kv_heads=1),  # seven tiles of 15, the last one short
+    Shape(F16, 80, group=1, num_kv_heads=1),
+    ODD,
+    INT8,
+    Shape(BF16, 64, group=2, kv_dtype="fp8_e4m3"),
+    NARROW,
+]
+MORE_SHAPES = [
     Shape(F32, 256, group=2, num_kv_heads=1),
     Shape(F32, 8, group=16),
-    Shape(F32, 1, group=1, num_kv_heads=3),
     Shape(F32, 64, group=24, num_kv_heads=1),  # two tiles of 12
-    Shape(F32, 16, group=100, num_kv_heads=1),  # seven tiles of 15, the last one short
     Shape(F16, 64, group=8),
-    Shape(F16, 80, group=1, num_kv_heads=1),
     Shape(BF16, 128, group=4),
-    Shape(BF16, 88, group=7),  # five vectors, of which the first four are taken apart in pairs, and a tail
     Shape(BF16, 64, group=71, num_kv_heads=1),  # five tiles of 15, the last one short
-    Shape(BF16, 64, group=4, kv_dtype="int8"),
     Shape(
         BF16, 128, group=12, kv_dtype="fp8_e4m3", num_kv_heads=1
     ),  # two tiles of 6 where pairs are multiplied
-    Shape(F32, 40, group=3, kv_dtype="fp8_e5m2"),
     Shape(F16, 72, group=2, kv_dtype="fp8_e4m3"),
 ]
 
 
-def grouped(shapes):
+def grouped(shapes, *marks):
     """All tests of a shape go to one xdist worker, which compiles it once."""
-    return [pytest.param(s, id=str(s), marks=pytest.mark.xdist_group(f"decode-{s}")) for s in shapes]
+    return [
+        pytest.param(s, id=str(s), marks=[pytest.mark.xdist_group(f"decode-{s}"), *marks]) for s in shapes
+    ]
 
 
-SMALL, SPLIT, NARROW = grouped([SHAPES[0], SHAPES[1], SHAPES[15]])
-every_shape = pytest.mark.parametrize("shape", grouped(SHAPES))
-few_shapes = pytest.mark.parametrize("shape", [SMALL, SPLIT, NARROW])
+every_shape = pytest.mark.parametrize(
+    "shape", [*grouped(SHAPES), *grouped(MORE_SHAPES, pytest.mark.exhaustive)]
+)
+few_shapes = pytest.mark.parametrize("shape", grouped([SMALL, SPLIT, NARROW]))
 
 FEATURES = [
     {},
@@ -157,7 +166,7 @@ def test_every_number_of_workers_gives_the_same_result_within_rounding(shape):
         check(batch, workers=workers)
 
 
-@pytest.mark.parametrize("shape", [SMALL, NARROW])
+@pytest.mark.parametrize("shape", grouped([SMALL, NARROW]))
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_batch_equals_the_reference(shape, data):
@@ -177,28 +186,12 @@ def test_any_batch_equals_the_reference(shape, data):
     check(batch, workers=draw(st.integers(1, 9)), causal=draw(st.booleans()), **rules)
 
 
-# The kernels read what the page table names and nothing else: behind each tensor lies memory that may not be
-# touched, so a read past a row's end, a last page or a last scale ends the process.
-@pytest.mark.parametrize("shape", grouped([*SHAPES[0:5:2], SHAPES[11], SHAPES[13], SHAPES[15]]))
-@pytest.mark.parametrize("q_lens", [[1, 1], [3, 20]])
-def test_no_byte_beyond_the_tensors_is_touched(shape, q_lens):
-    batch = make_batch(shape, [48, 33], q_lens, page_size=16)
-    wanted = attend(batch).out
-    page, last_page = int(batch.page_table[0, 2]), batch.k_pages.shape[1] - 1
-    for pages in (batch.k_pages, batch.v_pages, *batch.scales.values()):  # bits keep NaN as it is
-        bits = pages.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[pages.element_size()])
-        bits[:, [page, last_page]] = bits[:, [last_page, page]]
-    table = batch.page_table.clone()
-    batch.page_table[table == last_page] = page
-    batch.page_table[table == page] = last_page
-    batch.q, batch.k_pages, batch.v_pages = (guarded_copy(t) for t in batch.pages)
-    batch.scales = {name: guarded_copy(scale) for name, scale in batch.scales.items()}
-    batch.page_table = guarded_copy(batch.page_table[:, :3])
-    out = guarded_copy(torch.zeros_like(batch.q))
-    assert torch.equal(attend(batch, out=out).out, wanted)
+@pytest.mark.parametrize("shape", grouped([SMALL, TAIL, ODD, INT8, NARROW]))
+def test_no_byte_beyond_the_tensors_is_touched(shape):
+    assert_no_byte_beyond_is_touched(make_batch(shape, [48, 33], [1, 1], page_size=16))
 
 
-@pytest.mark.parametrize("shape", grouped([SHAPES[13]]))
+@pytest.mark.parametrize("shape", grouped([INT8]))
 def test_pools_above_two_to_the_31_elements_are_addressed_to_their_end(shape):
     shape = replace(shape, num_kv_heads=1)  # so that a page's offset alone passes 2³¹
     page_size = 16

@@ -5,41 +5,47 @@ import torch
 from accuracy import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, Shape, attend, features, make_batch
+from support import LAYOUTS, Shape, assert_no_byte_beyond_is_touched, attend, features, make_batch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 # Each is one compilation: (q dtype, page dtype, head_dim); the group is a number at run time. A tile holds 96
 # rows, so groups of 7, 24 and 71 leave padding rows and 100 takes two passes over one token.
+SMALL, TAIL, NARROW = Shape(F32, 16, group=3), Shape(F32, 40, group=2), Shape(F32, 40, 3, kv_dtype="fp8_e5m2")
 SHAPES = [
-    Shape(F32, 64, group=1),
-    Shape(F32, 16, group=3),
-    Shape(F32, 40, group=2),
-    Shape(F32, 256, group=1, num_kv_heads=1),
-    Shape(F32, 8, group=16),
+    SMALL,
+    TAIL,
     Shape(F32, 1, group=1, num_kv_heads=3),
     Shape(F16, 80, group=1, num_kv_heads=1),
     Shape(BF16, 128, group=4),
-    Shape(BF16, 72, group=7, num_kv_heads=1),
     Shape(BF16, 64, group=4, kv_dtype="int8"),
-    Shape(F32, 40, group=3, kv_dtype="fp8_e5m2"),
+    NARROW,
+]
+MORE_SHAPES = [
+    Shape(F32, 64, group=1),
+    Shape(F32, 256, group=1, num_kv_heads=1),
+    Shape(F32, 8, group=16),
+    Shape(BF16, 72, group=7, num_kv_heads=1),
     Shape(F16, 72, group=2, kv_dtype="fp8_e4m3"),
 ]
 
 
-def grouped(shapes):
+def grouped(shapes, *marks):
     """All tests of a kernel go to one xdist worker, which compiles it once."""
     return [
         pytest.param(
-            s, id=str(s), marks=pytest.mark.xdist_group(f"prefill-{s.dtype}-{s.head_dim}-{s.kv_dtype}")
+            s,
+            id=str(s),
+            marks=[pytest.mark.xdist_group(f"prefill-{s.dtype}-{s.head_dim}-{s.kv_dtype}"), *marks],
         )
         for s in shapes
     ]
 
 
-SMALL, TAIL, NARROW = grouped([SHAPES[1], SHAPES[2], SHAPES[10]])
-every_shape = pytest.mark.parametrize("shape", grouped(SHAPES))
-few_shapes = pytest.mark.parametrize("shape", [SMALL, TAIL, NARROW])
+every_shape = pytest.mark.parametrize(
+    "shape", [*grouped(SHAPES), *grouped(MORE_SHAPES, pytest.mark.exhaustive)]
+)
+few_shapes = pytest.mark.parametrize("shape", grouped([SMALL, TAIL, NARROW]))
 
 FEATURES = [
     {},
@@ -159,7 +165,7 @@ def test_every_number_of_workers_gives_the_same_result_within_rounding(shape):
         check(batch, workers=workers)
 
 
-@pytest.mark.parametrize("shape", [SMALL, NARROW])
+@pytest.mark.parametrize("shape", grouped([SMALL, NARROW]))
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_batch_equals_the_reference(shape, data):
@@ -179,3 +185,8 @@ def test_any_batch_equals_the_reference(shape, data):
     names = draw(st.sets(st.sampled_from(["window", "softcap", "alibi", "sinks", "tree"])))
     rules = features(batch, seed=draw(st.integers(0, 1000)), **dict.fromkeys(names, True))
     check(batch, workers=draw(st.integers(1, 9)), causal=draw(st.booleans()), **rules)
+
+
+@every_shape
+def test_no_byte_beyond_the_tensors_is_touched(shape):
+    assert_no_byte_beyond_is_touched(make_batch(shape, [48, 33], [3, 20], page_size=16))
