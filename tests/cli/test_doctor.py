@@ -55,7 +55,10 @@ def test_a_backend_that_cannot_serve_says_why(capsys, monkeypatch):
 
 
 def test_the_self_check_passes_on_correct_kernels_by_a_margin():
-    assert 0 < doctor.attention_error("cpu", SPEC) < doctor.SELF_CHECK_TOLERANCE / 5
+    roundings = (
+        16 * torch.finfo(torch.float32).eps
+    )  # of values of order one; doctor allows five times as much
+    assert 0 < doctor.attention_error("cpu", SPEC) < roundings
     assert doctor.attention_error("reference", SPEC) == 0
 
 
