@@ -107,7 +107,8 @@ def assert_accurate(
     score_slack: float = 0.0,
 ) -> None:
     """max error ≤ 2 × the error of plain PyTorch in the same dtype, plus four roundings of fp32, in which the
-    kernels compute, at the size of the largest value; rows that see no key are exactly zero with lse −inf.
+    kernels compute, at the size of the largest value; rows that see no key are exactly zero, and their lse is exactly
+    the sink's logit, or −inf without a sink.
     ``score_slack`` is what scores may be off by, and so lse.
 
     The rule of FlashAttention's tests.
@@ -122,9 +123,11 @@ def assert_accurate(
     error = (out.double() - wanted.out).abs().max().item()
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
+    sees_nothing = (wanted.out == 0).all(-1)
+    assert (out[sees_nothing] == 0).all()
+    assert torch.equal(lse[sees_nothing], wanted.lse[sees_nothing])
     empty = wanted.lse.isneginf()
     assert (lse.isneginf() == empty).all()
-    assert (out[empty] == 0).all()
     # The kernels' softmax is fp32 whatever the dtype, so lse is judged by fp32's own precision.
     torch.testing.assert_close(lse[~empty], wanted.lse[~empty], atol=2e-5 + score_slack, rtol=2e-6)
 

@@ -44,6 +44,21 @@ def test_pages_are_whole_cache_lines_and_no_longer_than_they_must_be(head_dim, p
     assert 0 <= stride_bytes - used < 64
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_values_may_be_narrower_than_keys_and_take_fewer_bytes(kv_dtype):
+    it = spec(head_dim=576, num_kv_heads=1, value_dim=512, page_size=4, kv_dtype=kv_dtype)
+    element, scale = (1, 4) if kv_dtype else (2, 0)
+    assert (it.out_dim, spec().out_dim) == (512, 128)
+    assert it.bytes_per_token == (576 + 512) * element + 2 * scale
+    assert it.bytes_per_page == 4 * it.bytes_per_token
+    assert it.value_page_stride == 4 * 512
+    assert spec(value_dim=128) == spec(), "as wide as keys is no other layout"
+    with pytest.raises(ArgumentError, match=r"^value_dim must be at most head_dim=128; got 129\. Fix: "):
+        spec(value_dim=129)
+    with pytest.raises(ArgumentError, match=r"^value_dim must be an int of at least 1; got 0\. Fix: "):
+        spec(value_dim=0)
+
+
 def test_a_spec_is_a_value():
     assert spec() == spec()
     assert hash(spec()) == hash(spec())

@@ -96,6 +96,30 @@ def test_rows_are_empty_one_by_one():
     assert not torch.equal(merged.out[3], a.out[3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_of_a_sink_alone_takes_its_share_and_gives_no_value(dtype):
+    some, alone = state(dtype=dtype), state(dtype=dtype, seed=1)
+    alone.out.zero_()
+    merged = merge(some, alone)
+    lse = torch.logaddexp(some.lse, alone.lse)
+    assert torch.equal(merged.lse, lse)
+    assert torch.equal(merged.out, (some.out.float() * torch.exp(some.lse - lse)[..., None]).to(dtype))
+    assert same_bits(merge(alone, some), merged)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.xdist_group("decode-float32-same-d16-g3")
+def test_the_sink_of_a_part_without_keys_is_not_lost(backend):
+    batch = make_batch(SHAPE, [33], page_size=16)
+    sinks = torch.randn(SHAPE.group * SHAPE.num_kv_heads)
+    nothing = attend(_with(batch, batch.page_table, [0]), backend=backend, sinks=sinks)
+    assert torch.equal(nothing.lse[0], sinks)
+    merged = merge(nothing, attend(batch, backend=backend))
+    whole = exact(batch, sinks=sinks)
+    torch.testing.assert_close(merged.out.double(), whole.out, atol=1e-6, rtol=0)
+    torch.testing.assert_close(merged.lse, whole.lse, atol=2e-6, rtol=2e-6)
+
+
 @given(seeds=st.tuples(*[st.integers(0, 1000)] * 3), scale=st.sampled_from([1.0, 30.0, 1000.0]))
 def test_order_and_grouping_do_not_matter(seeds, scale):
     a, b, c = (SoftmaxState(s.out, s.lse * scale) for s in (state(seed=seed) for seed in seeds))

@@ -18,6 +18,8 @@ QUANTIZED_DTYPES: dict[str, torch.dtype] = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+# The largest number that pages of each hold; int8's −128 is left out, so that a row and its negative are alike.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 PAGE_ALIGNMENT_BYTES = 64  # one cache line, two 32-byte DRAM sectors: a page is loaded as whole lines
 
 
@@ -35,13 +37,15 @@ class AttentionSpec:
     Args:
         num_qo_heads: query heads; a multiple of num_kv_heads (GQA groups them).
         num_kv_heads: heads of the KV cache.
-        head_dim: elements per head, the same for keys and values.
+        head_dim: elements per head of queries and keys.
         page_size: tokens per page.
         dtype: dtype of queries, outputs and, unless kv_dtype is set, of the pages.
         kv_dtype: None, or "int8", "fp8_e4m3", "fp8_e5m2" for quantised pages with one fp32
             scale per token and head.
+        value_dim: elements per head of values and outputs where they are fewer than those of keys, as in MLA, whose
+            values are the first columns of its keys; None where they are as many.
     Raises:
-        ArgumentError: a size below one, heads that do not divide, an unknown dtype.
+        ArgumentError: a size below one, heads that do not divide, values wider than keys, an unknown dtype.
     """
 
     num_qo_heads: int
@@ -50,10 +54,17 @@ class AttentionSpec:
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: KVDtype | None = None
+    value_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_qo_heads", "num_kv_heads", "head_dim", "page_size"):
             check_size(name, getattr(self, name))
+        if self.value_dim is not None and check_size("value_dim", self.value_dim) > self.head_dim:
+            raise ArgumentError(
+                f"value_dim must be at most head_dim={self.head_dim}; got {self.value_dim}. Fix: value_dim=None"
+            )
+        if self.value_dim == self.head_dim:
+            object.__setattr__(self, "value_dim", None)  # one spec for one layout
         if self.num_qo_heads % self.num_kv_heads:
             raise ArgumentError(
                 f"num_qo_heads must be a multiple of num_kv_heads; got {self.num_qo_heads} and "
@@ -76,6 +87,11 @@ class AttentionSpec:
         return self.num_qo_heads // self.num_kv_heads
 
     @property
+    def out_dim(self) -> int:
+        """Elements per head of a value, and of an output."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
     def quantized(self) -> bool:
         """Whether pages hold quantised values beside fp32 scales."""
         return self.kv_dtype is not None
@@ -89,17 +105,25 @@ class AttentionSpec:
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value of one head, scales included."""
         scale = torch.float32.itemsize if self.quantized else 0
-        return 2 * (self.head_dim * self.storage_dtype.itemsize + scale)
+        return (self.head_dim + self.out_dim) * self.storage_dtype.itemsize + 2 * scale
 
     @property
     def page_stride(self) -> int:
-        """Elements from the start of one page of one head to the next, in whole cache lines."""
+        """Elements from the start of one page of one head's keys to the next, in whole cache lines."""
+        return self._page_stride(self.head_dim)
+
+    @property
+    def value_page_stride(self) -> int:
+        """The same for values."""
+        return self._page_stride(self.out_dim)
+
+    def _page_stride(self, width: int) -> int:
         elements_per_line = PAGE_ALIGNMENT_BYTES // self.storage_dtype.itemsize
-        return math.ceil(self.page_size * self.head_dim / elements_per_line) * elements_per_line
+        return math.ceil(self.page_size * width / elements_per_line) * elements_per_line
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page of one layer: K and V, all KV heads, padding and scales included."""
-        elements = self.page_stride * self.storage_dtype.itemsize
-        scales = self.page_size * torch.float32.itemsize if self.quantized else 0
-        return 2 * self.num_kv_heads * (elements + scales)
+        elements = self.page_stride + self.value_page_stride
+        scales = 2 * self.page_size * torch.float32.itemsize if self.quantized else 0
+        return self.num_kv_heads * (elements * self.storage_dtype.itemsize + scales)

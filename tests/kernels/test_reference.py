@@ -132,13 +132,14 @@ def test_a_tree_mask_hides_new_keys_only():
     assert out == pytest.approx([1.5, 2.0])  # a mask never shows what causality hides
 
 
-@pytest.mark.parametrize("sinks", [None, torch.zeros(1)])
-def test_rows_without_a_key_are_zero_with_lse_minus_infinity(sinks):
+@pytest.mark.parametrize("sink", [-math.inf, 1.25])
+def test_rows_without_a_key_are_zero_and_their_lse_is_the_sinks(sink):
+    sinks = None if math.isinf(sink) else torch.tensor([sink])
     out, lse = by_hand([0.0, 0.0], [1.0, 2.0], q_len=4, sinks=sinks)
     assert out[:2] == [0.0, 0.0]
-    assert lse[:2] == [-math.inf, -math.inf]
+    assert lse[:2] == [sink, sink]
     out, lse = by_hand([0.0], [1.0], tree_mask=torch.tensor([[False]]), sinks=sinks)
-    assert (out, lse) == ([0.0], [-math.inf])
+    assert (out, lse) == ([0.0], [sink])
 
 
 def test_an_empty_sequence_reads_no_page():
@@ -209,3 +210,72 @@ def test_an_lse_is_written_only_where_asked_for():
     out = torch.empty_like(batch.q)
     reference.attend(step_of(batch), AttentionCall(*batch.pages, out, None))
     assert np.isfinite(out.numpy()).all()
+
+
+# --- values narrower than keys -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_values_may_be_the_first_columns_of_keys(kv_dtype):
+    """As in MLA: the result is the first columns of attention over values that are the keys themselves."""
+    narrow = 5
+    batch = make_batch(Shape(F32, 8, kv_dtype=kv_dtype), [9, 0, 3], [2, 1, 3], page_size=4)
+    batch.v_pages = batch.k_pages
+    if kv_dtype:
+        batch.scales["v_scale"] = batch.scales["k_scale"]
+    whole = attend(batch, backend="reference")
+
+    state = quire.paged_attention(
+        batch.q, batch.k_pages, batch.k_pages[..., :narrow], *batch.lengths,
+        return_state=True, backend="reference", **batch.scales,
+    )  # fmt: skip
+
+    assert state.out.shape == (*batch.q.shape[:2], narrow)
+    assert torch.equal(state.out, whole.out[..., :narrow])
+    assert torch.equal(state.lse, whole.lse)
+
+
+def test_a_plan_and_a_pool_of_narrow_values():
+    spec = quire.AttentionSpec(4, 2, 8, page_size=4, dtype=F32, value_dim=3)
+    pool = quire.KVPool(spec, num_layers=1, num_pages=3)
+    assert pool.k.shape[-1] == 8
+    assert pool.v.shape[-1] == 3
+    assert pool.nbytes == sum(x.untyped_storage().nbytes() for x in (pool.k, pool.v))
+    pool.k.fill_(math.nan)
+    pool.v.fill_(math.nan)
+    k, v, q = torch.randn(6, 2, 8), torch.randn(6, 2, 3), torch.randn(1, 4, 8)
+    slots = torch.tensor([8, 9, 10, 11, 0, 1])
+    quire.write_kv(k, v, *pool.layer(0), slots, backend="reference")
+    plan = quire.plan(torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([6]), spec, backend="reference")
+
+    out = plan.run(q, *pool.layer(0))
+
+    weights = torch.softmax(torch.einsum("hd,thd->ht", q[0], k.repeat_interleave(2, 1)) * 8**-0.5, -1)
+    torch.testing.assert_close(out[0], torch.einsum("ht,thd->hd", weights, v.repeat_interleave(2, 1)))
+    given = torch.full_like(out, 7.0)
+    assert torch.equal(plan.run(q, *pool.layer(0), out=given), out)
+    with pytest.raises(quire.ShapeError, match=r"out must be .*\[1, 4, 3\]"):
+        plan.run(q, *pool.layer(0), out=torch.empty_like(q))
+    with pytest.raises(quire.ShapeError, match=r"v_pages must be \[2, num_pages, 4, 3\] as planned"):
+        plan.run(q, pool.k[0], pool.k[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_kernels_that_lack_narrow_values_say_so(backend):
+    spec = quire.AttentionSpec(4, 2, 8, page_size=4, dtype=F32, value_dim=3)
+    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(
+        quire.UnsupportedError, match=r"values must be as wide as keys; got value_dim=3\. Fix"
+    ):
+        quire.plan(table, lens, spec, backend=backend)
+    k_pages = torch.randn(2, 1, 4, 8)
+    with pytest.raises(
+        quire.UnsupportedError, match=r"values must be as wide as keys; got value_dim=3\. Fix"
+    ):
+        quire.paged_attention(torch.randn(1, 4, 8), k_pages, k_pages[..., :3], table, lens, backend=backend)
+    with pytest.raises(
+        quire.UnsupportedError, match=r"values must be as wide as keys; got value_dim=3\. Fix"
+    ):
+        quire.write_kv(
+            torch.randn(1, 2, 8), torch.randn(1, 2, 3), k_pages, k_pages[..., :3], torch.tensor([0]), backend=backend
+        )  # fmt: skip

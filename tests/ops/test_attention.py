@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
-import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, exact, plain
@@ -14,7 +12,6 @@ from support import make_batch, plan_for
 from torch.nn.functional import pad
 
 import quire
-from quire.planning.step import COPIED_PAGES
 
 # One worker compiles the kernels of this shape, not both.
 pytestmark = pytest.mark.xdist_group("attention-float32-d16-g2")
@@ -90,30 +87,21 @@ def test_lengths_that_change_later_change_no_plan():
     assert torch.equal(plan.run(*batch.pages), wanted)
 
 
-@pytest.mark.parametrize("columns", [1, 5, COPIED_PAGES // 3, COPIED_PAGES])
-def test_a_small_page_table_is_copied_and_a_large_one_is_the_callers(columns):
-    table = torch.arange(3 * columns, dtype=torch.int32).view(3, columns)
-    planned = quire.plan(table, torch.tensor([1, 0, PAGE]), SHAPE.spec(PAGE)).step.page_table
-    np.testing.assert_array_equal(planned, table.numpy())
-    assert np.shares_memory(planned, table.numpy()) == (table.numel() > COPIED_PAGES)
-
-
-@pytest.mark.parametrize("spare", [0, COPIED_PAGES], ids=["copied", "too large to be copied"])
-def test_tensors_that_are_resized_later_change_no_plan(spare):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("columns", [0, 5000])
+def test_tensors_that_are_refilled_or_resized_later_change_no_plan(backend, columns):
+    """A table of 5,000 columns more was the caller's own memory once."""
     batch = mixed()
-    wanted = paged(batch)
-    batch.page_table = pad(batch.page_table, (0, spare), value=-1)
-    plan = plan_for(batch)
-    copied = [batch.seq_lens, batch.cu_seqlens_q, *([] if spare else [batch.page_table])]
-    for tensor in copied:
+    wanted = paged(batch, backend=backend)
+    batch.page_table = pad(batch.page_table, (0, columns), value=-1)
+    plan = plan_for(batch, backend=backend)
+    for tensor in batch.lengths:
         tensor.fill_(10**6)
-    for tensor in (batch.page_table, batch.seq_lens, batch.cu_seqlens_q):
-        with contextlib.suppress(RuntimeError):  # torch keeps memory that an array lies in
-            tensor.resize_(1 << 20)
+        tensor.resize_(1 << 20)
     assert torch.equal(plan.run(*batch.pages), wanted)
 
 
-@pytest.mark.parametrize("spare", [0, COPIED_PAGES], ids=["copied", "too large to be copied"])
+@pytest.mark.parametrize("spare", [0, 2048])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("view", ["transposed", "every other column", "columns of a wider table"])
 def test_a_page_table_may_be_any_view(backend, view, spare):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mixed_batch import PAGE, SHAPE, close, mixed, paged, untouched
 from support import plan_for
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import pad
 
 import quire
-from quire.planning.step import COPIED_PAGES
+from quire.kernels import reference, resolve_backend
 
 # One worker compiles the kernels of this shape, not both.
 pytestmark = pytest.mark.xdist_group("attention-float32-d16-g2")
@@ -106,11 +106,9 @@ def test_a_tensor_without_data_is_refused_before_torch_takes_the_call_for_a_trac
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-@pytest.mark.parametrize("spare", [0, COPIED_PAGES], ids=["copied", "too large to be copied"])
 @pytest.mark.parametrize("name", ["page_table", "seq_lens", "cu_seqlens_q"])
-def test_a_step_that_only_pretends_to_hold_data_is_refused(name, spare):
+def test_a_step_that_only_pretends_to_hold_data_is_refused(name):
     batch = mixed()
-    batch.page_table = pad(batch.page_table, (0, spare))
     setattr(batch, name, FakeTensorMode().from_tensor(getattr(batch, name)))
     with pytest.raises(quire.ArgumentError, match=f"{name} must hold data; got a FakeTensor"):
         quire.plan(*batch.lengths[:2], SHAPE.spec(PAGE), batch.cu_seqlens_q)
@@ -152,16 +150,15 @@ def test_a_plan_that_accepted_a_layer_still_refuses_another(bad):
     close(plan.run(**given), batch)
 
 
-# --- debug runs --------------------------------------------------------------------------------------------
+# --- page ids outside the pool -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("page", [-1, 10**6, "num_pages"])
-def test_debug_runs_refuse_pages_that_are_not_there_and_write_nothing(monkeypatch, backend, page):
+@pytest.mark.parametrize("page", [-1, -(2**31), 10**6, "num_pages"])
+def test_pages_that_are_not_there_are_refused_and_nothing_is_written(backend, page):
+    """A page of 1,000,000 ended the process, one just behind the pool read another head's keys."""
     batch = mixed()
-    monkeypatch.setenv("QUIRE_DEBUG", "1")
-    close(paged(batch, backend=backend), batch)  # padding may hold anything, in debug runs too
-
+    close(paged(batch, backend=backend), batch)  # padding may hold anything
     page = batch.k_pages.shape[1] if page == "num_pages" else page
     batch.page_table[2, 3] = page
     out = untouched(batch)
@@ -170,6 +167,56 @@ def test_debug_runs_refuse_pages_that_are_not_there_and_write_nothing(monkeypatc
     with pytest.raises(quire.ArgumentError, match=rf"got {page} at \[2, 3\]\. Fix:"):
         plan_for(batch, backend=backend).run(*batch.pages, out=out)
     assert (out == 7.0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_plan_that_ran_on_one_pool_is_compared_with_every_other(backend):
+    batch = mixed()
+    plan = plan_for(batch, backend=backend)
+    highest = int(plan.page_indices.max())
+    close(plan.run(*batch.pages), batch)
+    smaller = [pages[:, :highest] for pages in (batch.k_pages, batch.v_pages)]
+    with pytest.raises(quire.ArgumentError, match=rf"from 0 to {highest - 1}; got {highest} at"):
+        plan.run(batch.q, *smaller)
+    fitting = [pages[:, : highest + 1] for pages in (batch.k_pages, batch.v_pages)]
+    close(plan.run(batch.q, *fitting), batch)
+
+
+def test_a_planners_next_plan_is_compared_with_the_pool_though_its_calls_are_bound():
+    """Bound calls are shared between plans of a planner, so the layout of a call was seen before."""
+    batch = mixed()
+    planner = quire.Planner(
+        SHAPE.spec(PAGE), max_batch=8, max_seq_len=64, max_q_len=8, backend="reference", device="cpu"
+    )
+    shared = {}
+    planner._kernels = SimpleNamespace(bind=reference.bind, prepare=lambda spec, step, device, reserved: step)
+    planner._reserved, planner._bound_for = object(), lambda num_tokens: shared
+    planner.plan(*batch.lengths).run(*batch.pages)
+    assert len(shared) == 1
+
+    batch.page_table[0, 0] = batch.k_pages.shape[1]
+    out = untouched(batch)
+    with pytest.raises(quire.ArgumentError, match=r"at \[0, 0\]\. Fix:"):
+        planner.plan(*batch.lengths).run(*batch.pages, out=out)
+    assert (out == 7.0).all()
+
+
+# --- other refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu", "hpu"])
+def test_a_device_without_kernels_must_name_the_reference(device):
+    with pytest.raises(quire.UnsupportedError, match=rf'on {device}.*got "auto"\. Fix: backend="reference"'):
+        resolve_backend("auto", torch.device(device))
+    assert resolve_backend("reference", torch.device(device)) == "reference"
+
+
+def test_auto_on_meta_is_refused_at_every_door():
+    spec, batch = SHAPE.spec(PAGE), mixed()
+    with pytest.raises(quire.UnsupportedError, match='Fix: backend="reference"'):
+        quire.plan(batch.page_table, batch.seq_lens, spec, device="meta")
+    with pytest.raises(quire.UnsupportedError, match='Fix: backend="reference"'):
+        quire.Planner(spec, max_batch=1, max_seq_len=1, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -199,3 +246,56 @@ def test_pages_of_different_pools_and_overlapping_results_are_refused():
         quire.paged_attention(q, k, k[:, :2], table, lens)
     with pytest.raises(quire.ShapeError, match="out must have memory of its own"):
         quire.paged_attention(q, k, k, table, lens, out=torch.empty(1, 4, 16).expand(2, 4, 16))
+
+
+# --- the arguments that the caller passed ------------------------------------------------------------------
+
+
+def one_call(batch, **changed):
+    """paged_attention with some of its arguments changed."""
+    given = {"q": batch.q, "k_pages": batch.k_pages, "v_pages": batch.v_pages}
+    step = dict(zip(("page_table", "seq_lens", "cu_seqlens_q"), batch.lengths, strict=True))
+    return quire.paged_attention(**{**given, **step, **changed}, backend="reference")
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_one_call_names_its_own_arguments(watched, monkeypatch):
+    """It spoke of a plan that the caller never made, or of a spec."""
+    if watched:
+        monkeypatch.setattr("quire.ops.attention.is_watched", lambda tensor: True)
+    batch = mixed()
+    heads, num_pages = batch.q.shape[1], batch.k_pages.shape[1]
+    with pytest.raises(
+        quire.ShapeError, match=r"^cu_seqlens_q must end with the number of q's tokens, 13; got 14\."
+    ):
+        one_call(batch, cu_seqlens_q=batch.cu_seqlens_q + torch.tensor([0, 0, 0, 0, 1]))
+    with pytest.raises(quire.ShapeError, match=r"^q must have one token for each of 4 sequences"):
+        one_call(batch, cu_seqlens_q=None)
+    three = batch.k_pages[:1].repeat(3, 1, 1, 1)
+    with pytest.raises(quire.ShapeError, match=rf"^k_pages must .* a divisor of its {heads} heads; got"):
+        one_call(batch, k_pages=three, v_pages=three)
+    with pytest.raises(quire.ShapeError, match=r"^k_pages must .*head_dim=16 of q"):
+        one_call(batch, k_pages=batch.k_pages[..., 1:], v_pages=batch.v_pages[..., 1:])
+    with pytest.raises(quire.ShapeError, match=r"^v_pages must be like k_pages"):
+        one_call(batch, v_pages=batch.v_pages[:, : num_pages - 1])
+    with pytest.raises(quire.DtypeError, match=r"^v_pages must be torch\.float32 like q"):
+        one_call(batch, v_pages=batch.v_pages.half())
+    with pytest.raises(quire.ShapeError, match=r"^q must have at least one head"):
+        one_call(batch, q=batch.q[:, :0])
+
+
+def test_pages_in_another_order_are_told_the_view_that_mends_it():
+    batch = mixed()
+    pages = {"k_pages": batch.k_pages, "v_pages": batch.v_pages}
+    nhd = {name: tensor.permute(1, 2, 0, 3) for name, tensor in pages.items()}
+    hnd = {name: tensor.transpose(0, 1) for name, tensor in pages.items()}
+    wrong = ((nhd, r"\.permute\(2, 0, 1, 3\)"), (hnd, r"\.transpose\(0, 1\)"))
+    for given, fix in wrong:
+        with pytest.raises(quire.ShapeError, match=rf"^k_pages must .*Fix: .*k_pages{fix}"):
+            one_call(batch, **given)
+        with pytest.raises(quire.ShapeError, match=rf"^k_pages must .*Fix: .*k_pages{fix}"):
+            plan_for(batch).run(batch.q, **given)
+        new = torch.zeros(1, *batch.k_pages.shape[::3])
+        with pytest.raises(quire.ShapeError, match=rf"^k must .*Fix: .*k_pages{fix}"):
+            quire.write_kv(new, new, **given, slot_mapping=torch.tensor([0]))
+    close(one_call(batch, **{name: tensor.permute(2, 0, 1, 3) for name, tensor in nhd.items()}), batch)

@@ -81,7 +81,6 @@ LAYER = {
     "q: int8": ("q", lambda q: q.to(INT8), DtypeError),
     "q: last dim not contiguous": ("q", lambda q: q.transpose(0, 2).contiguous().transpose(0, 2), ShapeError),
     "q: every second element": ("q", spread, ShapeError),
-    "q: a token too many": ("q", lambda q: q.repeat(2, 1, 1)[:5], ShapeError),
     "k_pages: meta": ("k_pages", lambda k: k.to("meta"), DeviceError),
     "k_pages: None": ("k_pages", lambda k: None, ArgumentError),
     "k_pages: a string": ("k_pages", lambda k: "pages", ArgumentError),
@@ -92,7 +91,7 @@ LAYER = {
     "v_pages: None": ("v_pages", lambda v: None, ArgumentError),
     "v_pages: flat": ("v_pages", lambda v: v.flatten(1, 2), ShapeError),
     "v_pages: another dtype": ("v_pages", lambda v: v.half(), DtypeError),
-    "v_pages: another head_dim": ("v_pages", lambda v: v[..., :8].contiguous(), ShapeError),
+    "v_pages: wider than keys": ("v_pages", lambda v: v.repeat(1, 1, 1, 2), ShapeError),
     "v_pages: another page_size": ("v_pages", lambda v: v[:, :, :2], ShapeError),
     "v_pages: another head count": ("v_pages", lambda v: v[:1], ShapeError),
     "v_pages: last dim not contiguous": ("v_pages", spread, ShapeError),
@@ -126,6 +125,8 @@ QUANTIZED = {
     "v_scale: missing": ("v_scale", lambda _: None, ArgumentError),
     "k_scale: half": ("k_scale", lambda scale: scale.half(), ShapeError),
     "v_scale: one per page": ("v_scale", lambda scale: scale[..., 0], ShapeError),
+    "v_scale: one per head, k_scale per token": ("v_scale", lambda scale: scale[:, 0, 0], ShapeError),
+    "k_scale: one per query head": ("k_scale", lambda scale: torch.ones(HEADS), ShapeError),
     "v_scale: other strides": ("v_scale", lambda scale: scale.mT.contiguous().mT, ShapeError),
 }
 STEP = {

@@ -246,19 +246,92 @@ def test_scales_may_lie_beside_nhd_pages(backend):
         torch.testing.assert_close(tensor, wanted[name])
 
 
+# --- given scales ------------------------------------------------------------------------------------------
+
+FORMS = {"one": lambda x: x[0].clone(), "one in a list": lambda x: x[:1].clone(), "per head": lambda x: x}
+
+
+@both_backends
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
+def test_given_scales_divide_and_are_not_written(backend, kv_dtype, form):
+    slots, largest, dtype = [3, 17, -1, 8], LARGEST[kv_dtype], QUANTIZED_DTYPES[kv_dtype]
+    k, v = new_tokens(len(slots))
+    k[1, 0, 2], k[1, 1, 3] = 1e30, -math.inf  # they saturate
+    k_scale, v_scale = (FORMS[form](torch.tensor(x)) for x in ([2.0 / largest, 0.5], [3.0 / largest, 0.0]))
+    k_pages, v_pages = untouched_pages(dtype=dtype), untouched_pages(dtype=dtype)
+    before = k_scale.clone(), v_scale.clone()
+
+    quire.write_kv(
+        k, v, k_pages, v_pages, torch.tensor(slots), k_scale=k_scale, v_scale=v_scale, backend=backend
+    )
+
+    assert torch.equal(k_scale, before[0])
+    assert torch.equal(v_scale, before[1])
+    for rows, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
+        per_head = scale.expand(HEADS)[None, :, None]
+        quotients = torch.where(per_head > 0, rows / per_head, 0.0).clamp(-largest, largest)
+        stored = (quotients.round() if dtype == torch.int8 else quotients).to(dtype)
+        assert torch.equal(pages.float(), written(stored, slots).float())
+
+
+@both_backends
+@pytest.mark.parametrize(
+    ("kv_dtype", "stored"), [("int8", 0.0), ("fp8_e4m3", math.nan), ("fp8_e5m2", math.nan)]
+)
+def test_a_nan_under_a_given_scale_is_the_dtypes_nan_or_zero(backend, kv_dtype, stored):
+    k, v = new_tokens(1)
+    k[0, 1, 5] = math.nan
+    pages = [untouched_pages(dtype=QUANTIZED_DTYPES[kv_dtype]) for _ in "kv"]
+    one = torch.tensor(1.0)
+    quire.write_kv(k, v, *pages, torch.tensor([6]), k_scale=one, v_scale=one, backend=backend)
+    got = pages[0].float()[1, 1, 2]
+    assert got[5].item() == pytest.approx(stored, nan_ok=True)
+    assert got.isnan().sum() == (1 if kv_dtype != "int8" else 0)
+
+
+@both_backends
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
+def test_attention_reads_pages_under_given_scales(backend, kv_dtype, form):
+    """As it reads the same pages under the same scales written out per token and head."""
+    spec = quire.AttentionSpec(4, HEADS, DIM, PAGE, torch.float32, kv_dtype)
+    pages = [untouched_pages(dtype=QUANTIZED_DTYPES[kv_dtype]) for _ in "kv"]
+    scales = {
+        name: FORMS[form](torch.tensor(x) / LARGEST[kv_dtype])
+        for name, x in (("k_scale", [3.0, 4.0]), ("v_scale", [5.0, 2.5]))
+    }
+    slots = [8, 9, 10, 11, 20, 21]
+    quire.write_kv(*new_tokens(len(slots)), *pages, torch.tensor(slots), backend=backend, **scales)
+    written_out = {
+        name: scale.expand(HEADS)[:, None, None].repeat(1, PAGES, PAGE) for name, scale in scales.items()
+    }
+    q, step = torch.randn(2, 4, DIM), (torch.tensor([[2, 5]] * 2, dtype=torch.int32), torch.tensor([6, 3]))
+    plan = quire.plan(*step, spec, backend=backend)
+    wanted = plan.run(q, *pages, **written_out)
+    assert wanted.isfinite().all()
+    for _ in range(2):
+        torch.testing.assert_close(plan.run(q, *pages, **scales), wanted, rtol=1e-6, atol=1e-6)
+    at_once = quire.paged_attention(q, *pages, *step, backend=backend, **scales)
+    torch.testing.assert_close(at_once, wanted, rtol=1e-6, atol=1e-6)
+
+
 # --- refusals; tests/test_checks.py holds the table of bad arguments ---------------------------------------
 
 
 @both_backends
-@pytest.mark.parametrize("slot", [NUM_SLOTS, NUM_SLOTS + 1000, -2])
-def test_debug_runs_refuse_slots_that_are_not_there_and_write_nothing(monkeypatch, backend, slot):
-    monkeypatch.setenv("QUIRE_DEBUG", "1")
+@pytest.mark.parametrize("spread", [1, 3])
+@pytest.mark.parametrize("slot", [NUM_SLOTS, 10**6, 2**62, -2, -(2**63)])
+def test_slots_that_are_not_there_are_refused_and_nothing_is_written(backend, slot, spread):
+    """A slot of 1,000,000 ended the process, one just behind the pool was in another head's pages."""
     k, v = new_tokens(3)
     k_pages, v_pages = untouched_pages(), untouched_pages()
-    with pytest.raises(quire.ArgumentError, match=rf"between −1 and {NUM_SLOTS - 1}; got .*{slot}.*Fix:"):
-        quire.write_kv(k, v, k_pages, v_pages, torch.tensor([0, slot, 1]), backend=backend)
-    assert (k_pages == UNTOUCHED).all()
-    assert (v_pages == UNTOUCHED).all()
+    for slots in ([0, slot, 1], [0, 1, slot]):
+        strided = torch.tensor(slots).repeat_interleave(spread)[::spread]
+        with pytest.raises(quire.ArgumentError, match=rf"between −1 and {NUM_SLOTS - 1}; got .*{slot}.*Fix:"):
+            quire.write_kv(k, v, k_pages, v_pages, strided, backend=backend)
+        assert (k_pages == UNTOUCHED).all()
+        assert (v_pages == UNTOUCHED).all()
 
     fine = [NUM_SLOTS - 1, -1, 0]
     quire.write_kv(k, v, k_pages, v_pages, torch.tensor(fine), backend=backend)

@@ -7,14 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.planning import deal
+from quire.planning.split import Sequences, Tiles
 from quire.planning.stream_k import share_step
 from quire.planning.work_list import TileShape, Tiling, WorkList
 
 
-def lengths(sequences):
-    return np.array([n for n, _ in sequences], np.int64), np.array(
-        [0, *np.cumsum([q for _, q in sequences])], np.int64
-    )
+def step_of(sequences, num_kv_heads=8, causal=True, window_left=-1):
+    starts = np.array([0, *np.cumsum([q for _, q in sequences])], np.int64)
+    return Sequences(np.array([n for n, _ in sequences], np.int64), starts, num_kv_heads, causal, window_left)
+
+
+def dealt(sequences, num_kv_heads, num_workers):
+    """Tiles of 32 queries and blocks of 128 keys, each of which costs 370 keys more."""
+    tiles = Tiles(1, 10**9, 32, 128, 0, num_workers, 0, True)
+    return deal.deal_tiles(step_of(sequences, num_kv_heads), tiles, 370)
 
 
 @settings(max_examples=60)
@@ -32,13 +38,12 @@ def lengths(sequences):
 def test_the_tiles_are_those_of_the_line_of_work(
     sequences, least_q, q_tokens, kv_tokens, tile_cost, num_kv_heads, causal, window_left, num_workers
 ):
-    seq_lens, starts = lengths(sequences)
-    rules = (num_kv_heads, causal, window_left)
-    arguments = (seq_lens, starts, least_q, 99, q_tokens, kv_tokens, tile_cost, *rules, num_workers)
+    step = step_of(sequences, num_kv_heads, causal, window_left)
+    arguments = (step, Tiles(least_q, 99, q_tokens, kv_tokens, 0, num_workers, 0, True), tile_cost)
 
     items, worker_indptr, evenly = deal.deal_tiles(*arguments)
     tiling = Tiling(1, TileShape(1, 1), TileShape(q_tokens, kv_tokens), least_q - 1, whole_tiles=True)
-    numbers, _, _, many = share_step(0, seq_lens, starts, tiling, *rules)
+    numbers, _, _, many = share_step(0, step, tiling)
     uncut = WorkList(numbers, *many)
 
     assert sorted(map(tuple, items)) == sorted(map(tuple, uncut.items))
@@ -58,8 +63,8 @@ def cost_of_shares(items, worker_indptr, kv_tokens, tile_cost):
 
 
 def test_no_worker_is_later_than_the_others_by_more_than_a_tile():
-    seq_lens, starts = lengths([(8192, 8192), (100, 100), (5000, 77)])
-    items, indptr, evenly = deal.deal_tiles(seq_lens, starts, 1, 10**9, 32, 128, 370, 8, True, -1, 132)
+    sequences = [(8192, 8192), (100, 100), (5000, 77)]
+    items, indptr, evenly = dealt(sequences, 8, 132)
 
     cost = cost_of_shares(items, indptr, 128, 370)
 
@@ -69,8 +74,8 @@ def test_no_worker_is_later_than_the_others_by_more_than_a_tile():
 
 
 def test_a_worker_takes_its_heavy_tiles_first():
-    seq_lens, starts = lengths([(4096, 4096)])
-    items, indptr, _ = deal.deal_tiles(seq_lens, starts, 1, 10**9, 32, 128, 370, 2, True, -1, 16)
+    sequences = [(4096, 4096)]
+    items, indptr, _ = dealt(sequences, 2, 16)
 
     for worker in range(16):
         share = items[indptr[worker] : indptr[worker + 1]]
@@ -78,8 +83,8 @@ def test_a_worker_takes_its_heavy_tiles_first():
 
 
 def test_heads_too_long_for_a_cache_come_one_after_another():
-    seq_lens, starts = lengths([(deal.GROUP_TOKENS, 4096)])
-    items, indptr, _ = deal.deal_tiles(seq_lens, starts, 1, 10**9, 32, 128, 370, 3, True, -1, 16)
+    sequences = [(deal.GROUP_TOKENS, 4096)]
+    items, indptr, _ = dealt(sequences, 3, 16)
 
     for worker in range(16):
         heads = items[indptr[worker] : indptr[worker + 1], 1]
@@ -88,5 +93,5 @@ def test_heads_too_long_for_a_cache_come_one_after_another():
 
 
 def test_too_few_tiles_are_not_called_even():
-    seq_lens, starts = lengths([(32768, 256)])  # 64 tiles of 256 blocks
-    assert not deal.deal_tiles(seq_lens, starts, 1, 10**9, 32, 128, 370, 8, True, -1, 132)[2]
+    sequences = [(32768, 256)]  # 64 tiles of 256 blocks
+    assert not dealt(sequences, 8, 132)[2]

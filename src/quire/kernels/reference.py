@@ -9,31 +9,30 @@ where softcap(x) = c·tanh(x / c), alibi(p, t) = −slope·|p − t|, and t is v
 
     t ≤ p (causal) and t ≥ p − window_left (window) and tree_mask[j, t − (seq_len − q_len)] (this step's keys).
 
-A row that sees no key gives out 0, lse −inf.
-It runs wherever PyTorch does, one sequence at a time; speed is not its business.
+A row that sees no key gives out 0, and lse = sink, or −inf where there is none. Values may be narrower than keys.
+It runs wherever PyTorch does, one sequence at a time. It is slow.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from quire.kernels.call import AttentionCall, BoundCall
 from quire.planning.work_list import StepPlan, TileShape, Tiling
-from quire.spec import AttentionSpec
-
-FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-INT8_MAX = 127.0
+from quire.spec import LARGEST, AttentionSpec
 
 
 def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
-    """Nothing is beyond the specification."""
+    """It serves everything."""
     return None
 
 
 def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
-    """One worker: the reference walks the sequences itself, each whole."""
+    """One worker and whole sequences: the work lists are not used."""
     whole = TileShape(q_tokens=1 << 30, kv_tokens=1 << 30)
     return Tiling(num_workers=1, decode=whole, prefill=whole)
 
@@ -44,7 +43,7 @@ def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> StepPl
 
 
 def bind(step: StepPlan, call: AttentionCall) -> BoundCall:
-    """Calls of one layout, each attended on its own."""
+    """A call like this one on other tensors."""
     numbers = call.scoring.numbers
 
     def run(*tensors: torch.Tensor | None) -> None:
@@ -78,7 +77,7 @@ def attend(step: StepPlan, call: AttentionCall) -> None:
 def gather_pages(
     pages: torch.Tensor, scale: torch.Tensor | None, page_ids: torch.Tensor, seq_len: int
 ) -> torch.Tensor:
-    """A sequence's keys or values in float64, [num_kv_heads, seq_len, head_dim], dequantised."""
+    """A sequence's keys or values in float64, [num_kv_heads, seq_len, head_dim or value_dim], dequantised."""
     gathered = pages[:, page_ids].flatten(1, 2)[:, :seq_len].double()
     if scale is not None:
         gathered = gathered * scale[:, page_ids].flatten(1, 2)[:, :seq_len, None].double()
@@ -88,7 +87,7 @@ def gather_pages(
 def visible_keys(
     q_len: int, seq_len: int, causal: bool, window_left: int, device: torch.device
 ) -> torch.Tensor:
-    """[q_len, seq_len] which keys each query may see by position alone."""
+    """[q_len, seq_len]: which keys each query may see by position alone."""
     position = torch.arange(seq_len - q_len, seq_len, device=device)[:, None]
     key = torch.arange(seq_len, device=device)[None, :]
     visible = torch.ones(q_len, seq_len, dtype=torch.bool, device=device)
@@ -111,7 +110,7 @@ def with_tree_mask(visible: torch.Tensor, tree_mask: torch.Tensor) -> torch.Tens
 def attend_one(
     call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence: q [q_len, num_qo_heads, head_dim] to out of that shape and lse [q_len, num_qo_heads]."""
+    """One sequence: q [q_len, num_qo_heads, head_dim] to out [.., .., value_dim] and lse [q_len, num_qo_heads]."""
     scoring, group_size = call.scoring, q.shape[1] // k.shape[0]
     k, v = k.repeat_interleave(group_size, 0), v.repeat_interleave(group_size, 0)
 
@@ -128,9 +127,9 @@ def attend_one(
     lse = torch.logsumexp(scores, -1)
     sees_nothing = ~visible.any(-1)
     if scoring.sinks is not None:
-        lse = torch.logaddexp(lse, scoring.sinks.double()[:, None]).masked_fill(sees_nothing, float("-inf"))
+        lse = torch.logaddexp(lse, scoring.sinks.double()[:, None])
     weights = torch.exp(scores - lse[..., None]).masked_fill(sees_nothing[:, None], 0.0)
-    # A masked key's value may be anything, NaN too: no such key is in v, which ends at seq_len.
+    # 0 times NaN is NaN, so no unused slot may be in v: it ends at seq_len.
     return torch.einsum("hqt,htd->qhd", weights, v), lse.T
 
 
@@ -138,21 +137,29 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     """Symmetric quantisation per token and head: values of ``dtype`` and fp32 scales, x ≈ values · scale.
 
     scale = max|x| / largest(dtype), so the largest element keeps its full precision. A row of zeros has scale 0
-    and stays zero, and so does one whose scale would be subnormal: it would lack the bits to divide by.
+    and stays zero, and so does one whose scale would be subnormal, which has too few bits to divide by.
     """
-    largest = INT8_MAX if dtype == torch.int8 else FP8_MAX[dtype]
     x = x.float()
-    scale = x.abs().amax(-1) / largest
+    scale = x.abs().amax(-1) / LARGEST[dtype]
     scale = torch.where(scale < torch.finfo(torch.float32).smallest_normal, 0.0, scale)
-    scaled = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0)
+    return divided(x, scale, dtype), scale
+
+
+def divided(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x / scale, rounded to ``dtype`` and clamped to its largest number; 0 where the scale is 0 or NaN.
+
+    A NaN in x is stored as the NaN of an fp8 dtype, and as 0 in int8.
+    """
+    largest = LARGEST[dtype]
+    scaled = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).clamp(-largest, largest)
     if dtype == torch.int8:
-        scaled = scaled.round().clamp(-INT8_MAX, INT8_MAX)
-    return scaled.clamp(-largest, largest).to(dtype), scale
+        scaled = scaled.round().nan_to_num(0.0)
+    return scaled.to(dtype)
 
 
-def bind_write(*like: torch.Tensor | None) -> Callable[..., None]:
-    """Nothing to compute ahead."""
-    return write_kv
+def bind_write(*like: Any) -> Callable[..., None]:
+    """``write_kv``, with scales given or not."""
+    return functools.partial(write_kv, given=like[-1])
 
 
 def write_kv(
@@ -163,14 +170,17 @@ def write_kv(
     slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    given: bool = False,
 ) -> None:
-    """Scatter each token's K and V into its slot; slot −1 writes nowhere."""
+    """Write each token's K and V into its slot; slot −1 writes nowhere. Scales are computed and written, or given."""
     written = slot_mapping >= 0
     slots = slot_mapping[written].long()
     page, offset = slots // k_pages.shape[2], slots % k_pages.shape[2]
     for values, pages, scales in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
         values = values[written]
-        if scales is not None:
+        if scales is not None and given:
+            values = divided(values.float(), scales[:, page, offset].T, pages.dtype)
+        elif scales is not None:
             values, scale = quantize(values, pages.dtype)
             scales[:, page, offset] = scale.T
         pages[:, page, offset] = values.transpose(0, 1).to(pages.dtype)

@@ -1,7 +1,7 @@
 """The public operator, in one call: check → plan → dispatch.
 
-Where many layers share a step, ``plan`` does the host's part once and ``AttentionPlan.run`` the rest per layer. All
-go through operators registered with torch, so that ``torch.compile(fullgraph=True)`` keeps them whole.
+Where many layers share a step, ``plan`` does the host's part once and ``AttentionPlan.run`` the rest per layer. Both
+ways are operators registered with torch, so that ``torch.compile(fullgraph=True)`` keeps them whole.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from quire.kernels.call import Scoring
+from quire.kernels.call import AttentionCall, Scoring
 from quire.ops import checks
 from quire.ops.attention_plan import make_outputs
 from quire.ops.planner import plan
-from quire.ops.torch_op import SCORING, register
+from quire.ops.torch_op import SCORING, is_watched, register
 from quire.planning import checks as step_checks
 from quire.planning.checks import check_host
+from quire.spec import AttentionSpec
 from quire.state import SoftmaxState
 
 
@@ -50,41 +51,49 @@ def paged_attention(
     Source: PagedAttention, arXiv:2309.06180 §4.1.
     """
     scoring = Scoring(softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
-    checks.check_door(q, k_pages, v_pages, out, scoring)
-    check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
-    checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
-    step_checks.check_rules(causal, window_left, batch_invariant, backend)
-    out, lse = make_outputs(q, out, return_state)
-    torch.ops.quire.paged_attention(
-        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse,
-        causal, window_left, batch_invariant, backend, *scoring,
-    )  # fmt: skip
+    rules = causal, window_left, batch_invariant, backend
+    if is_watched(q):
+        checks.check_door(q, k_pages, v_pages, out, scoring)
+        check_host(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
+        step_checks.check_rules(*rules)
+        out, lse = make_outputs(q, _value_dim(q, v_pages), out, return_state)
+        torch.ops.quire.paged_attention(
+            q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, out, lse, *rules, *scoring
+        )
+    else:
+        spec = checks.check_layer(q, k_pages, v_pages)
+        out, lse = make_outputs(q, spec.value_dim, out, return_state)
+        call = AttentionCall(q, k_pages, v_pages, out, lse, scoring)
+        _attend(spec, call, (page_table, seq_lens, cu_seqlens_q), rules)
     return out if lse is None else SoftmaxState(out, lse)
 
 
-def _paged_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    causal: bool,
-    window_left: int,
-    batch_invariant: bool,
-    backend: str,
-    *scoring: Any,
-) -> None:
-    checks.check_queries(q)
-    checks.check_pages("k_pages", k_pages)
-    spec = checks.infer_spec(q, k_pages)
-    step = plan(
-        page_table, seq_lens, spec, cu_seqlens_q,
-        causal=causal, window_left=window_left, batch_invariant=batch_invariant, backend=backend, device=q.device,
+def _value_dim(q: torch.Tensor, v_pages: torch.Tensor) -> int | None:
+    """That of the spec, for tensors whose shapes the operator has not checked yet."""
+    narrower = q.dim() == 3 and v_pages.dim() == 4 and v_pages.shape[3] != q.shape[2]
+    return v_pages.shape[3] if narrower else None
+
+
+def _attend(spec: AttentionSpec, call: AttentionCall, step: tuple[Any, ...], rules: tuple[Any, ...]) -> None:
+    """Plan a step and run it on queries and pages that fit together."""
+    page_table, seq_lens, cu_seqlens_q = step
+    causal, window_left, batch_invariant, backend = rules
+    planned = plan(
+        page_table, seq_lens, spec, cu_seqlens_q, causal=causal, window_left=window_left,
+        batch_invariant=batch_invariant, backend=backend, device=call.q.device,
     )  # fmt: skip
-    step.attend(q, k_pages, v_pages, out, lse, scoring)
+    checks.check_num_tokens(call.q, planned.num_tokens, cu_seqlens_q)
+    planned.attend(*call)
+
+
+def _paged_attention(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, causal: bool, window_left: int,
+    batch_invariant: bool, backend: str, *scoring: Any,
+) -> None:  # fmt: skip
+    spec = checks.check_layer(q, k_pages, v_pages)
+    call = AttentionCall(q, k_pages, v_pages, out, lse, Scoring(*scoring))
+    _attend(spec, call, (page_table, seq_lens, cu_seqlens_q), (causal, window_left, batch_invariant, backend))
 
 
 register(

@@ -1,8 +1,8 @@
 """A step's attention, planned: what every layer of the step runs.
 
-A call's *layout* is all of it but addresses and values: shapes, strides, dtypes, devices, numbers, and which optional
-tensors are given. What can be wrong with a call, its layout decides, and so does how a kernel is launched: a call is
-checked and bound to its kernels once per layout, and every layer after that only hands its addresses over.
+A call's *layout* is everything but addresses and values: shapes, strides, dtypes, devices, numbers, and which optional
+tensors are given. The layout decides whether a call is right and how its kernels are launched. A call is therefore
+checked and bound to its kernels once per layout; every layer after that only hands its tensors over.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from quire.debug import debug_enabled
 from quire.errors import ArgumentError
 from quire.kernels.call import AttentionCall, BoundCall, Scoring
 from quire.ops import checks
+from quire.ops.scales import are_given, spread, taking_given
 from quire.ops.torch_op import SCORING, is_watched, register
 from quire.planning import checks as step_checks
 from quire.planning.explain import explain
@@ -29,7 +30,7 @@ from quire.spec import AttentionSpec
 from quire.state import SoftmaxState
 
 _plan_numbers = itertools.count()
-# By number, until they are gone. A WeakValueDictionary would take half a microsecond more of every plan.
+# Living plans by number. A WeakValueDictionary would take half a microsecond more of every plan.
 _plans: dict[int, weakref.ref[AttentionPlan]] = {}
 
 
@@ -108,15 +109,16 @@ class AttentionPlan:
             tree_mask: bool [tokens, max_q_len]: may packed query i see the j-th of its sequence's tokens of
                 this step? It only hides: the causal rule holds beside it, so a tree's parents come before
                 their children, and earlier keys stay visible. Distances (window, ALiBi) count slots.
-            k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size] where pages are quantised, as ``write_kv``
-                makes them: none is negative.
-            out: written instead of a new tensor.
+            k_scale, v_scale: where pages are quantised, float32 [num_kv_heads, num_pages, page_size] as ``write_kv``
+                writes them, or the [num_kv_heads] or [] that it was given. None is negative.
+            out: [tokens, num_qo_heads, head_dim], written instead of a new tensor; value_dim where the spec has one.
             return_state: return a SoftmaxState. Its lse counts the sink, so of several states to be merged
                 only one may have been given the sinks.
         Returns:
-            Like q, or a SoftmaxState. Rows that see no key are zero, with lse −inf.
+            Like q, or a SoftmaxState. Rows that see no key are zero; their lse is the sink's logit, or −inf without.
         Raises:
             ShapeError, DtypeError, DeviceError: an argument does not fit the plan.
+            ArgumentError: a page id of the plan is outside these pages; a number or an optional tensor that is none.
         Cost: no host sync; no allocation when ``out`` is given.
         Source: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867.
         """
@@ -124,8 +126,7 @@ class AttentionPlan:
         scoring = softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale
         if watched:
             checks.check_door(q, k_pages, v_pages, out, Scoring(*scoring))
-            checks.check_numbers(softcap=softcap, softmax_scale=softmax_scale)
-        out, lse = make_outputs(q, out, return_state)
+        out, lse = make_outputs(q, self.spec.value_dim, out, return_state)
         if watched:
             torch.ops.quire.run_plan(self._number, q, k_pages, v_pages, out, lse, *scoring)
         else:
@@ -165,43 +166,52 @@ class AttentionPlan:
             last, bound = self._last
             if layout != last:
                 bound = self._bound.get(layout)
+                if bound is not None and self.step.highest_page >= k_pages.shape[1]:
+                    bound = None  # bound by another plan, whose page ids are in the pool
         except (AttributeError, TypeError, RuntimeError):
-            layout, bound = None, None  # something is no tensor or no number: the checks say what
+            layout, bound = None, None  # an argument is no tensor or no number: the checks say which
         if bound is None:
             bound = self._bind(layout, AttentionCall(q, k_pages, v_pages, out, lse, Scoring(*scoring)))
         self._last = layout, bound
         bound(q, k_pages, v_pages, out, lse, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
 
     def _bind(self, layout: Hashable, call: AttentionCall) -> BoundCall:
-        """All that can be wrong with a call, then its kernels."""
+        """Check a call, then bind its kernels."""
         if self._replaced:
             raise ArgumentError(
                 "a plan must be the latest of its Planner to be run; got one whose memory a later step took. "
                 "Fix: plan and run one step after the other, or plan this one with quire.plan"
             )
-        scoring = call.scoring
-        checks.check_door(call.q, call.k_pages, call.v_pages, call.out, scoring)
-        checks.check_numbers(softcap=scoring.softcap, softmax_scale=scoring.softmax_scale)
         checks.check_call(self.spec, self.num_tokens, self.device, call)
-        checks.check_tree_mask(scoring.tree_mask, self.num_tokens, self.max_q_len)
-        if debug_enabled():
-            step, num_pages = self.step, call.k_pages.shape[1]
+        checks.check_tree_mask(call.scoring.tree_mask, self.num_tokens, self.max_q_len)
+        step, num_pages = self.step, call.k_pages.shape[1]
+        if step.highest_page >= num_pages or (step.device_table is not None and debug_enabled()):
             step_checks.check_page_ids(step.page_table, step.seq_lens, step.page_size, num_pages)
-        bound: BoundCall = self._kernels.bind(self._prepared, call)
+        scoring, sizes, bind = call.scoring, call.k_pages.shape[:3], self._kernels.bind
+        bound: BoundCall
+        if scoring.k_scale is not None and scoring.v_scale is not None and are_given(scoring.k_scale):
+            k_scale, v_scale = spread(scoring.k_scale, sizes), spread(scoring.v_scale, sizes)
+            scoring = scoring._replace(k_scale=k_scale, v_scale=v_scale)
+            bound = taking_given(bind(self._prepared, call._replace(scoring=scoring)), sizes)
+        else:
+            bound = bind(self._prepared, call)
         self._bound[layout] = bound
         return bound
 
     def replace(self) -> None:
-        """Say that a later plan has taken this one's memory."""
+        """A later plan has taken this one's memory."""
         self._bound, self._last, self._replaced = {}, (None, None), True
 
 
 def make_outputs(
-    q: torch.Tensor, out: torch.Tensor | None, return_state: bool
+    q: torch.Tensor, value_dim: int | None, out: torch.Tensor | None, return_state: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The result where the caller gave none, and lse where it is asked for."""
     if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if value_dim is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        else:
+            out = q.new_empty(*q.shape[:2], value_dim)
     return out, q.new_empty(q.shape[:2], dtype=torch.float32) if return_state else None
 
 

@@ -1,14 +1,14 @@
 """Errors of one layer's tensors, the same for every backend: name, expected, got, fix.
 
-Everything is read on the host from shapes, strides and dtypes: no check waits for a device. Those of a step's
-lengths and tables are in ``planning.checks``.
+Shapes, strides and dtypes are read on the host: no check waits for a device. A step's lengths and tables are checked in
+``planning.checks``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 
 import torch
 
@@ -17,6 +17,7 @@ from quire.kernels.call import AttentionCall, Scoring
 from quire.planning.checks import check_tensor, describe, given
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype
 
+PAGES = "[num_kv_heads, num_pages, page_size, head_dim]"
 _CPU = torch.device("cpu")
 _KV_NAMES: dict[torch.dtype, KVDtype] = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}  # type: ignore[misc]
 
@@ -31,9 +32,9 @@ def check_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
 
 
 def hold_data(needed: tuple[object, ...], optional: tuple[object, ...]) -> bool:
-    """Whether torch hands a call with these to an operator's implementation, which checks everything else.
+    """Whether these are tensors, none of them on "meta", so that torch runs an operator's implementation on them.
 
-    Tracing asks too, with tensors that only pretend: nothing here depends on a shape.
+    It is asked under tracing too, with fake tensors: nothing here depends on a shape.
     """
     for value in needed:
         if not isinstance(value, torch.Tensor) or value.is_meta:
@@ -48,7 +49,8 @@ def hold_data(needed: tuple[object, ...], optional: tuple[object, ...]) -> bool:
 def check_door(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor | None, scoring: Scoring
 ) -> None:
-    """What torch would take for something else than a call of the operator; the operator checks the rest."""
+    """Refuse what torch would not hand to the operator's implementation, which checks everything else."""
+    check_numbers(scoring)
     if hold_data((q, k_pages, v_pages), (out, *scoring.tensors)):
         return
     check_queries(q)
@@ -101,8 +103,8 @@ def _first_line(error: Exception) -> str:
 def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
     """All tensors of a call live in one place.
 
-    Checked before the operator is called: torch sends a call with any tensor on "meta" to the fake
-    implementation, which computes nothing.
+    Checked before the operator is called: torch sends a call with a tensor on "meta" to the fake implementation, which
+    computes nothing.
     """
     for name, tensor in given(tensors):
         if tensor.device != device:
@@ -123,12 +125,11 @@ def check_queries(q: object) -> torch.Tensor:
 
 
 def check_pages(name: str, pages: object) -> torch.Tensor:
-    """One layer's pages: [num_kv_heads, num_pages, page_size, head_dim]."""
-    layout = "[num_kv_heads, num_pages, page_size, head_dim]"
-    pages = check_tensor(name, pages, 4, layout)
+    """One layer's pages."""
+    pages = check_tensor(name, pages, 4, PAGES)
     if 0 in pages.shape:
         raise ShapeError(
-            f"{name} must be {layout} with no empty dimension; got {describe(pages)}. Fix: a larger pool"
+            f"{name} must be {PAGES} with no empty dimension; got {describe(pages)}. Fix: a larger pool"
         )
     check_last_dim_contiguous(name, pages)
     return pages
@@ -137,7 +138,7 @@ def check_pages(name: str, pages: object) -> torch.Tensor:
 def check_scales(
     k_pages: torch.Tensor, v_pages: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
 ) -> None:
-    """Quantised pages come with scales, fp32 [num_kv_heads, num_pages, page_size]; others come without."""
+    """Quantised pages come with float32 scales: one per token and head, per head, or for all. Others come without."""
     for name, scale, pages in (("k_scale", k_scale, k_pages), ("v_scale", v_scale, v_pages)):
         quantized = pages.dtype in _KV_NAMES
         if scale is None:
@@ -150,26 +151,87 @@ def check_scales(
             raise ArgumentError(
                 f"{name} must be None for {describe(pages)} pages; got a tensor. Fix: {name}=None"
             )
-        if scale.dtype != torch.float32 or scale.shape != pages.shape[:3]:
+        heads, num_pages, page_size, _ = pages.shape
+        if scale.dtype != torch.float32 or scale.shape not in (pages.shape[:3], (heads,), (1,), ()):
             raise ShapeError(
-                f"{name} must be float32 {list(pages.shape[:3])}; got {describe(scale)}. Fix: {name}=pool.{name}[layer]"
+                f"{name} must be float32 {[heads, num_pages, page_size]}, or [{heads}] or [] where it is given; "
+                f"got {describe(scale)}. Fix: {name}=pool.{name}[layer]"
             )
-    if k_scale is not None and v_scale is not None and k_scale.stride() != v_scale.stride():
+    if k_scale is None or v_scale is None:
+        return
+    if k_scale.shape != v_scale.shape or k_scale.stride() != v_scale.stride():
         raise ShapeError(
-            f"v_scale must have k_scale's strides {list(k_scale.stride())}; got {list(v_scale.stride())}. "
+            f"v_scale must have k_scale's shape {list(k_scale.shape)} and strides {list(k_scale.stride())}; got "
+            f"{list(v_scale.shape)} and {list(v_scale.stride())}. Fix: take both from one KVPool"
+        )
+
+
+def infer_spec(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> AttentionSpec:
+    """The spec that a call is for; q and pages fit together."""
+    num_kv_heads, _, page_size, head_dim = k_pages.shape
+    kv_dtype, value_dim = _KV_NAMES.get(k_pages.dtype), v_pages.shape[3]
+    return AttentionSpec(q.shape[1], num_kv_heads, head_dim, page_size, q.dtype, kv_dtype, value_dim)
+
+
+def check_layer(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> AttentionSpec:
+    """The spec of a layer whose queries and pages fit together."""
+    check_queries(q)
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        check_pages(name, pages)
+        if pages.dtype != q.dtype and pages.dtype not in _KV_NAMES:
+            raise DtypeError(
+                f"{name} must be {q.dtype} like q, or quantised; got {describe(pages)}. Fix: {name}.to({q.dtype})"
+            )
+    num_qo_heads, head_dim = q.shape[1:]
+    if num_qo_heads == 0:
+        raise ShapeError(f"q must have at least one head; got {describe(q)}. Fix: the queries of one layer")
+    if k_pages.shape[3] != head_dim or num_qo_heads % k_pages.shape[0]:
+        heads = [n for n in k_pages.shape[1:3] if num_qo_heads % n == 0]
+        raise ShapeError(
+            f"k_pages must be {PAGES} with head_dim={head_dim} of q and num_kv_heads a divisor of its {num_qo_heads} "
+            f"heads; got {describe(k_pages)}. Fix: {in_order('k_pages', k_pages, heads, head_dim)}"
+        )
+    check_alike(k_pages, v_pages)
+    return infer_spec(q, k_pages, v_pages)
+
+
+def check_alike(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    """v_pages are like k_pages; their values may be narrower than keys."""
+    same = k_pages.shape[:3] == v_pages.shape[:3] and k_pages.dtype == v_pages.dtype
+    if not same or v_pages.shape[3] > k_pages.shape[3]:
+        raise (DtypeError if k_pages.dtype != v_pages.dtype else ShapeError)(
+            f"v_pages must be like k_pages, {describe(k_pages)}; got {describe(v_pages)}. "
             "Fix: take both from one KVPool"
         )
 
 
-def infer_spec(q: torch.Tensor, k_pages: torch.Tensor) -> AttentionSpec:
-    """The spec a call speaks of."""
-    num_kv_heads, _, page_size, head_dim = k_pages.shape
-    return AttentionSpec(q.shape[1], num_kv_heads, head_dim, page_size, q.dtype, _KV_NAMES.get(k_pages.dtype))
+def in_order(name: str, pages: torch.Tensor, heads: Container[int], head_dim: int) -> str:
+    """A fix for pages in another order of dimensions, where ``heads`` are numbers of heads that would fit."""
+    fixes = []
+    if pages.shape[3] == head_dim and pages.shape[2] in heads:
+        fixes.append(f"{name}.permute(2, 0, 1, 3) if it is [num_pages, page_size, num_kv_heads, head_dim]")
+    if pages.shape[3] == head_dim and pages.shape[1] in heads:
+        fixes.append(f"{name}.transpose(0, 1) if it is [num_pages, num_kv_heads, page_size, head_dim]")
+    return ", or ".join(fixes) or "one layer of this model's KVPool, pool.layer(i)"
 
 
-def check_numbers(**numbers: object) -> None:
-    """Python numbers, before torch compares them with the operator's schema; check_call says which."""
-    for name, value in numbers.items():
+def check_num_tokens(q: torch.Tensor, num_tokens: int, cu_seqlens_q: torch.Tensor | None) -> None:
+    """A step has q's tokens."""
+    if cu_seqlens_q is not None and num_tokens != len(q):
+        raise ShapeError(
+            f"cu_seqlens_q must end with the number of q's tokens, {len(q)}; got {num_tokens}. "
+            "Fix: the cumulative sum of query lengths, with a leading 0"
+        )
+    if num_tokens != len(q):
+        raise ShapeError(
+            f"q must have one token for each of {num_tokens} sequences where cu_seqlens_q is None; "
+            f"got {describe(q)}. Fix: pass cu_seqlens_q for several tokens per sequence"
+        )
+
+
+def check_numbers(scoring: Scoring) -> None:
+    """Python numbers, before torch compares them with the operator's schema; ``check_call`` looks at their values."""
+    for name, value in zip(Scoring._fields[:2], scoring.numbers, strict=True):
         optional = name == "softmax_scale" and value is None
         if not optional and (not isinstance(value, (int, float)) or isinstance(value, bool)):
             default = None if name == "softmax_scale" else 0.0
@@ -177,7 +239,7 @@ def check_numbers(**numbers: object) -> None:
 
 
 def check_own_memory(name: str, tensor: torch.Tensor) -> None:
-    """What is written must not overlap itself: an expanded tensor keeps only the last row."""
+    """A tensor that is written must not overlap itself: an expanded one would keep only the last row."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ShapeError(
             f"{name} must have memory of its own for every row; got strides {list(tensor.stride())}. "
@@ -213,42 +275,44 @@ def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: 
 
 
 def layout_of(tensor: torch.Tensor) -> Hashable:
-    """All that checks and kernels can read of a tensor but its address and values.
+    """All that checks and kernels read of a tensor but its address and values.
 
-    Arguments that were accepted once need no check when they come again in the same layout.
+    An argument of a layout that was accepted before need not be checked again.
     """
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:
     """One layer's arguments against the plan they are run with."""
-    _check_planned_queries(spec, num_tokens, device, call.q)
     scoring = call.scoring
+    _check_planned_queries(spec, num_tokens, device, call.q)
     check_devices(
         "q", call.q.device, k_pages=call.k_pages, v_pages=call.v_pages, out=call.out, **_by_name(scoring)
     )
-    for name, pages in (("k_pages", call.k_pages), ("v_pages", call.v_pages)):
+    for name, pages, width in (
+        ("k_pages", call.k_pages, spec.head_dim), ("v_pages", call.v_pages, spec.out_dim),
+    ):  # fmt: skip
         check_pages(name, pages)
         heads, _, page_size, head_dim = pages.shape
-        if (heads, page_size, head_dim) != (spec.num_kv_heads, spec.page_size, spec.head_dim):
+        if (heads, page_size, head_dim) != (spec.num_kv_heads, spec.page_size, width):
+            fix = "pool.layer(i), or plan for this pool's spec"
+            if {page_size, pages.shape[1]} == {spec.num_kv_heads, spec.page_size}:
+                fix = in_order(name, pages, (spec.num_kv_heads,), width)
             raise ShapeError(
-                f"{name} must be [{spec.num_kv_heads}, num_pages, {spec.page_size}, {spec.head_dim}] as "
-                f"planned; got {describe(pages)}. Fix: pool.layer(i), or plan for this pool's spec"
+                f"{name} must be [{spec.num_kv_heads}, num_pages, {spec.page_size}, {width}] as planned; "
+                f"got {describe(pages)}. Fix: {fix}"
             )
         if pages.dtype != spec.storage_dtype:
             raise DtypeError(
                 f"{name} must be {spec.storage_dtype} as planned; got {describe(pages)}. "
                 "Fix: give the plan the pool's spec"
             )
-    if call.k_pages.shape != call.v_pages.shape:
-        raise ShapeError(
-            f"v_pages must be like k_pages, {describe(call.k_pages)}; got {describe(call.v_pages)}. "
-            "Fix: take both from one KVPool"
-        )
+    check_alike(call.k_pages, call.v_pages)
     check_scales(call.k_pages, call.v_pages, scoring.k_scale, scoring.v_scale)
-    check_out(call.out, call.q)
+    check_out(call.out, call.q, spec.out_dim)
     check_head_vector("alibi_slopes", scoring.alibi_slopes, spec.num_qo_heads)
     check_head_vector("sinks", scoring.sinks, spec.num_qo_heads)
+    check_numbers(scoring)
     if not math.isfinite(call.scale):
         raise ArgumentError(
             f"softmax_scale must be a finite number; got {call.scale}. Fix: softmax_scale=None"
@@ -276,10 +340,12 @@ def _check_planned_queries(
     check_devices("the plan", device, q=q)
 
 
-def check_out(out: torch.Tensor, q: torch.Tensor) -> None:
-    """An output given by the caller looks like q."""
+def check_out(out: torch.Tensor, q: torch.Tensor, out_dim: int) -> None:
+    """An output given by the caller looks like q, with a value's number of elements."""
     check_tensor("out", out, 3, "[tokens, num_qo_heads, head_dim]")
-    if out.shape != q.shape or out.dtype != q.dtype:
-        raise ShapeError(f"out must be like q, {describe(q)}; got {describe(out)}. Fix: torch.empty_like(q)")
+    if out.shape != (*q.shape[:2], out_dim) or out.dtype != q.dtype:
+        raise ShapeError(
+            f"out must be {q.dtype} {[*q.shape[:2], out_dim]}, like q; got {describe(out)}. Fix: out=None"
+        )
     check_own_memory("out", out)
     check_last_dim_contiguous("out", out)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from quire.errors import ArgumentError, ShapeError, UnsupportedError
+from quire.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from quire.ops.attention import paged_attention
 from quire.ops.store import write_kv
-from quire.planning.checks import check_tensor, describe
+from quire.planning.checks import check_host, check_page_ids, check_tensor, describe
 
 
 def flash_attn_with_kvcache(
@@ -66,18 +66,22 @@ def flash_attn_with_kvcache(
                 f"got a tensor. Fix: apply it to q, k or block_table first"
             )
     check_tensor("q", q, 4, "[batch, seqlen_q, num_qo_heads, head_dim]")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(name, cache, 4, "[num_pages, page_size, num_kv_heads, head_dim]")
+    _check_caches(q, k_cache, v_cache)
     batch, seqlen_q = q.shape[:2]
+    page_size = k_cache.shape[1]
     page_table = _page_table(block_table, batch, k_cache)
-    in_cache = _lengths(cache_seqlens, batch, page_table.shape[1] * k_cache.shape[1])
+    in_cache = _lengths(cache_seqlens, batch, page_table.shape[1] * page_size)
     k_pages, v_pages = k_cache.permute(2, 0, 1, 3), v_cache.permute(2, 0, 1, 3)
     if (k is None) != (v is None):
         raise ArgumentError(
             "k and v must be given together; got only one of them. Fix: pass both, or neither"
         )
     if k is not None and v is not None:
-        in_cache = _append(k, v, k_pages, v_pages, page_table, in_cache, backend)
+        slots = _new_slots(q, k, v, k_cache, page_table, in_cache)
+        write_kv(k.flatten(0, 1), v.flatten(0, 1), k_pages, v_pages, slots.to(k.device), backend=backend)
+        in_cache = in_cache + k.shape[1]
+    elif page_table.is_cpu:
+        check_page_ids(page_table.numpy(), in_cache.numpy(), page_size, k_cache.shape[0], name="block_table")
 
     result = paged_attention(
         q.flatten(0, 1),
@@ -110,9 +114,41 @@ def _window_left(window_size: tuple[int, int], causal: bool) -> int:
     return left
 
 
+def _check_caches(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    layout = "[num_pages, page_size, num_kv_heads, head_dim]"
+    heads, head_dim = q.shape[2:]
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(name, cache, 4, layout)
+        if cache.dtype != q.dtype:
+            raise DtypeError(
+                f"{name} must be {q.dtype} like q; got {describe(cache)}. Fix: {name}.to({q.dtype})"
+            )
+        if 0 in cache.shape or heads % cache.shape[2] or cache.shape[3] != head_dim:
+            raise ShapeError(
+                f"{name} must be {layout} with head_dim={head_dim} of q and num_kv_heads a divisor of its {heads} "
+                f"heads; got {describe(cache)}. Fix: the cache of this layer in that order"
+            )
+    if k_cache.shape != v_cache.shape:
+        raise ShapeError(
+            f"v_cache must be like k_cache, {describe(k_cache)}; got {describe(v_cache)}. Fix: allocate both alike"
+        )
+
+
 def _page_table(block_table: torch.Tensor | None, batch: int, k_cache: torch.Tensor) -> torch.Tensor:
     if block_table is not None:
-        return block_table
+        layout = "int32 [batch, max_pages]"
+        table = check_tensor("block_table", block_table, 2, layout)
+        if table.dtype != torch.int32:
+            raise DtypeError(
+                f"block_table must be {layout}; got {describe(table)}. Fix: block_table.to(torch.int32)"
+            )
+        check_host(block_table=table)
+        if len(table) != batch:
+            raise ShapeError(
+                f"block_table must be {layout} with batch={batch} of q; got {describe(table)}. "
+                "Fix: one row per sequence"
+            )
+        return table
     if k_cache.shape[0] != batch:
         raise ShapeError(
             f"k_cache must be [batch, max_seqlen, num_kv_heads, head_dim] with batch={batch} when block_table is "
@@ -122,39 +158,49 @@ def _page_table(block_table: torch.Tensor | None, batch: int, k_cache: torch.Ten
 
 
 def _lengths(cache_seqlens: int | torch.Tensor | None, batch: int, capacity: int) -> torch.Tensor:
-    if isinstance(cache_seqlens, torch.Tensor):
-        if cache_seqlens.shape != (batch,):
+    """int64 [batch] on the host, each from 0 to capacity."""
+    if cache_seqlens is None:
+        cache_seqlens = capacity
+    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        lengths = torch.full((batch,), cache_seqlens)
+    else:
+        layout = f"an int or int32 [batch] = [{batch}]"
+        lengths = check_tensor("cache_seqlens", cache_seqlens, 1, layout)
+        if lengths.dtype not in (torch.int32, torch.int64) or len(lengths) != batch:
             raise ShapeError(
-                f"cache_seqlens must be int32 [batch] = [{batch}]; got {describe(cache_seqlens)}. "
-                "Fix: one length per sequence"
+                f"cache_seqlens must be {layout}; got {describe(lengths)}. Fix: one length per sequence"
             )
-        return cache_seqlens.to("cpu", torch.int64)
-    return torch.full((batch,), capacity if cache_seqlens is None else cache_seqlens)
-
-
-def _append(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    in_cache: torch.Tensor,
-    backend: str,
-) -> torch.Tensor:
-    """Write k and v behind each sequence's cached tokens; returns the new lengths."""
-    check_tensor("k", k, 4, "[batch, seqlen_new, num_kv_heads, head_dim]")
-    check_tensor("v", v, 4, "[batch, seqlen_new, num_kv_heads, head_dim]")
-    page_size, new = k_pages.shape[2], k.shape[1]
-    positions = in_cache[:, None] + torch.arange(new)
-    capacity = page_table.shape[1] * page_size
-    if positions.numel() and (int(positions.max()) >= capacity or int(positions.min()) < 0):
-        raise ShapeError(
-            f"block_table must have room for cache_seqlens + {new} new tokens; got {page_table.shape[1]} pages of "
-            f"{page_size} for {int(in_cache.max()) + new} tokens. Fix: give the sequences more pages"
+        lengths = lengths.to("cpu", torch.int64)
+    if batch and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
+        raise ArgumentError(
+            f"cache_seqlens must be from 0 to the {capacity} tokens that the cache has room for; got values from "
+            f"{int(lengths.min())} to {int(lengths.max())}. Fix: the tokens in the cache before k and v"
         )
-    pages = page_table.cpu().long().gather(1, positions // page_size)
-    slots = pages * page_size + positions % page_size
-    write_kv(
-        k.flatten(0, 1), v.flatten(0, 1), k_pages, v_pages, slots.flatten().to(k.device), backend=backend
-    )
-    return in_cache + new
+    return lengths
+
+
+def _new_slots(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, page_table: torch.Tensor,
+    in_cache: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The slots behind each sequence's cached tokens, for k and v."""
+    batch, (num_pages, page_size, heads, head_dim) = len(q), k_cache.shape
+    for name, rows in (("k", k), ("v", v)):
+        check_tensor(name, rows, 4, "[batch, seqlen_new, num_kv_heads, head_dim]")
+        wanted = [batch, k.shape[1], heads, head_dim]
+        if list(rows.shape) != wanted or rows.dtype != q.dtype:
+            raise ShapeError(
+                f"{name} must be {q.dtype} [batch, seqlen_new, num_kv_heads, head_dim] = {wanted}; "
+                f"got {describe(rows)}. Fix: k and v of the same new tokens"
+            )
+    lengths = in_cache + k.shape[1]
+    capacity = page_table.shape[1] * page_size
+    if batch and int(lengths.max()) > capacity:
+        raise ShapeError(
+            f"block_table must have room for cache_seqlens + {k.shape[1]} new tokens; got {page_table.shape[1]} pages "
+            f"of {page_size} for {int(lengths.max())} tokens. Fix: give the sequences more pages"
+        )
+    table = page_table.cpu()
+    check_page_ids(table.numpy(), lengths.numpy(), page_size, num_pages, name="block_table")
+    positions = in_cache[:, None] + torch.arange(k.shape[1])
+    return (table.long().gather(1, positions // page_size) * page_size + positions % page_size).flatten()

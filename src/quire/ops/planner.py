@@ -40,8 +40,8 @@ def plan(
     """Plan one step on the host; run it once per layer.
 
     Args:
-        page_table: int32 [batch, max_pages]; entries past a sequence's last page may hold anything. A large one is
-            not copied: leave it as it is while the plan runs.
+        page_table: int32 [batch, max_pages]; entries past a sequence's last page may hold anything. The others are
+            copied. A table on a GPU stays there, and the copy is made on the current stream.
         seq_lens: int32 [batch], KV tokens per sequence including this step's.
         spec: the layers' shape.
         cu_seqlens_q: int32 [batch + 1], where each sequence's queries start in the packed q; None for one
@@ -54,19 +54,22 @@ def plan(
         backend: "auto", "cpu", "triton" or "reference".
         device: where q and the pages will be; page_table's device when None.
     Returns:
-        An AttentionPlan, valid until a length or a page changes.
+        An AttentionPlan, valid until a length or a page changes. A plan on a GPU belongs to the stream that is current
+        when it is planned: run it there, or let the other stream wait for that one first.
     Raises:
-        ArgumentError: lengths and tables that do not fit together; a device that is not there.
+        ArgumentError: lengths and tables that do not fit together; a negative page id; a device that is not there.
         UnsupportedError: the backend asked for cannot serve this spec here, or not batch-invariantly.
-    Cost: host only, tens of microseconds; tensors on a device are copied to the host once.
+    Cost: host only, tens of microseconds; lengths on a device are copied to the host, which waits for them.
     Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
     """
     step_checks.check_rules(causal, window_left, batch_invariant, backend)
     _check_spec(spec)
-    host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
+    table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
     where = checks.resolve_device(device, page_table)
     name, kernels, tiling = _service(backend, spec, where, batch_invariant)
-    step = plan_step(*host_step, spec.num_kv_heads, spec.page_size, causal, window_left, tiling)
+    if not table.is_cpu:
+        table = _within_reach(table, kernels, where)
+    step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, causal, window_left, tiling)
     return AttentionPlan(
         spec, name, where, step, step.max_q_len, kernels, kernels.prepare(spec, step, where), {}
     )
@@ -90,6 +93,10 @@ class Planner:
     a step does not have costs a launch that ends at once, so plan for decode alone (``max_q_len=1``) where there is
     no other. A backend without such graphs plans as ``quire.plan`` does.
 
+    A graph reads the planner's memory: keep the planner as long as the graph. It belongs to the stream that is current
+    when steps are planned; replay there, or let the other stream wait for that one first. Of the tensors that its plans
+    are run on a planner keeps none.
+
     Args:
         spec: the layers' shape.
         max_batch: sequences of a step.
@@ -99,7 +106,7 @@ class Planner:
         causal, window_left, batch_invariant, backend: rules of all its plans, as in ``plan``.
         device: where q and the pages will be.
     Raises:
-        ArgumentError: a limit below one, a rule that is none, or a device that is not there.
+        ArgumentError: a limit below one, a bad rule, or a device that is not there.
         UnsupportedError: the backend asked for cannot serve this spec here, or not batch-invariantly.
     Cost: memory on a GPU for the largest step: its page table, its work, and at most two partial states of a tile
         per worker, in all a few MB for decode.
@@ -141,20 +148,23 @@ class Planner:
         Returns:
             An AttentionPlan, whose ``max_q_len`` (the columns of a tree mask) is the planner's.
         Raises:
-            ArgumentError: lengths and tables that do not fit together, or a step above the limits.
-        Cost: host only, and one copy to the device that the host does not wait for.
+            ArgumentError: lengths and tables that do not fit together, a negative page id, or a step above the limits.
+        Cost: host only, and one copy to the device that the host does not wait for; lengths on a device are copied to
+            the host, which waits for them.
         """
         spec, limits = self.spec, self.limits
-        host_step = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
+        table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
+        if not table.is_cpu:
+            table = _within_reach(table, self._kernels, self.device)
         rules = self.causal, self.window_left, self._tiling
-        step = plan_step(*host_step, spec.num_kv_heads, spec.page_size, *rules)
+        step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, *rules)
         limits.check(step)
         bound: dict[Hashable, BoundCall] = {}
         if self._reserved is None:
             prepared = self._kernels.prepare(spec, step, self.device)
         else:
             prepared = self._kernels.prepare(spec, step, self.device, self._reserved)
-            if not debug_enabled():  # which looks at every step's page ids
+            if step.device_table is None or not debug_enabled():  # which looks at every step's page ids
                 bound = self._bound_for(step.num_tokens)
         if self._latest is not None:
             self._latest.replace()
@@ -164,14 +174,14 @@ class Planner:
         return self._latest
 
     def _bound_for(self, num_tokens: int) -> dict[Hashable, BoundCall]:
-        """What steps of so many tokens have bound; kept for a few numbers, as chunks of prompts may have any."""
+        """The bound calls of steps with this many tokens, kept for the numbers used last."""
         bound = self._bound[num_tokens] = self._bound.pop(num_tokens, {})
         if len(self._bound) > KEPT_BOUND:
             del self._bound[next(iter(self._bound))]
         return bound
 
     def _reserve(self) -> Any:
-        """The backend's memory for every step within the limits, if it has any to keep."""
+        """The backend's memory for every step within the limits, or None where it has no ``reserve``."""
         reserve = getattr(self._kernels, "reserve", None)
         if reserve is None:
             return None
@@ -186,6 +196,12 @@ class Planner:
             self.causal, self.window_left, self._tiling.kv_split,
         )  # fmt: skip
         return reserve(self.spec, capacity, self.device)
+
+
+def _within_reach(page_table: torch.Tensor, kernels: ModuleType, where: torch.device) -> torch.Tensor:
+    """A table on a device, or a copy on the host where the kernels do not read it there."""
+    stays = page_table.device == where and getattr(kernels, "TAKES_DEVICE_TABLES", False)
+    return page_table if stays else page_table.cpu()
 
 
 def _check_spec(spec: object) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError, DtypeError, ShapeError
 from quire.kernels import load_backend, resolve_backend
+from quire.kernels.call import BoundCall
 from quire.ops import checks
+from quire.ops.scales import are_given, spread, taking_given
 from quire.ops.torch_op import is_watched, register
 from quire.planning.checks import check_tensor, describe
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES
@@ -33,12 +36,15 @@ def write_kv(
         k, v: [tokens, num_kv_heads, head_dim]; any strides with a contiguous last dimension.
         k_pages, v_pages: [num_kv_heads, num_pages, page_size, head_dim], written in place.
         slot_mapping: int64 [tokens], page × page_size + offset; −1 writes nowhere.
-        k_scale, v_scale: float32 [num_kv_heads, num_pages, page_size], written where pages are quantised:
-            symmetric, per token and head. int8 pages then hold −127 to 127; a −128 that others wrote may count
-            as −127 (docs/numerics.md).
+        k_scale, v_scale: where pages are quantised. float32 [num_kv_heads, num_pages, page_size] is written: one scale
+            per token and head, the largest |x| over the dtype's largest number. float32 [num_kv_heads] or [] is given:
+            values are divided by it, rounded, and clamped to the dtype's largest number; a scale of 0 stores 0, and a
+            NaN is stored as fp8's NaN or as int8's 0. int8 pages hold −127 to 127; a −128 that others wrote may
+            count as −127 (docs/numerics.md).
     Raises:
         ShapeError, DtypeError, DeviceError: arguments that do not fit together.
-        ArgumentError: with QUIRE_DEBUG=1, a slot outside the pool.
+        ArgumentError: a slot below −1 or outside the pool; nothing is written. On a GPU only with QUIRE_DEBUG=1:
+            otherwise such a slot writes nowhere.
     Cost: reads and writes each element once; no host sync.
     Source: the reshape-and-cache step of PagedAttention, arXiv:2309.06180 §4.
     """
@@ -53,62 +59,31 @@ def _check_door(
     k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """What torch would take for something else than a call of the operator; ``_check`` looks at the rest."""
+    """Refuse what torch would not hand to the operator's implementation; ``_check`` looks at the rest."""
     if not checks.hold_data((k, v, k_pages, v_pages, slot_mapping), (k_scale, v_scale)):
         checks.check_pages("k_pages", k_pages)
-        _check_devices(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-
-
-def _check_devices(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
-) -> None:  # fmt: skip
-    checks.check_devices(
-        "k_pages", k_pages.device, k=k, v=v, v_pages=v_pages, slot_mapping=slot_mapping,
-        k_scale=k_scale, v_scale=v_scale,
-    )  # fmt: skip
+        checks.check_devices(
+            "k_pages", k_pages.device, k=k, v=v, v_pages=v_pages, slot_mapping=slot_mapping,
+            k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
 
 
 def _check(
     k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
 ) -> None:  # fmt: skip
+    """One layer's new tokens, their slots, and the pages they go to."""
     check_tensor("slot_mapping", slot_mapping, 1, "int64 [tokens]")
     checks.check_pages("k_pages", k_pages)
-    _check_devices(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-    layout = "[tokens, num_kv_heads, head_dim]"
+    checks.check_devices(
+        "k_pages", k_pages.device, k=k, v=v, v_pages=v_pages, slot_mapping=slot_mapping,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     for name, rows, pages_name, pages in (("k", k, "k_pages", k_pages), ("v", v, "v_pages", v_pages)):
-        check_tensor(name, rows, 3, layout)
-        checks.check_last_dim_contiguous(name, rows)
         checks.check_pages(pages_name, pages)
         checks.check_own_memory(pages_name, pages)
-        heads, _, _, head_dim = pages.shape
-        expected = (len(slot_mapping), heads, head_dim)
-        if rows.shape != expected:
-            raise ShapeError(
-                f"{name} must be {layout} = {list(expected)} to fit slot_mapping and {pages_name}; "
-                f"got {describe(rows)}. Fix: one slot per token, and the pool of this layer's spec"
-            )
-        if rows.dtype != k.dtype or rows.dtype not in COMPUTE_DTYPES:
-            raise DtypeError(
-                f"{name} must be float32, float16 or bfloat16, k and v alike; got {describe(rows)}. "
-                f"Fix: {name}.to(torch.bfloat16)"
-            )
-        if pages.dtype not in (*COMPUTE_DTYPES, *QUANTIZED_DTYPES.values()):
-            raise DtypeError(
-                f"{pages_name} must be of a dtype that pages can have; got {describe(pages)}. "
-                "Fix: take them from a KVPool"
-            )
-        if pages.dtype in COMPUTE_DTYPES and pages.dtype != rows.dtype:
-            raise DtypeError(
-                f"{name} must be {pages.dtype} like {pages_name}; got {describe(rows)}. "
-                f"Fix: {name}.to({pages.dtype})"
-            )
-    if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
-        raise ShapeError(
-            f"v_pages must be like k_pages, {describe(k_pages)}; got {describe(v_pages)}. "
-            "Fix: take both from one KVPool"
-        )
+        _check_rows(name, rows, pages_name, pages, len(slot_mapping), k)
+    checks.check_alike(k_pages, v_pages)
     checks.check_scales(k_pages, v_pages, k_scale, v_scale)
     if slot_mapping.dtype != torch.int64:
         raise DtypeError(
@@ -116,18 +91,77 @@ def _check(
         )
 
 
-def _check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
-    """Debug mode: every slot lies in the pool."""
-    if len(slot_mapping) and (int(slot_mapping.min()) < -1 or int(slot_mapping.max()) >= num_slots):
-        raise ArgumentError(
-            f"slot_mapping must lie between −1 and {num_slots - 1}; got values from "
-            f"{int(slot_mapping.min())} to {int(slot_mapping.max())}. "
-            "Fix: use the slots that PageTable.append returned for this pool"
+def _check_rows(
+    name: str, rows: torch.Tensor, pages_name: str, pages: torch.Tensor, tokens: int, k: torch.Tensor
+) -> None:
+    """k or v against its pages."""
+    layout = "[tokens, num_kv_heads, head_dim]"
+    check_tensor(name, rows, 3, layout)
+    checks.check_last_dim_contiguous(name, rows)
+    expected = (tokens, pages.shape[0], pages.shape[3])
+    if rows.shape != expected:
+        fix = "one slot per token, and the pool of this layer's spec"
+        if rows.shape[1] != pages.shape[0]:
+            fix = checks.in_order(pages_name, pages, (rows.shape[1],), rows.shape[2])
+        raise ShapeError(
+            f"{name} must be {layout} = {list(expected)} to fit slot_mapping and {pages_name}; "
+            f"got {describe(rows)}. Fix: {fix}"
+        )
+    if rows.dtype != k.dtype or rows.dtype not in COMPUTE_DTYPES:
+        raise DtypeError(
+            f"{name} must be float32, float16 or bfloat16, k and v alike; got {describe(rows)}. "
+            f"Fix: {name}.to(torch.bfloat16)"
+        )
+    if pages.dtype not in (*COMPUTE_DTYPES, *QUANTIZED_DTYPES.values()):
+        raise DtypeError(
+            f"{pages_name} must be of a dtype that pages can have; got {describe(pages)}. "
+            "Fix: take them from a KVPool"
+        )
+    if pages.dtype in COMPUTE_DTYPES and pages.dtype != rows.dtype:
+        raise DtypeError(
+            f"{name} must be {pages.dtype} like {pages_name}; got {describe(rows)}. "
+            f"Fix: {name}.to({pages.dtype})"
         )
 
 
-_bound: dict[Hashable, Callable[..., None]] = {}  # by all that is checked of a call
-_last: tuple[Hashable, Callable[..., None] | None] = None, None  # tuples are sooner compared than hashed
+def _with_slots_checked(write: BoundCall, slot_mapping: torch.Tensor, num_slots: int) -> BoundCall:
+    """``write`` of slots that are in the pool.
+
+    On the host they are looked at in compiled code, 0.4 µs a call. On a device the host would have to wait for them, so
+    that they are looked at in debug mode only.
+    """
+    count, stride, on_host = len(slot_mapping), slot_mapping.stride(0) * 8, slot_mapping.is_cpu
+    any_outside = _slots_in_compiled_code() if on_host else None
+
+    def checked(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: torch.Tensor, *scales: Any) -> None:
+        if any_outside is not None:
+            if any_outside(slots.data_ptr(), count, stride, num_slots):
+                _refuse_slots(slots, num_slots)
+        elif debug_enabled() and bool(((slots < -1) | (slots >= num_slots)).any()):
+            _refuse_slots(slots, num_slots)
+        write(k, v, k_pages, v_pages, slots, *scales)
+
+    return checked
+
+
+@functools.cache
+def _slots_in_compiled_code() -> Callable[..., bool]:
+    # Imported late: `import quire` must stay light, and Numba is not.
+    from quire.kernels.compile import machine_code
+    from quire.kernels.slots import any_outside
+
+    return machine_code(any_outside, 0, 0, 0, 0)
+
+
+def _refuse_slots(slots: torch.Tensor, num_slots: int) -> NoReturn:
+    raise ArgumentError(
+        f"slot_mapping must lie between −1 and {num_slots - 1}; got values from {int(slots.min())} to "
+        f"{int(slots.max())}. Fix: use the slots that PageTable.append returned for this pool"
+    )
+
+
+_bound: dict[Hashable, BoundCall] = {}  # by all that is checked of a call
+_last: tuple[Hashable, BoundCall | None] = None, None  # tuples are sooner compared than hashed
 _MOST_LAYOUTS = 1024  # a new number of tokens is a new layout
 
 
@@ -150,25 +184,31 @@ def _write_kv(
         last, write = _last
         if layout != last:
             write = _bound.get(layout)
-    except (AttributeError, TypeError, RuntimeError):  # something is no tensor: the checks say what
+    except (AttributeError, TypeError, RuntimeError):  # an argument is no tensor: the checks say which
         layout, write = None, None
     if write is None:
-        _check_door(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
         write = _bind(layout, backend, k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
     _last = layout, write
-    if debug_enabled():
-        _check_slots(slot_mapping, k_pages.shape[1] * k_pages.shape[2])
     write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
 
 
-def _bind(layout: Hashable, backend: str, *tensors: Any) -> Callable[..., None]:
-    _check(*tensors)
-    k, _, k_pages, *_ = tensors
-    kernels = load_backend(resolve_backend(backend, k.device), checks.infer_spec(k, k_pages), k.device)
+def _bind(
+    layout: Hashable, backend: str, k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+) -> BoundCall:  # fmt: skip
+    """Check a call, then bind its kernel."""
+    _check(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
+    spec = checks.infer_spec(k, k_pages, v_pages)
+    kernels = load_backend(resolve_backend(backend, k.device), spec, k.device)
     if len(_bound) >= _MOST_LAYOUTS:
         _bound.clear()
-    write: Callable[..., None] = kernels.bind_write(*tensors)
-    _bound[layout] = write
+    sizes = k_pages.shape[:3]
+    if k_scale is not None and v_scale is not None and are_given(k_scale):
+        scales = spread(k_scale, sizes), spread(v_scale, sizes)
+        write = taking_given(kernels.bind_write(k, v, k_pages, v_pages, slot_mapping, *scales, True), sizes)
+    else:
+        write = kernels.bind_write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, False)
+    write = _bound[layout] = _with_slots_checked(write, slot_mapping, sizes[1] * sizes[2])
     return write
 
 

@@ -32,7 +32,8 @@ class KVPool:
         num_pages: pages per layer and head; page id p names page p of each of them.
         device: where the pages live.
     Attributes:
-        k, v: [num_layers, num_kv_heads, num_pages, page_size, head_dim], spec.storage_dtype.
+        k, v: [num_layers, num_kv_heads, num_pages, page_size, head_dim], spec.storage_dtype; v ends in
+            spec.out_dim.
         k_scale, v_scale: fp32 [num_layers, num_kv_heads, num_pages, page_size], or None.
         debug: whether QUIRE_DEBUG=1 was set; who frees pages then calls `poison` on them.
     Raises:
@@ -56,8 +57,8 @@ class KVPool:
         self.num_pages = num_pages
         self.device = torch.device(device)
         self.debug = debug_enabled()
-        self.k = self._empty_pages()
-        self.v = self._empty_pages()
+        self.k = self._empty_pages(spec.head_dim, spec.page_stride)
+        self.v = self._empty_pages(spec.out_dim, spec.value_page_stride)
         if spec.quantized:
             scales = (num_layers, spec.num_kv_heads, num_pages, spec.page_size)
             self.k_scale = torch.empty(scales, dtype=torch.float32, device=self.device)
@@ -141,18 +142,18 @@ class KVPool:
                 nan = torch.tensor(float("nan"), dtype=tensor.dtype)
                 _as_bits(tensor).index_fill_(2, index, int(_as_bits(nan).item()))
 
-    def _empty_pages(self) -> torch.Tensor:
+    def _empty_pages(self, width: int, page_stride: int) -> torch.Tensor:
         spec = self.spec
         leading = (self.num_layers, spec.num_kv_heads, self.num_pages)
         try:
-            padded = torch.empty((*leading, spec.page_stride), dtype=spec.storage_dtype, device=self.device)
+            padded = torch.empty((*leading, page_stride), dtype=spec.storage_dtype, device=self.device)
         except RuntimeError as error:  # torch's allocators raise plain RuntimeErrors
             raise OutOfPages(
                 f"num_pages must fit the memory of {self.device}; got {self.num_pages} pages of "
                 f"{spec.bytes_per_page * self.num_layers} bytes over {self.num_layers} layers. "
                 "Fix: fewer pages, or KVPool.fit(spec, num_layers=..., memory_bytes=...)"
             ) from error
-        return padded[..., : spec.page_size * spec.head_dim].view(*leading, spec.page_size, spec.head_dim)
+        return padded[..., : spec.page_size * width].view(*leading, spec.page_size, width)
 
     def _tensors(self) -> list[torch.Tensor]:
         return [t for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None]

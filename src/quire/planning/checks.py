@@ -17,8 +17,8 @@ from quire.planning.work_list import Ints, StepPlan
 from quire.spec import check_size
 
 _INTS = (torch.int32, torch.int64)
-# page_table, seq_lens and cu_seqlens_q on the host; the last is None where every sequence has one query.
-HostStep = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+# page_table, seq_lens and cu_seqlens_q; the last is None where every sequence has one query.
+CheckedStep = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def describe(value: object) -> str:
@@ -58,8 +58,8 @@ def given(tensors: dict[str, torch.Tensor | None]) -> Iterator[tuple[str, torch.
             yield name, tensor
 
 
-def check_step(page_table: object, seq_lens: object, cu_seqlens_q: object | None) -> HostStep:
-    """A step's page table and lengths on the host; ``plan_step`` checks the numbers in them."""
+def check_step(page_table: object, seq_lens: object, cu_seqlens_q: object | None) -> CheckedStep:
+    """A step's page table where it is, and its lengths on the host; ``plan_step`` checks the numbers in them."""
     table = check_tensor("page_table", page_table, 2, "int32 [batch, max_pages]")
     if table.dtype != torch.int32:
         raise DtypeError(
@@ -67,7 +67,6 @@ def check_step(page_table: object, seq_lens: object, cu_seqlens_q: object | None
         )
     if not table.is_cpu:
         check_host(page_table=table)
-        table = table.cpu()
     lens, starts, batch = _on_host("seq_lens", seq_lens, "int32 [batch]"), None, table.shape[0]
     if lens.numel() != batch:
         raise ShapeError(
@@ -144,13 +143,20 @@ def check_rules(causal: object, window_left: object, batch_invariant: object, ba
         raise ArgumentError(f'backend must be a name; got {backend!r}. Fix: backend="auto"')
 
 
-def check_page_ids(page_table: NDArray[np.int32], seq_lens: Ints, page_size: int, num_pages: int) -> None:
-    """Debug mode: every page a sequence uses exists in the pool."""
+def check_page_ids(
+    page_table: NDArray[np.int32],
+    seq_lens: Ints,
+    page_size: int,
+    num_pages: int | None = None,
+    name: str = "page_table",
+) -> None:
+    """Every page that a sequence uses exists in the pool, or in some pool where num_pages is None."""
     used = np.arange(page_table.shape[1]) < -(-seq_lens // page_size)[:, None]
-    bad = used & ((page_table < 0) | (page_table >= num_pages))
+    bad = used & ((page_table < 0) | (page_table >= (1 << 31 if num_pages is None else num_pages)))
     if bad.any():
         row, column = np.argwhere(bad)[0]
+        allowed = "that are not negative" if num_pages is None else f"from 0 to {num_pages - 1}"
         raise ArgumentError(
-            f"page_table must hold page ids from 0 to {num_pages - 1}; got {page_table[row, column]} at "
-            f"[{row}, {column}]. Fix: use the ids that PageTable handed out for this pool"
+            f"{name} must hold page ids {allowed}; got {page_table[row, column]} at [{row}, {column}]. "
+            "Fix: use the ids that PageTable handed out for this pool"
         )

@@ -7,7 +7,8 @@ along its KV range (FlashDecoding's split, placed the Stream-K way: at most ``nu
 whatever the lengths). Split tiles leave partial softmax states, which ``merges`` says how to fold.
 A batch-invariant step (``Tiling.kv_split``) is split at fixed keys instead, and shares are runs of whole parts.
 
-``cut`` does the arithmetic, compiled; the index lists of pages (``work.StepPlan``) are NumPy over whole batches.
+``stream_k.cut_step`` does the arithmetic, compiled; the index lists of pages (``work_list.StepPlan``) are NumPy over
+whole batches.
 
 Sources: PagedAttention, arXiv:2309.06180 §4; FlashDecoding (KV split); Stream-K, arXiv:2301.03598.
 """
@@ -16,17 +17,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from quire.errors import ArgumentError, ShapeError
+from quire.planning.checks import check_page_ids
 from quire.planning.work_list import Ints, StepPlan, TileShape, Tiling, WorkBound, WorkList
-
-# Page ids of a table that is copied into the plan: to so many, that is sooner done than torch makes an array of it.
-COPIED_PAGES = 2048
 
 
 def plan_step(
@@ -42,33 +40,33 @@ def plan_step(
     """Copy one step and cut it into one equal share per worker and kernel.
 
     Args:
-        page_table, seq_lens, cu_seqlens_q: the step, on the host, its shapes and dtypes already checked.
+        page_table, seq_lens, cu_seqlens_q: the step, its shapes and dtypes already checked. Lengths are on the host. A
+            page table on a device is left there: the backend copies it.
         window_left: keys further back than this many positions are out of sight; −1 for no window.
         tiling: how the backend wants it cut.
     Raises:
-        ArgumentError: lengths that are no step's, or tensors without memory.
-    Cost: a microsecond per hundred items; the first plan of a process loads Numba.
+        ArgumentError: lengths that are no step's, negative page ids, or tensors without memory.
+    Cost: a microsecond per hundred items and per 5,000 page ids; the first plan of a process loads Numba.
     """
     batch, max_pages = page_table.shape
-    large_table, copied = None, batch * max_pages
-    if copied <= COPIED_PAGES:
-        page_table = page_table.contiguous()
-    table_at = _address("page_table", page_table)
-    if copied > COPIED_PAGES:
-        large_table, copied = _rows_in_memory(page_table), 0
+    device_table, table_at, row, column = None, 0, 0, 0
+    if page_table.is_cpu:
+        table_at, (row, column) = _address("page_table", page_table), page_table.stride()
+    else:
+        device_table = page_table
     seq_lens, starts_at, starts_bytes = seq_lens.contiguous(), 0, 0
     if cu_seqlens_q is not None:
         cu_seqlens_q = cu_seqlens_q.contiguous()
         starts_at, starts_bytes = _address("cu_seqlens_q", cu_seqlens_q), cu_seqlens_q.element_size()
-    numbers, fits, num_tokens, max_q_len, max_seq_len, decode, prefill = _arithmetic()(
-        _address("seq_lens", seq_lens), seq_lens.element_size(), starts_at, starts_bytes, table_at, copied,
-        batch, max_pages * page_size, tiling, num_kv_heads, causal, window_left,
+    numbers, fits, num_tokens, max_q_len, max_seq_len, highest_page, decode, prefill = _arithmetic()(
+        _address("seq_lens", seq_lens), seq_lens.element_size(), starts_at, starts_bytes, table_at, row * 4, column * 4,
+        batch, max_pages, page_size, tiling, num_kv_heads, causal, window_left,
     )  # fmt: skip
     if not fits:
-        _refuse(numbers[:batch], numbers[batch:], max_pages, page_size)
+        _refuse(numbers[:batch], numbers[batch:], page_table, page_size)
     step = StepPlan(
-        numbers, large_table, batch, max_pages, page_size, causal, window_left,
-        WorkList(numbers, *decode), WorkList(numbers, *prefill), tiling.kv_split, num_tokens, max_q_len, max_seq_len,
+        numbers, device_table, batch, max_pages, page_size, causal, window_left, WorkList(numbers, *decode),
+        WorkList(numbers, *prefill), tiling.kv_split, num_tokens, max_q_len, max_seq_len, highest_page,
     )  # fmt: skip
     if tiling.prefill_tile_cost and not tiling.kv_split and step.prefill.num_items:
         step.prefill = _dealt(step, num_kv_heads, tiling) or step.prefill
@@ -85,15 +83,9 @@ def _address(name: str, tensor: torch.Tensor) -> int:
     return address
 
 
-def _rows_in_memory(page_table: torch.Tensor) -> NDArray[np.int32]:
-    """The table itself, for kernels that read rows of neighbouring page ids, or a copy where it has none."""
-    if not page_table.is_contiguous() and page_table.stride(1) != 1:
-        page_table = page_table.contiguous()
-    return page_table.numpy()
-
-
-def _refuse(lens: Ints, starts: Ints, max_pages: int, page_size: int) -> NoReturn:
+def _refuse(lens: Ints, starts: Ints, page_table: torch.Tensor, page_size: int) -> None:
     """Say which number of a step is wrong."""
+    max_pages = page_table.shape[1]
     if len(lens) and lens.min() < 0:
         raise ArgumentError(
             f"seq_lens must not be negative; got {lens.min()}. Fix: use 0 for an empty sequence"
@@ -104,16 +96,18 @@ def _refuse(lens: Ints, starts: Ints, max_pages: int, page_size: int) -> NoRetur
             f"page_table must have {-(-int(lens[row]) // page_size)} columns for seq_lens[{row}]={lens[row]} at "
             f"page_size {page_size}; got {max_pages}. Fix: append the tokens to the page table first"
         )
-    raise ArgumentError(
-        f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
-        "Fix: the cumulative sum of query lengths, with a leading 0"
-    )
+    if starts[0] != 0 or (starts[1:] < starts[:-1]).any():
+        raise ArgumentError(
+            f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
+            "Fix: the cumulative sum of query lengths, with a leading 0"
+        )
+    check_page_ids(page_table.numpy(), lens, page_size)
 
 
 def largest_work(
     tiling: Tiling, num_kv_heads: int, max_batch: int, max_tokens: int, max_seq_len: int, max_q_len: int
 ) -> tuple[WorkBound, WorkBound]:
-    """What decode and prefill of any step within these limits have at most."""
+    """The most work that decode and prefill of a step within these limits can have."""
     few = tiling.decode_max_q_len
     short = max_batch * -(-min(max_q_len, few) // tiling.decode.q_tokens)
     long, q_tokens = min(max_batch, max_tokens // (few + 1)), tiling.prefill.q_tokens
@@ -125,7 +119,7 @@ def largest_work(
 
 
 def _largest(shape: TileShape, tiling: Tiling, tiles: int, max_seq_len: int) -> WorkBound:
-    """For so many tiles, all as long as can be.
+    """The most work of this many tiles.
 
     A cut between shares splits at most one tile, and leaves at least two blocks on both sides. Where parts have
     workers of their own, there are no more parts than workers.
@@ -142,12 +136,12 @@ def _largest(shape: TileShape, tiling: Tiling, tiles: int, max_seq_len: int) -> 
 def _dealt(step: StepPlan, num_kv_heads: int, tiling: Tiling) -> WorkList | None:
     """Whole prefill tiles dealt out to the workers, or None where that would be uneven."""
     from quire.planning.deal import deal_tiles
+    from quire.planning.split import Sequences
+    from quire.planning.stream_k import tiles_of
 
-    tile = tiling.prefill
-    items, worker_indptr, evenly = deal_tiles(
-        step.seq_lens, step.cu_seqlens_q, tiling.decode_max_q_len + 1, step.max_q_len, tile.q_tokens, tile.kv_tokens,
-        tiling.prefill_tile_cost, num_kv_heads, step.causal, step.window_left, tile.num_workers or tiling.num_workers,
-    )  # fmt: skip
+    sequences = Sequences(step.seq_lens, step.cu_seqlens_q, num_kv_heads, step.causal, step.window_left)
+    tiles = tiles_of(tiling, tiling.prefill, tiling.decode_max_q_len + 1, step.max_q_len)
+    items, worker_indptr, evenly = deal_tiles(sequences, tiles, tiling.prefill_tile_cost)
     if not evenly:
         return None
     return WorkList(np.concatenate((worker_indptr, items.ravel())), 0, len(worker_indptr) - 1, len(items))
@@ -161,4 +155,4 @@ def _arithmetic() -> Callable[..., Any]:
 
     whole = TileShape(0, 0)
     tiling = Tiling(0, whole, whole)
-    return machine_code(cut_step, 0, 0, 0, 0, 0, 0, 0, 0, tiling, 0, False, 0)
+    return machine_code(cut_step, *[0] * 10, tiling, 0, False, 0)

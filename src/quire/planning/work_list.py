@@ -10,17 +10,40 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from quire.errors import UnsupportedError
 
 Ints = NDArray[np.int64]
 
-# Columns of WorkList.items.
-ITEM_COLUMNS = ("sequence", "kv_head", "q_begin", "q_len", "q_position", "kv_begin", "kv_end", "partial")
-# Columns of WorkList.merges.
-MERGE_COLUMNS = ("kv_head", "q_begin", "q_len", "first_partial", "num_partials")
 
+class Item(NamedTuple):
+    """A tile, or a part of one: the columns of ``WorkList.items``."""
+
+    sequence: int
+    kv_head: int
+    q_begin: int  # packed query token
+    q_len: int
+    q_position: int  # where the first query stands in its sequence
+    kv_begin: int  # logical tokens kv_begin … kv_end − 1
+    kv_end: int
+    partial: int  # −1 for a whole tile, else the place of its partial state in the workspace
+
+
+class Merge(NamedTuple):
+    """A tile that is split: the columns of ``WorkList.merges``."""
+
+    kv_head: int
+    q_begin: int
+    q_len: int
+    first_partial: int
+    num_partials: int
+
+
+ITEM_COLUMNS, MERGE_COLUMNS = Item._fields, Merge._fields
+# The place of each column: ``items[:, ITEM.partial]``.
+ITEM, MERGE = Item(*range(len(ITEM_COLUMNS))), Merge(*range(len(MERGE_COLUMNS)))
 
 # Keys of a part where a step is to be batch-invariant: short enough to share one long sequence, long enough
 # that folding its parts costs little.
@@ -87,9 +110,7 @@ class WorkBound(NamedTuple):
 class WorkList(NamedTuple):
     """Work of one kernel, cut into one share per worker.
 
-    ``items[worker_indptr[w]:worker_indptr[w + 1]]`` is the share of worker w. ``q_begin`` counts packed
-    tokens, ``q_position`` is where the first of them stands in its sequence, ``kv_begin:kv_end`` are logical
-    tokens, and ``partial`` is −1 when the item is a whole tile, else its place in the workspace.
+    ``items[worker_indptr[w]:worker_indptr[w + 1]]`` is the share of worker w.
     """
 
     lists: Ints  # worker_indptr, items and merges, one behind the other, perhaps among other numbers
@@ -106,13 +127,13 @@ class WorkList(NamedTuple):
 
     @property
     def items(self) -> Ints:
-        """[num_items, 8], see ITEM_COLUMNS."""
+        """[num_items, 8], see Item."""
         first, width = self.at + self.num_workers + 1, len(ITEM_COLUMNS)
         return self.lists[first : first + self.num_items * width].reshape(-1, width)
 
     @property
     def merges(self) -> Ints:
-        """[num_merges, 5], see MERGE_COLUMNS."""
+        """[num_merges, 5], see Merge."""
         first, width = self.at + self.num_workers + 1 + self.num_items * len(ITEM_COLUMNS), len(MERGE_COLUMNS)
         return self.lists[first : first + self.num_merges * width].reshape(-1, width)
 
@@ -158,8 +179,10 @@ class StepPlan:
     groups with their own tile shapes, because one kernel that branches between them is good at neither.
     """
 
-    numbers: Ints  # seq_lens, cu_seqlens_q, a small page table and all work: one array is sooner made
-    large_table: NDArray[np.int32] | None  # a page table too large for that
+    numbers: Ints  # seq_lens, cu_seqlens_q, page ids and all work: one array is sooner made than several
+    device_table: (
+        torch.Tensor | None
+    )  # a page table on the kernels' device; ``numbers`` then holds no page ids
     batch: int
     max_pages: int  # columns of the page table
     page_size: int
@@ -171,6 +194,7 @@ class StepPlan:
     num_tokens: int  # query tokens of all sequences
     max_q_len: int  # query tokens of the sequence that has most
     max_seq_len: int  # KV tokens of the sequence that has most
+    highest_page: int  # the highest page id in use, none of them negative; −1 for none, or for a device_table
 
     @property
     def seq_lens(self) -> Ints:
@@ -184,9 +208,9 @@ class StepPlan:
 
     @property
     def page_table(self) -> NDArray[np.int32]:
-        """[batch, max_pages]."""
-        if self.large_table is not None:
-            return self.large_table
+        """[batch, max_pages], undefined beyond the pages in use; a device_table is copied to the host each time."""
+        if self.device_table is not None:
+            return self.device_table.cpu().numpy()
         first, size = 2 * self.batch + 1, self.batch * self.max_pages
         table: NDArray[np.int32] = self.numbers[first : first + -(-size // 2)].view(np.int32)
         return table[:size].reshape(self.batch, self.max_pages)

@@ -25,9 +25,11 @@ from quire.spec import PAGE_ALIGNMENT_BYTES, AttentionSpec
 
 
 def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
-    """Whatever lies in host memory can be served."""
+    """It serves tensors in host memory whose values are as wide as their keys."""
     if device.type != "cpu":
         return f'it reads host memory; got tensors on {device}. Fix: backend="auto"'
+    if spec.value_dim is not None:
+        return f'values must be as wide as keys; got value_dim={spec.value_dim}. Fix: backend="reference"'
     return None
 
 
@@ -216,7 +218,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 def bind_write(*like: Any) -> Callable[..., None]:
     """``write_kv`` for tensors of the layout of these."""
-    k, v, k_pages, v_pages, _, k_scale, v_scale = like
+    k, v, k_pages, v_pages, _, k_scale, v_scale, _ = like
     tokens, heads, head_dim = k.shape
     config = Config(DTYPE_CODES[k.dtype], DTYPE_CODES[k_pages.dtype], head_dim)
     page_size = k_pages.shape[2]

@@ -28,6 +28,8 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     """It needs a GPU with matrix units for bfloat16, and tiles that fit its registers."""
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f'it needs a GPU; got tensors on {device}. Fix: device="cuda", or backend="auto"'
+    if spec.value_dim is not None:
+        return f'values must be as wide as keys; got value_dim={spec.value_dim}. Fix: backend="reference"'
     if spec.head_dim > tune.MAX_HEAD_DIM:
         return f'head_dim must be at most {tune.MAX_HEAD_DIM}; got {spec.head_dim}. Fix: backend="reference"'
     if spec.group_size > tune.MAX_GROUP:

@@ -93,7 +93,7 @@ def write(
 _forms: dict[Any, Form] = {}  # compiled kernels, by what they are compiled for
 
 
-def bind_write(*like: Any) -> Callable[..., None]:
+def bind_write(*like: Any, given: bool = False) -> Callable[..., None]:
     """``write_kv`` for tensors of the layout of these: one program per token."""
     tokens, device = like[0].shape[0], like[0].device
     enqueues: dict[Any, Enqueue] = {}
