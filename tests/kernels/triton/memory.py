@@ -119,6 +119,12 @@ class Memory:
         return true
 
     def _check_bounds(self, kind: str, argument: _Argument, offset: np.ndarray, size: int) -> None:
+        misaligned = (argument.base + offset) % size != 0
+        if misaligned.any():
+            raise KernelFault(
+                f"misaligned {kind} of {argument.name} at program {self.where}: {size} bytes, the first at "
+                f"{(argument.base + offset)[misaligned][0] % size} past a multiple of that"
+            )
         tensor, item = argument.tensor, argument.tensor.element_size()
         first, last = offset // item, (offset + size - 1) // item
         outside, what = (first < 0) | (last >= argument.span), "out of bounds"

@@ -120,7 +120,14 @@ def makes_an_address_up(x, out):
     tl.load((tl.program_id(0).to(tl.int64) + 4096).to(tl.pointer_type(tl.float32)))
 
 
+@triton.jit
+def reads_words_from_any_byte(x, out):
+    words = (x.to(tl.pointer_type(tl.int8)) + 2).to(tl.pointer_type(tl.int32))
+    tl.load(words + tl.arange(0, 4))
+
+
 MISTAKES = [
+    (reads_words_from_any_byte, "misaligned load of x .* 4 bytes"),
     (copies_one_too_many, "load out of bounds of x"),
     (copies_from_one_before, "load out of bounds of x"),
     (stores_one_too_far, "store out of bounds of out"),

@@ -297,6 +297,14 @@ def test_writing_needs_no_fp8_and_no_memory_of_its_own(chip, kv_dtype):
     assert read_machine_code(kernel).spilled_bytes == 0
 
 
+def test_a_whole_number_for_a_scale_compiles_nothing_that_another_scale_must_not_meet():
+    batch = make_batch(Shape(F16, 16), [100], page_size=16)
+    with standing_in(CHIPS["sm_90"]) as kernels:
+        for softmax_scale in (1, 16, 0.5, None):
+            attend(batch, {"softmax_scale": softmax_scale})
+    assert len(kernels) == 1
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_kernel_is_never_handed_less_alignment_than_it_was_compiled_for(order):
     batch = make_batch(Shape(F16, 16), [100], page_size=16)

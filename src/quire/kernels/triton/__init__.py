@@ -1,6 +1,7 @@
 """The GPU backend: paged attention in Triton, for NVIDIA chips from sm_80 and AMD's gfx942.
 
-With TRITON_INTERPRET=1 in the environment it takes CPU tensors and runs in Triton's interpreter, for tests.
+With TRITON_INTERPRET=1 in the environment it takes CPU tensors and runs in Triton's interpreter, for tests. Where that
+computes bfloat16 wrongly, as Triton's own does, bfloat16 is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from quire.kernels.call import AttentionCall, BoundCall
 from quire.kernels.triton import forecast, hopper, tune
 from quire.kernels.triton.attend import Launch
 from quire.kernels.triton.device_plan import DevicePlan, PartialShape
-from quire.kernels.triton.launch import INTERPRETED
+from quire.kernels.triton.interpreted import INTERPRETED, rounds_as_a_gpu
 from quire.kernels.triton.store import bind_write
 from quire.planning.work_list import Capacity, StepPlan, TileShape, Tiling
 from quire.spec import AttentionSpec
@@ -30,6 +31,11 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
         return f'it needs a GPU; got tensors on {device}. Fix: device="cuda", or backend="auto"'
     if spec.value_dim is not None:
         return f'values must be as wide as keys; got value_dim={spec.value_dim}. Fix: backend="reference"'
+    if device.type == "cpu" and spec.dtype == torch.bfloat16 and not rounds_as_a_gpu():
+        return (
+            "Triton's interpreter adds the bits of bfloat16 numbers instead of their values. "
+            'Fix: a GPU, dtype float16 or float32, or backend="cpu" or "reference"'
+        )
     if spec.head_dim > tune.MAX_HEAD_DIM:
         return f'head_dim must be at most {tune.MAX_HEAD_DIM}; got {spec.head_dim}. Fix: backend="reference"'
     if spec.group_size > tune.MAX_GROUP:

@@ -20,8 +20,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quire.kernels.call import AttentionCall, BoundCall
 from quire.kernels.triton import hopper, tune
+from quire.kernels.triton.addresses import addresses_of
 from quire.kernels.triton.device_plan import COLUMNS, DevicePlan, DeviceWork
-from quire.kernels.triton.launch import INTERPRETED, Enqueue, Form, Options, addresses_of
+from quire.kernels.triton.interpreted import INTERPRETED
+from quire.kernels.triton.launch import Enqueue, Form, Options
 from quire.kernels.triton.layout import in_rows, no_values, per_row
 from quire.kernels.triton.merge import arrived_last, fold_parts, leave_partial, write_rows
 from quire.kernels.triton.pages import page_ids, prefetch_rows, slots_in_page
@@ -282,10 +284,8 @@ class Launch:
             work.items, work.worker_indptr, work.arrivals, plan.cu_seqlens_q, plan.page_table,
             work.partial_out, work.partial_lse,
         )  # fmt: skip
-        self._window_left = rules.window_left
-        self._hopper = (
-            hopper.Prefill(spec, work, plan.page_table, rules.causal, device) if use_hopper else None
-        )
+        self._order, self._window_left = plan.order, rules.window_left
+        self._hopper = hopper.Prefill(spec, plan, work, rules.causal, device) if use_hopper else None
 
     def bind(self, call: AttentionCall) -> BoundCall:
         """The launch on tensors of this call's layout."""
@@ -320,7 +320,7 @@ class Launch:
                 attend, self._device, tensors, numbers, _tail(recipe.constants, call), recipe.options
             )
             recipe.forms[layout] = form
-        return form.bind(self._num_workers, self._device, self._sections, numbers)
+        return form.bind(self._num_workers, self._device, self._sections, numbers, self._order)
 
 
 def _tail(constants: Constants, call: AttentionCall) -> tuple[Any, ...]:

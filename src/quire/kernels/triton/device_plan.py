@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from quire.kernels.compile import compiled
+from quire.kernels.triton.streams import StreamOrder
 from quire.planning.work_list import ITEM_COLUMNS as HOST_COLUMNS
 from quire.planning.work_list import Capacity, StepPlan
 
@@ -24,7 +26,7 @@ COLUMNS = len(ITEM_COLUMNS)
 
 
 class Section(NamedTuple):
-    """A list's place in the buffer. Viewed as a tensor only where someone asks for one."""
+    """A list's place in the buffer. A view is only made where one is asked for: each costs a microsecond."""
 
     buffer: torch.Tensor
     start: int
@@ -68,6 +70,7 @@ class DevicePlan:
     page_table: Section  # int32 [batch, max_pages]
     decode: DeviceWork | None  # None where no item may be
     prefill: DeviceWork | None
+    order: StreamOrder  # of the streams that use the buffer
 
     @classmethod
     def reserve(
@@ -75,7 +78,7 @@ class DevicePlan:
     ) -> DevicePlan:
         """Room for a capacity; ``partials`` are those of decode and of prefill."""
         bounds = capacity.decode, capacity.prefill
-        # What is copied comes first and the page table last of that: its rows past the step's batch stay behind.
+        # What is copied comes first, and of that the page table last: its rows past the step's batch are not copied.
         shapes: list[tuple[int, ...]] = [(capacity.batch + 1,)]
         for workers, items, parts in bounds:
             shapes += [(workers + 1,), (parts,), (workers + items, COLUMNS)] if items else [(0,)] * 3
@@ -95,21 +98,32 @@ class DevicePlan:
             else None
             for i, bound in enumerate(bounds)
         ]
-        return cls(sections[0], sections[7], *works)
+        return cls(sections[0], sections[7], *works, StreamOrder(buffer))
 
     def fill(self, step: StepPlan) -> None:
-        """Pack a step that fits and copy it over.
+        """Pack a step that fits and copy it over, on the current stream.
 
-        Cost: one host-to-device copy, which the host does not wait for. It must stay a copy: a kernel that OVERLAPS
-        reads the plan before it waits for the kernel ahead of it, which therefore must not be what writes it.
+        The last operation must be the copy from the host. A kernel that OVERLAPS begins before the kernel ahead of it
+        in the stream has ended, and reads the plan before it waits for that kernel. So no kernel may write the plan
+        right ahead of it. A copy from the host begins when everything ahead of it has ended, also the kernel that
+        copies a table on the device, and no kernel behind it begins before it has ended.
+
+        Raises:
+            ArgumentError: the stream is being captured.
+        Cost: one host-to-device copy, which the host does not wait for, and a copy of a table on the device.
         """
         table, buffer = self.page_table, self.page_table.buffer
         columns = table.shape[1]
-        end = table.start + len(step.seq_lens) * columns
+        self.order.before_copy()
+        if getattr(step, "device_table", None) is None:
+            pages, end = step.page_table[:, :columns], table.start + step.batch * columns
+        else:
+            pages, end = np.empty((step.batch, 0), np.int32), table.start
+            used = -(-step.max_seq_len // step.page_size)
+            table.tensor[: step.batch, :used].copy_(step.device_table[:, :used])
         # Pinned, so that the copy needs no host thread; torch keeps the memory until the copy is done.
         host = torch.empty(end, dtype=torch.int32, pin_memory=buffer.is_cuda)
         packed = host.numpy()
-        pages = step.page_table[:, :columns]
         _pack_step(pages, step.seq_lens, step.page_size, step.cu_seqlens_q, packed, table.start, columns)
         for room, shares in ((self.decode, step.decode), (self.prefill, step.prefill)):
             if room is not None:
@@ -164,7 +178,7 @@ def _pack_work(
             packed[listed + i * COLUMNS + COLUMNS - 2] = merges[merge, 3]
             packed[listed + i * COLUMNS + COLUMNS - 1] = merges[merge, 4]
     for worker in range(num_workers):
-        # Who has no items gets somebody's, or none at all, and does not look at it.
+        # A worker without items does not use this one: it may be another's, or zeros.
         first = listed + min(worker_indptr[worker], len(items) - 1) * COLUMNS
         for column in range(COLUMNS):
             packed[items_at + worker * COLUMNS + column] = packed[first + column] if len(items) else 0

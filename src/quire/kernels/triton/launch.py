@@ -1,8 +1,8 @@
 """Launching a compiled kernel with little work on the host.
 
-``kernel[grid](...)`` looks at every argument of every call, 20 µs for forty of them. What compiled code depends on is
-known here: dtypes and strides of the tensors, which of them are there, and whether they are aligned. A ``Form`` is
-compiled for those; bound to what does not change from layer to layer, it takes raw addresses.
+``kernel[grid](...)`` inspects every argument of every call, 20 µs for forty of them. What compiled code depends on is
+known here: the tensors' dtypes, strides and alignment, and which of them are given. A ``Form`` is compiled for those.
+Bound to what does not change from layer to layer, it takes raw addresses.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from quire.kernels.triton.addresses import as_bytes
 from quire.kernels.triton.device_plan import Section
+from quire.kernels.triton.interpreted import INTERPRETED
+from quire.kernels.triton.streams import StreamOrder
 from quire.kernels.triton.tune import Tile
-
-INTERPRETED = triton.knobs.runtime.interpret
-ALIGNMENT = 16  # bytes: what the compiler must know of an address to load 128 bits at once
-SMALL_STORAGE = 2**31  # bytes: AMD's compiler addresses smaller ones with 32 bits
 
 
 class Options(NamedTuple):
@@ -27,8 +26,8 @@ class Options(NamedTuple):
 
     num_warps: int
     num_stages: int
-    # Left to itself the compiler rounds a·b + c once or twice by what else is in the kernel: an output's bits then
-    # depend on whether lse was asked for. It rounds as it is told, and once where the source says fma.
+    # With fusion on, the compiler rounds a·b + c once or twice depending on the code around it, so that an output's
+    # bits depend on whether lse is asked for. With fusion off, it rounds once where the source says fma, else twice.
     enable_fp_fusion: bool = False
     launch_pdl: bool | None = None  # programmatic dependent launch
 
@@ -68,11 +67,17 @@ class Form(NamedTuple):
         return cls(kernel, compiled, tail)
 
     def bind(
-        self, grid: int, device: torch.device, sections: Sequence[Section], numbers: Sequence[float]
+        self,
+        grid: int,
+        device: torch.device,
+        sections: Sequence[Section],
+        numbers: Sequence[float],
+        order: StreamOrder | None = None,
     ) -> Enqueue:
         """``grid`` programs on the device's current stream, for tensors given anew each time, and for what stays.
 
-        The bound form takes the tensors and, as it would compute them itself, their addresses.
+        The bound form takes the tensors and, as it would compute them itself, their addresses. ``order`` is that of
+        the sections' buffer.
         """
         if self.compiled is None:
             plan = [section.tensor for section in sections]
@@ -88,6 +93,8 @@ class Form(NamedTuple):
         def enqueue(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int | None]) -> None:
             if torch._C._cuda_getDevice() == index:
                 stream = torch._C._cuda_getCurrentRawStream(index)
+                if order and stream != order.quiet:
+                    order.before_launch(stream)
                 launcher(grid, 1, 1, stream, *middle, *addresses, *rest)
             else:
                 with torch.cuda.device(index):
@@ -100,9 +107,9 @@ Enqueue = Callable[[Sequence[torch.Tensor | None], Sequence[int | None]], None]
 
 
 def _launcher_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """What enqueues compiled code, and what it wants to be told between the stream and the kernel's arguments.
+    """The function that launches compiled code, and its arguments between the stream and the kernel's own.
 
-    In Triton 3.6 its C function, where a launcher has no scratch memory to allocate: that saves a microsecond.
+    In Triton 3.6 that is the launcher's C function, if no scratch memory is needed, which saves a microsecond.
     """
     run, hooks = compiled.run, (compiled.packed_metadata, None, None, None)
     if triton.__version__.startswith("3.6.") and hasattr(run, "launch_pdl"):
@@ -117,30 +124,3 @@ def _launcher_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
                 *hooks,
             )
     return run, (compiled.function, *hooks)
-
-
-def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[Sequence[int | None], Any]:
-    """Where tensors lie, and what compiled code takes for granted of that: alignment, and on AMD small storages."""
-    addresses: list[int | None] = []
-    ends = 0
-    for tensor in tensors:  # one loop takes two thirds of a list's comprehension and another
-        if tensor is None:
-            addresses.append(None)
-        else:
-            address = tensor.data_ptr()
-            addresses.append(address)
-            ends |= address
-    granted: Any = ends % ALIGNMENT == 0 or tuple(
-        [address and address % ALIGNMENT == 0 for address in addresses]
-    )
-    if torch.version.hip is not None:
-        small = [t is None or t.untyped_storage().nbytes() < SMALL_STORAGE for t in tensors]
-        granted = (granted, *small)
-    return addresses, granted
-
-
-def as_bytes(argument: Any) -> Any:
-    """fp8 tensors as bytes, which kernels read on every chip; anything else as it is."""
-    if isinstance(argument, torch.Tensor) and argument.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        return argument.view(torch.uint8)
-    return argument

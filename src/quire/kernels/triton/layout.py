@@ -1,9 +1,9 @@
 """How a tile lies in registers: scores [rows, keys] and acc [rows, dims], or both transposed.
 
-The matrix units take tiles of 16 by 8. TRANSPOSED, query rows are the side of 8 and keys that of 16: a decode tile of a
-few rows wastes half as much so, and stored bytes, of which decode transposes tiles of any rows, become numbers in the
-registers where they are multiplied. Their values are multiplied APART then: acc is its even dims and its odd dims
-(``formats.widen_apart``). Which tiles are transposed ``tune`` says.
+The matrix units take tiles of 16 by 8. In a TRANSPOSED tile keys lie along the 16 and query rows along the 8, so that
+the few rows of a decode tile waste half as much. Decode over quantised pages is always TRANSPOSED, because stored bytes
+then become numbers in the registers in which they are multiplied. Their values are multiplied APART: acc is two tiles,
+of the even dims and of the odd ones (``formats.widen_apart``). ``tune`` decides which tiles are transposed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where keys and values lie, and how they are read: blocks of tokens on pages that may lie anywhere.
 
-Blocks lie on the grid of BLOCK_N tokens, counted from the sequence's first. Addresses never leave what the tile may
-see, ``begin`` to ``last``, so that no page id is read that means nothing. ALIGNED: pages divide blocks or blocks divide
-pages, and the tile begins on the grid.
+Blocks start at multiples of BLOCK_N tokens, counted from the sequence's first. Every address is that of a token from
+``begin`` to ``last``, which the tile may see, so that no unused entry of the page table is read. ALIGNED: pages divide
+blocks or blocks divide pages, and the tile begins at a block's start.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def load_values(
 ):  # fmt: skip
     """Values as they are multiplied: [keys, dims], [dims, keys], or even and odd dims of the latter apart.
 
-    Transposed ones are asked for as such. Transposing what was loaded costs a second way through shared memory.
+    Transposed values are loaded transposed: to transpose them afterwards costs a second pass through shared memory.
     """
     if TRANSPOSED and PACKED:
         pair = tl.arange(0, BLOCK_D // 2)
@@ -102,7 +102,7 @@ def load_tile(
 
 @triton.jit
 def prefetch_rows(pages, row, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr):
-    """Ask the second cache for rows of pages, 64 bytes at a time; NVIDIA only."""
+    """Prefetch rows of pages into the L2 cache, 64 bytes at a time; NVIDIA only."""
     if PACKED:
         row = row * 4  # counted in int32s
     BYTES: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth // 8

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from quire.kernels.triton import tune
+from quire.kernels.triton.addresses import addresses_of
 from quire.kernels.triton.formats import E4M3_MAX, E5M2_MAX, INT8_MAX, round_to_fp8, round_to_int8
-from quire.kernels.triton.launch import Enqueue, Form, Options, addresses_of
+from quire.kernels.triton.launch import Enqueue, Form, Options
 from quire.spec import QUANTIZED_DTYPES
 
 _FORMATS = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}

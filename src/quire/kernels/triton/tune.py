@@ -18,7 +18,7 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 MIN_ROWS, MIN_COLUMNS = 16, 8  # the sides of the matrix units' smallest tile
 KIB = 1024
-# Shares per multiprocessor: tiles take unequal times, and whoever is free takes the next share.
+# Shares per multiprocessor: tiles take unequal times, and a multiprocessor that is free takes the next share.
 PREFILL_WAVES = 4
 PART_COST = 384  # KV tokens that a worker reads while a split tile's parts meet, about 5 µs
 
@@ -102,8 +102,8 @@ def decode_tile(spec: AttentionSpec, chip: Chip, few_rows: bool) -> Tile:
 
     One worker of large blocks per multiprocessor loses nothing to two of small ones and splits tiles half as
     often. Quantised blocks cost arithmetic instead: there many workers of few warps wait for one another least.
-    ``few_rows``: no sequence of the step has more than MIN_COLUMNS. Where that makes a difference it is to the rows
-    alone, as the step is cut before.
+    ``few_rows``: no sequence of the step has more than MIN_COLUMNS. That may only change the tile's rows,
+    as the step is already cut.
     """
     rows = max(MIN_ROWS, power_of_two(spec.group_size))
     if chip.name == "hip":

@@ -8,8 +8,8 @@ landed) and ``free`` (both warpgroups have read it).
 A query tile is a box of the queries as [tokens, kv_heads, group, head_dim]: row r is token r // GROUP_ROWS and query
 head r % GROUP_ROWS of its KV head, the group padded to a power of two with rows that the copy engine fills with zeros.
 
-A sequence's last page must not bring its unused slots along: 0 · NaN is NaN. Its box is moved so that the valid
-tokens end it; what lies ahead of the page is outside the tensor and arrives as zeros.
+The unused slots of a sequence's last page must not be loaded: 0 · NaN is NaN. Its box is moved so that the valid
+tokens end it. What lies ahead of the page is outside the tensor, and is filled with zeros.
 
 ``geometry`` is what both sides agree on, ``load`` the loaders, ``attend`` the consumers and the kernel, ``finish`` the
 end of a tile. This module is the host's side: when the kernel serves (``why_not``, ``why_not_rules``, ``why_not_call``), and its launch.
@@ -27,8 +27,10 @@ import torch
 import triton
 
 from quire.kernels.call import AttentionCall
-from quire.kernels.triton.device_plan import DeviceWork, Section
-from quire.kernels.triton.launch import ALIGNMENT, INTERPRETED, Enqueue, Form, Options
+from quire.kernels.triton.addresses import ALIGNMENT
+from quire.kernels.triton.device_plan import DevicePlan, DeviceWork
+from quire.kernels.triton.interpreted import INTERPRETED
+from quire.kernels.triton.launch import Enqueue, Form, Options
 from quire.kernels.triton.tune import Chip, Tile, power_of_two
 from quire.planning.work_list import Capacity, TileShape
 from quire.spec import AttentionSpec
@@ -64,7 +66,7 @@ def why_not(spec: AttentionSpec, chip: Chip) -> str | None:
 
 
 def why_not_rules(rules: Capacity) -> str | None:
-    """A phrase if the kernel cannot serve steps of these rules, whose layers it could serve otherwise."""
+    """A phrase if the kernel cannot serve steps of these rules for a layer that it could serve otherwise."""
     if rules.window_left >= 0:
         return "a window is set"
     if rules.kv_split:
@@ -73,7 +75,7 @@ def why_not_rules(rules: Capacity) -> str | None:
 
 
 def why_not_call(call: AttentionCall) -> str | None:
-    """A phrase if the kernel cannot serve these tensors of a layer that it could serve otherwise."""
+    """A phrase if the kernel cannot serve this call of a layer that it could serve otherwise."""
     _, softcap, alibi_slopes, sinks, tree_mask, *_ = call.scoring
     if softcap or any(x is not None for x in (alibi_slopes, sinks, tree_mask)):
         return "softcap, alibi_slopes, sinks or tree_mask is given"
@@ -119,13 +121,14 @@ class Prefill:
     """The kernel for one plan's prefill."""
 
     def __init__(
-        self, spec: AttentionSpec, work: DeviceWork, page_table: Section, causal: bool, device: torch.device
+        self, spec: AttentionSpec, plan: DevicePlan, work: DeviceWork, causal: bool, device: torch.device
     ) -> None:
         self._spec, self._causal, self._device = spec, causal, device
-        self._num_workers, self._table_row = work.num_workers, page_table.shape[1]
+        self._num_workers, self._table_row = work.num_workers, plan.page_table.shape[1]
         self._sections = (
-            work.items, work.worker_indptr, work.arrivals, page_table, work.partial_out, work.partial_lse,
+            work.items, work.worker_indptr, work.arrivals, plan.page_table, work.partial_out, work.partial_lse,
         )  # fmt: skip
+        self._order = plan.order
 
     def bind(self, call: AttentionCall, granted: Any) -> Enqueue:
         """The launch on tensors like this call's; ``why_not`` and ``why_not_call`` have been asked."""
@@ -135,7 +138,7 @@ class Prefill:
         form = _forms.get(key)
         if form is None:
             form = _forms[key] = self._compile(call, numbers, strides)
-        launch = form.bind(self._num_workers, self._device, self._sections, numbers)
+        launch = form.bind(self._num_workers, self._device, self._sections, numbers, self._order)
 
         def enqueue(tensors: Sequence[Any], addresses: Sequence[int | None]) -> None:
             q, k_pages, v_pages, out, *_ = tensors
