@@ -5,8 +5,8 @@ power of two, the difference of the exponents' biases, subnormals included:
 
     e5m2 as float16:  value · 2^(15 − 15)        e4m3 as float16:  value · 2^(7 − 15)        as float32:  · 2^(7 − 127)
 
-So one source serves chips without fp8 too. As float16 every number comes out whole; as float32 it is left to the caller
-to multiply with 2^``unit_exponent``, where that costs least: once per score instead of once per element.
+So one source also serves chips without fp8. A float16 result is the number itself. A float32 result must still be
+multiplied by 2^``unit_exponent``, which callers do once per score instead of once per element.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INT8_MAX = tl.constexpr(127.0)
-E4M3_MAX = tl.constexpr(448.0)
-E5M2_MAX = tl.constexpr(57344.0)
+from quire.spec import LARGEST, QUANTIZED_DTYPES
+
 # Added to a float of magnitude below 2^22 and taken away again, it leaves the nearest integer, ties to even.
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)
 
 
 @triton.constexpr_function
 def unit_exponent(FORMAT, dtype):
-    """log2 of what ``widen``'s numbers are to be multiplied with."""
+    """log2 of the factor that ``widen``'s numbers must still be multiplied by."""
     if FORMAT in ("same", "int8") or dtype != tl.float32:
         return 0
     return 127 - exponent_bias(FORMAT)
+
+
+@triton.constexpr_function
+def largest(FORMAT):
+    """The largest number stored."""
+    return LARGEST[QUANTIZED_DTYPES[FORMAT]]
 
 
 @triton.constexpr_function
@@ -45,7 +50,7 @@ def mantissa_bits(FORMAT):
 def widen(stored, FORMAT: tl.constexpr, dtype: tl.constexpr):
     """Elements of a page as they are, or stored bytes as ``dtype``, float16 or float32.
 
-    Those are still to be multiplied with 2^unit_exponent and scales.
+    The result must still be multiplied by 2^unit_exponent and by the scales.
     """
     if FORMAT == "same":
         return stored
@@ -66,8 +71,8 @@ def widen(stored, FORMAT: tl.constexpr, dtype: tl.constexpr):
 def widen_words(words, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
     """``widen`` for four stored elements to an int32, two at a time: [rows, n] words to [rows, 4n] float16 numbers.
 
-    Words pass from shared memory to the matrix units' registers as they are, where single bytes would be
-    gathered one by one. CAPABILITY is an NVIDIA chip's, 0 elsewhere.
+    Words are loaded from shared memory into the matrix units' registers whole; single bytes would be gathered one by
+    one. CAPABILITY is an NVIDIA chip's, 0 elsewhere.
     """
     if CAPABILITY > 0:
         first, second = tl.inline_asm_elementwise(
@@ -91,8 +96,8 @@ def widen_words(words, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
 def widen_apart(pairs, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
     """``widen`` for two stored elements to an int16: all first ones, then all second ones, as float16 numbers.
 
-    For what is multiplied transposed: the matrix units want neighbours of a column in one register, and get them
-    from shared memory two bytes at a time. Two int16s of a column hold two pairs of neighbours.
+    For operands that are multiplied transposed: the matrix units want two neighbours of a column in one register, and
+    load them from shared memory two bytes at a time. Two int16s of a column hold two pairs of neighbours.
     """
     if CAPABILITY > 0:
         first, second = tl.inline_asm_elementwise(
