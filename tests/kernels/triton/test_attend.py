@@ -12,6 +12,7 @@ from support import LAYOUTS, Shape, attend, features, make_batch
 
 import quire
 from quire.kernels.triton import tune
+from quire.planning import work_list as work
 
 pytestmark = pytest.mark.interpreted
 
@@ -172,12 +173,39 @@ def test_a_sink_far_above_the_scores_leaves_nothing_and_one_far_below_changes_no
     heads = batch.q.shape[1]
     high = attend(batch, backend="triton", sinks=torch.full((heads,), 300.0))
     assert (high.out == 0).all()
-    assert high.lse[:, 0].tolist() == pytest.approx([300.0, -math.inf, 300.0])
-    without, low = (
-        attend(batch, backend="triton", **sinks) for sinks in ({}, {"sinks": torch.full((heads,), -300.0)})
+    assert high.lse[:, 0].tolist() == pytest.approx([300.0] * 3)
+    without, low, none = (
+        attend(batch, backend="triton", **sinks)
+        for sinks in ({}, {"sinks": torch.full((heads,), -300.0)}, {"sinks": torch.full((heads,), -math.inf)})
     )
     assert torch.equal(without.out, low.out)
-    assert torch.equal(without.lse, low.lse)
+    assert torch.equal(without.lse[[0, 2]], low.lse[[0, 2]])
+    assert low.lse[1].tolist() == pytest.approx([-300.0] * heads)
+    assert torch.equal(without.out, none.out)
+    assert torch.equal(without.lse, none.lse)
+
+
+@few_shapes
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_row_without_keys_keeps_its_sink_in_the_same_bits_whole_or_split(
+    shape, batch_invariant, monkeypatch
+):
+    """Rows ahead of the first key, those of an empty sequence, and one whose mask hides every key."""
+    monkeypatch.setattr(work, "INVARIANT_KV_SPLIT", 64)
+    batch = make_batch(shape, [140, 0, 1, 300], [150, 2, 1, 1], page_size=16)
+    blind = [*range(10), 150, 151, 152]
+    sinks = torch.linspace(-9.0, 30.0, batch.q.shape[1])
+    tree_mask = torch.ones(154, 150, dtype=torch.bool)
+    tree_mask[152] = False
+    chip = tune.chip_of(batch.q.device)
+    for multiprocessors in (1, 7):
+        monkeypatch.setattr(tune, "chip_of", lambda _, n=multiprocessors: chip._replace(multiprocessors=n))
+        plan = quire.plan(*batch.lengths, shape.spec(16), batch_invariant=batch_invariant, backend="triton")
+        state = plan.run(*batch.pages, sinks=sinks, tree_mask=tree_mask, return_state=True, **batch.scales)
+        assert (state.out[blind] == 0).all()
+        torch.testing.assert_close(state.lse[blind], sinks.expand(len(blind), -1), rtol=3e-7, atol=0)
+        assert (state.lse[blind] == state.lse[0]).all()
+        assert state.lse.isfinite().all()
 
 
 @few_shapes

@@ -1,10 +1,10 @@
-"""Finish a tile: write its rows, or leave a partial state and let the last worker to arrive fold them all.
+"""Finish a tile: write its rows, or, if it is split, leave a partial state. The last worker to finish folds them all.
 
 Over the parts i of a row, each normalised over its own keys, in base 2:
 
     M = max_i lse_i,   w_i = 2^(lse_i − M),   l = Σ w_i,   out = Σ w_i · out_i / l
 
-folded online and always in the order of the parts, so that it does not matter who folds.
+folded online, always in the order of the parts, so that results do not depend on which worker folds.
 
 Sources: FlashDecoding; arXiv:2501.01005 §2.2; the fix-up of Stream-K, arXiv:2301.03598.
 """
@@ -21,7 +21,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def normalise(m, l, acc):
-    """(m, l, acc) as an output and its base-2 lse; a row that saw nothing gives 0 and −inf."""
+    """(m, l, acc) as an output and its base-2 lse; an empty row, whose l is 0, gives 0 and −inf."""
     empty = l == 0.0
     total = tl.where(empty, 1.0, l)
     return tl.where(empty[:, None], 0.0, acc / total[:, None]), tl.where(empty, NO_SCORE, m + tl.log2(total))
@@ -29,10 +29,10 @@ def normalise(m, l, acc):
 
 @triton.jit
 def add_sink(m, l, acc, sink):
-    """A logit that takes part in the softmax and has no value; rows that saw nothing stay empty."""
-    sink = tl.where(l == 0.0, NO_SCORE, sink * LOG2_E)
+    """A logit that takes part in the softmax and has no value: an empty row is left with it alone."""
+    sink = sink * LOG2_E
     highest = tl.maximum(m, sink)
-    shift = tl.where(highest == NO_SCORE, 0.0, highest)
+    shift = tl.where(highest == NO_SCORE, 0.0, highest)  # a sink may be −inf, which is none
     correction = tl.exp2(m - shift)
     return highest, tl.fma(l, correction, tl.exp2(sink - shift)), acc * correction[:, None]
 
@@ -45,7 +45,7 @@ def write_rows(
     """The finished rows, each to its token and head."""
     result, base_2 = normalise(m, l, acc)
     if sinks is not None:
-        # A row's bits must not tell whether it came in parts: the sink meets what parts would leave.
+        # The sink is added to the normalised row, as a row folded from parts is one: both get the same bits.
         one = tl.where(base_2 == NO_SCORE, 0.0, 1.0)
         m, l, acc = add_sink(base_2, one, result, tl.load(sinks + head, mask=valid, other=0.0))
         result, base_2 = normalise(m, l, acc)
@@ -71,8 +71,8 @@ def leave_partial(
 
 @triton.jit
 def arrived_last(first, count, arrivals):
-    """Count this part in; True for the last of its tile, which also makes the count ready for the next layer."""
-    tl.debug_barrier()  # all threads' stores lie before the one thread's release
+    """Count a finished part of a tile. True for the last one, which also resets the count for the next layer."""
+    tl.debug_barrier()  # one thread releases, so all threads' stores must come before
     before = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
     last = before == count - 1
     if last:
@@ -87,7 +87,7 @@ def fold_parts(
 ):  # fmt: skip
     """All parts of some rows of a tile as one (m, l, acc), FOLD_PARTS at a time.
 
-    Read past the first cache, which other workers' writes do not reach.
+    Loads bypass the L1 cache, which does not see what other multiprocessors write.
     """
     dim = tl.arange(0, BLOCK_D)
     m = tl.full([FOLD_ROWS], NO_SCORE, tl.float32)
