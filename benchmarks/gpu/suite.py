@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 from benchmarks.gpu.batches import FEATURES
+from benchmarks.gpu.edges import EDGES
 from benchmarks.gpu.jobs import Job
 
 SECTIONS = ("checks", "ceilings", "decode", "prefill", "mixed", "peers", "graphs")
@@ -68,6 +69,7 @@ def check_jobs(quick: bool, seed: int) -> list[Job]:
     drawn = [_draw(rng) for _ in range(2 if quick else 60)]
     far = "pages beyond 2^31 elements"
     jobs = [Job("check far pages", far, {"title": far}, 8, 1)]
+    jobs += [Job("check edge", what, {"what": what, "title": what}, 5, 0, timeout=90) for what in EDGES]
     jobs += [_check("check write_kv", arguments, 2, 0) for arguments in stores]
     invariant = [{}, {"kv_dtype": "int8"}, {"dtype": "float16", "kv_dtype": "fp8_e4m3"}]
     jobs += [_check("check batch_invariant", arguments, 4, 0) for arguments in invariant]

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import checks, graphs, peers, speed, tune
+from benchmarks.gpu import checks, edges, graphs, peers, speed, tune
 from benchmarks.gpu.device import Device, make_device
 from benchmarks.gpu.jobs import Job, Row, Setting, worth_starting
 
@@ -18,6 +18,7 @@ HANDLERS = {
     "check batch_invariant": checks.check_invariance,
     "check write_kv": checks.check_write_kv,
     "check far pages": checks.check_far_pages,
+    "check edge": edges.check_edge,
     "warm up": speed.compile_kernels,
     "ceiling": speed.time_ceiling,
     "decode": speed.time_attention,

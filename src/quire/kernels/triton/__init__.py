@@ -6,17 +6,16 @@ computes bfloat16 wrongly, as Triton's own does, bfloat16 is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from quire.debug import debug_enabled
 from quire.errors import UnsupportedError
 from quire.kernels.call import AttentionCall, BoundCall
 from quire.kernels.triton import forecast, hopper, tune
 from quire.kernels.triton.attend import Launch
-from quire.kernels.triton.device_plan import DevicePlan, PartialShape
+from quire.kernels.triton.device_plan import DevicePlan, PartialShape, check_device_table
 from quire.kernels.triton.interpreted import INTERPRETED, rounds_as_a_gpu
 from quire.kernels.triton.store import bind_write
 from quire.planning.work_list import Capacity, StepPlan, TileShape, Tiling
@@ -91,13 +90,26 @@ class Reserved(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    launches: list[Launch]
-    describe: Callable[[], list[str]]
+    spec: AttentionSpec
+    step: StepPlan
+    device: torch.device
+    reserved: Reserved
 
     @property
     def notes(self) -> list[str]:
-        """For plan.explain()."""
-        return self.describe()
+        """For plan.explain(): each launch, and which kernel takes the prefill."""
+        spec, step, device, reserved = self
+        rates, lines = forecast.rates_of(device), []
+        decode, prefill = reserved.tiles
+        if step.decode.num_items:
+            lines.append(forecast.describe("decode", spec, decode, step.decode, step.causal, rates))
+        if step.prefill.num_items:
+            by_hopper = reserved.why_not_hopper is None
+            # What is measured of prefill is Hopper's.
+            tile, known = (hopper.TILE, rates) if by_hopper else (prefill, None)
+            lines.append(forecast.describe("prefill", spec, tile, step.prefill, step.causal, known))
+            lines.append(hopper.note(reserved.why_not_hopper))
+        return lines
 
 
 def reserve(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Reserved:
@@ -122,25 +134,10 @@ def prepare(
     """The plan on the device, and the launches it needs, or those of what is reserved."""
     reserved = reserved or reserve(spec, step.capacity, device)
     reserved.plan.fill(step)
-    return _Prepared(reserved.launches, partial(_describe, spec, step, device, reserved))
+    return _Prepared(spec, step, device, reserved)
 
 
-def _describe(spec: AttentionSpec, step: StepPlan, device: torch.device, reserved: Reserved) -> list[str]:
-    """Each launch, and which kernel takes the prefill."""
-    rates, lines = forecast.rates_of(device), []
-    decode, prefill = reserved.tiles
-    if step.decode.num_items:
-        lines.append(forecast.describe("decode", spec, decode, step.decode, step.causal, rates))
-    if step.prefill.num_items:
-        by_hopper = reserved.why_not_hopper is None
-        # What is measured of prefill is Hopper's.
-        tile, known = (hopper.TILE, rates) if by_hopper else (prefill, None)
-        lines.append(forecast.describe("prefill", spec, tile, step.prefill, step.causal, known))
-        lines.append(hopper.note(reserved.why_not_hopper))
-    return lines
-
-
-def _check_slots(call: AttentionCall) -> None:
+def _check_strides(call: AttentionCall) -> None:
     """Places in a page are computed in 32 bits, those of pages in 64."""
     for name, pages in (("k_pages", call.k_pages), ("v_pages", call.v_pages)):
         if pages.shape[2] * pages.stride(2) >= 2**31:
@@ -151,13 +148,16 @@ def _check_slots(call: AttentionCall) -> None:
 
 
 def bind(prepared: _Prepared, call: AttentionCall) -> BoundCall:
-    """A plan's launches for tensors of this call's layout, compiled first if nobody has asked before.
+    """A plan's launches for tensors of this call's layout, compiled on first use.
 
     Raises:
         UnsupportedError: a page whose slots lie further apart than 32 bits can say.
+        ArgumentError: in debug mode, a page table on the device with an id outside the pool.
     """
-    _check_slots(call)
-    bound = [launch.bind(call) for launch in prepared.launches]
+    _check_strides(call)
+    if debug_enabled():
+        check_device_table(prepared.step, call.k_pages.shape[1])
+    bound = [launch.bind(call) for launch in prepared.reserved.launches]
     if len(bound) == 1:
         return bound[0]
 

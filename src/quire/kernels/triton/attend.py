@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quire.kernels.call import AttentionCall, BoundCall
 from quire.kernels.triton import hopper, tune
-from quire.kernels.triton.addresses import addresses_of
+from quire.kernels.triton.addresses import addresses_of, is_small
 from quire.kernels.triton.device_plan import COLUMNS, DevicePlan, DeviceWork
 from quire.kernels.triton.interpreted import INTERPRETED
 from quire.kernels.triton.launch import Enqueue, Form, Options
@@ -29,6 +29,10 @@ from quire.kernels.triton.merge import arrived_last, fold_parts, leave_partial, 
 from quire.kernels.triton.pages import page_ids, prefetch_rows, slots_in_page
 from quire.kernels.triton.tile import (
     NO_SCORE,
+    CompiledFor,
+    Pages,
+    Reach,
+    Rows,
     attend_keys,
     first_unit,
     scores_in_base_2,
@@ -39,9 +43,9 @@ from quire.planning.work_list import Capacity
 from quire.spec import AttentionSpec
 
 WORD = 4  # one-byte elements to an int32
-_FOLD_ROWS = 32  # of a prefill tile that a worker folds at a time
-_FOLD_ELEMENTS = 4096  # of partial results that a worker folds at a time
-# Numbers that change from step to step: compiled code must not depend on them.
+_FOLD_ROWS = 32  # rows of a prefill tile that are folded at a time
+_FOLD_ELEMENTS = 4096  # elements of partial results that are folded at a time
+# Arguments that change from step to step: compiled code must not depend on their values.
 PER_STEP = ["table_row", "window_left", "mask_token", "mask_columns"]
 
 
@@ -63,28 +67,33 @@ def attend(
     """Attend this worker's items, whose columns are ``device_plan.ITEM_COLUMNS``.
 
     With two PHASES, the keys that every row of a tile sees are walked first and without a mask. A kernel that OVERLAPS
-    may be launched while the one ahead of it in the stream still runs.
+    may begin while the kernel ahead of it in the stream still runs.
     """
     FINE: tl.constexpr = FORMAT != "same" and out.dtype.element_ty == tl.float16
     APART: tl.constexpr = TRANSPOSED and PACKED
+    compiled_for: tl.constexpr = CompiledFor(
+        HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, PLAIN,
+        FORMAT, PACKED, ALIGNED, TRANSPOSED, INVARIANT, FINE, CAPABILITY, PRECISION, NUM_STAGES,
+    )  # fmt: skip
     worker = tl.program_id(0)
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     if SAME_STRIDES:  # one address serves a key and its value
         v_page, v_slot = k_page, k_slot
-    # The first item stands at its worker's number too, so that it need not wait for the list's bounds.
+    # A worker's first item also stands at the worker's number, so that its load need not wait for the list's bounds.
     (
         sequence, kv_head, q_begin, q_len, q_position, begin, end, partial, first_partial, num_parts,
     ) = load_item(items + worker * ITEM, True)  # fmt: skip
     last_item = tl.load(worker_indptr + worker + 1)
     for item in range(tl.load(worker_indptr + worker), last_item):
-        # Before the queries: their way to shared memory ends in a barrier, which no load crosses.
+        # Page ids before queries: storing queries to shared memory ends in a barrier, and no load moves ahead of one.
         table = page_table + sequence.to(tl.int64) * table_row
         start = begin // BLOCK_N * BLOCK_N
         page = page_ids(table, start, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
         k_here, v_here = k + kv_head * k_head, v + kv_head * v_head
         if OVERLAPS:
-            # The plan was there before the kernel ahead was; keys may be its work, but only caches ask for them yet.
+            # The plan was complete before the kernel ahead began. Keys may be written by that kernel, so that until
+            # it has ended they are only prefetched, into the cache that all multiprocessors share.
             slot = slots_in_page(start, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
             at = page.to(tl.int64)
             prefetch_rows(k_here, at * k_page + slot * k_slot, HEAD_DIM, PACKED)
@@ -118,23 +127,20 @@ def attend(
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = no_values(BLOCK_M, BLOCK_D, TRANSPOSED, APART)
         unit = first_unit(FORMAT, queries.dtype, INVARIANT, BLOCK_M)
+        rows = Rows(queries, score_scale, position, slopes, mask_row, first_new, mask_columns, window_left)
+        reach = Reach(table, begin, end)
+        pages = Pages(
+            k_here, v_here, k_scale_here, v_scale_here, k_page, k_slot, v_page, v_slot, scale_page, scale_slot
+        )
         split = start
         if PHASES == 2:
             split = start + tl.maximum(unmasked - start, 0) // BLOCK_N * BLOCK_N
             m, l, acc, unit, page = attend_keys(
-                m, l, acc, unit, page, queries, score_scale, position, slopes, mask_row, first_new, mask_columns,
-                start, split, begin, end, table, k_here, v_here, k_scale_here, v_scale_here,
-                k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softcap, window_left,
-                HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, SOFTCAP, PLAIN,
-                FORMAT, PACKED, ALIGNED, TRANSPOSED, INVARIANT, FINE, CAPABILITY, PRECISION, NUM_STAGES,
-            )  # fmt: skip
+                m, l, acc, unit, page, rows, reach, pages, start, split, softcap, False, compiled_for
+            )
         m, l, acc, unit, page = attend_keys(
-            m, l, acc, unit, page, queries, score_scale, position, slopes, mask_row, first_new, mask_columns,
-            split, end, begin, end, table, k_here, v_here, k_scale_here, v_scale_here,
-            k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softcap, window_left,
-            HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFTCAP, PLAIN,
-            FORMAT, PACKED, ALIGNED, TRANSPOSED, INVARIANT, FINE, CAPABILITY, PRECISION, NUM_STAGES,
-        )  # fmt: skip
+            m, l, acc, unit, page, rows, reach, pages, split, end, softcap, True, compiled_for
+        )
         m = scores_in_base_2(m, score_scale, queries.dtype, PLAIN, FORMAT)
         acc = in_rows(acc, TRANSPOSED, APART)
         if FORMAT != "same":
@@ -164,7 +170,8 @@ def attend(
             sequence, kv_head, q_begin, q_len, q_position, begin, end, partial, first_partial, num_parts,
         ) = load_item(items + (item + 1) * ITEM, item + 1 < last_item)  # fmt: skip
     if OVERLAPS:
-        gdc_wait()  # also without items: who ends before the kernel ahead would let the one behind begin too early
+        # Also without items: if this program ended before the kernel ahead, the kernel behind could begin too early.
+        gdc_wait()
 
 
 @triton.jit
@@ -208,7 +215,7 @@ class Constants(NamedTuple):
 
 
 class _Recipe(NamedTuple):
-    """How a plan's launch is compiled, and what has been compiled so."""
+    """How a plan's launch is compiled, and its compiled forms."""
 
     constants: Constants
     options: Options
@@ -234,7 +241,7 @@ def _constants(
     window: bool,
     invariant: bool,
 ) -> Constants:
-    """What a step of this spec compiles the kernel for, a call of plain scores on a pool's pages given."""
+    """The constants for steps of this spec; ``_tail`` changes those that depend on a call."""
     block_d = tune.block_dim(spec.head_dim)
     fold_rows = min(tile.rows, _FOLD_ROWS) if phases == 2 else tune.power_of_two(spec.group_size)
     return Constants(
@@ -252,7 +259,7 @@ def _constants(
         softcap=False,
         plain=True,
         format=spec.kv_dtype or "same",
-        # Half of the dims are rows of the matrix units where even and odd ones are multiplied apart.
+        # Where even and odd dims are multiplied apart, half of the dims must fill the matrix units' rows.
         packed=spec.quantized
         and spec.dtype != torch.float32
         and spec.head_dim % WORD == 0
@@ -285,14 +292,16 @@ class Launch:
             work.partial_out, work.partial_lse,
         )  # fmt: skip
         self._order, self._window_left = plan.order, rules.window_left
+        self._is_small = torch.version.hip is None or is_small(plan.page_table.buffer)  # as in addresses_of
         self._hopper = hopper.Prefill(spec, plan, work, rules.causal, device) if use_hopper else None
 
     def bind(self, call: AttentionCall) -> BoundCall:
         """The launch on tensors of this call's layout."""
         scoring = call.scoring.numbers
-        mask, factor, softcap = call.scoring.tree_mask, call.scale, float(call.scoring.softcap)
+        mask = call.scoring.tree_mask
+        # Floats even where the caller gave whole numbers, for which other code would be compiled.
         numbers = (
-            factor, softcap, self._sections[4].shape[1], self._window_left,
+            float(call.scale), float(call.scoring.softcap), self._sections[4].shape[1], self._window_left,
             0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1],
         )  # fmt: skip
         enqueues: dict[Any, Enqueue] = {}
@@ -307,12 +316,12 @@ class Launch:
         return run
 
     def _bind(self, call: AttentionCall, granted: Any, numbers: tuple[float, ...]) -> Enqueue:
-        """The launch on tensors that are also aligned like these, compiled if nobody has asked for it before."""
+        """The launch on tensors that are also aligned like these, compiled on first use."""
         if self._hopper and hopper.why_not_call(call) is None:
             return self._hopper.bind(call, granted)
         recipe = self._recipe
         strides = [None if tensor is None else tensor.stride() for tensor in call.tensors]
-        layout = (*strides, call.scoring.softcap > 0, call.scale > 0, granted)
+        layout = (*strides, call.scoring.softcap > 0, call.scale > 0, granted, self._is_small)
         form = recipe.forms.get(layout)
         if form is None:
             tensors = (*call.tensors, *[section.tensor for section in self._sections])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from quire.errors import ArgumentError
 from quire.kernels.compile import compiled
 from quire.kernels.triton.streams import StreamOrder
 from quire.planning.work_list import ITEM_COLUMNS as HOST_COLUMNS
@@ -98,7 +99,7 @@ class DevicePlan:
             else None
             for i, bound in enumerate(bounds)
         ]
-        return cls(sections[0], sections[7], *works, StreamOrder(buffer))
+        return cls(sections[0], sections[7], *works, order=StreamOrder(buffer))
 
     def fill(self, step: StepPlan) -> None:
         """Pack a step that fits and copy it over, on the current stream.
@@ -130,6 +131,26 @@ class DevicePlan:
                 _pack_work(shares.items, shares.worker_indptr, shares.merges, packed, room.worker_indptr.start,
                            room.arrivals.start, room.items.start)  # fmt: skip
         buffer[:end].copy_(host, non_blocking=True)
+
+
+def check_device_table(step: StepPlan, num_pages: int) -> None:
+    """Debug mode: every page that a sequence uses exists in the pool, where the page table is on the device.
+
+    Raises:
+        ArgumentError: it does not.
+    Cost: waits for the device.
+    """
+    if getattr(step, "device_table", None) is None:
+        return
+    ids = step.device_table.cpu()
+    used = torch.arange(ids.shape[1]) < torch.from_numpy(step.pages_per_sequence)[:, None]
+    bad = (used & ((ids < 0) | (ids >= num_pages))).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise ArgumentError(
+            f"page_table must hold page ids from 0 to {num_pages - 1}; got {int(ids[row, column])} at "
+            f"[{row}, {column}]. Fix: use the ids that PageTable handed out for this pool"
+        )
 
 
 def _starts(shapes: Sequence[tuple[int, ...]]) -> list[int]:

@@ -6,17 +6,19 @@ For each block of keys t, with query rows r:
     m' = max(m, max_t s),  p = 2^(s − m'),  l = l·2^(m − m') + Σ_t p
     acc = acc·2^(m − m') + p V
 
-No hidden value is read: its weight of 0 would not silence a NaN. How scores and acc lie is ``layout``'s, where keys and
-values lie ``pages``'.
+Values of hidden keys are not read, as 0 · NaN is NaN. ``layout`` says how scores and acc lie in registers, ``pages``
+where keys and values lie in memory.
 
-Stored as bytes, keys and values are multiplied as float16, which holds each of them exactly and is cheap to make of a
-byte. Rows of q are first divided by powers of two, ``split_queries``, and weights, times their values' scales, by the
-largest power of two in those scales so far, ``unit``: so both fit float16's range. Steps in float32 need none of it.
+Quantised keys and values are multiplied as float16, which holds each of them exactly and is cheap to make of a byte. To
+fit float16's range, rows of q are first divided by powers of two (``split_queries``), and weights times their values'
+scales by the largest power of two among the scales so far (``unit``). float32 steps do without both.
 
 Sources: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867; FlashAttention, arXiv:2307.08691.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -42,23 +44,78 @@ def tanh(y):
     return tl.where(tl.abs(y) < 0.25, near, tl.where(y < 0, -far, far))
 
 
+class Rows(NamedTuple):
+    """A tile's query rows, and what decides which keys each of them sees."""
+
+    queries: Any  # [rows, dims], as ``split_queries`` gives them
+    score_scale: Any  # the softmax's, times what the queries were divided by: one for all rows or one each
+    position: Any  # of each row in its sequence
+    slopes: Any  # ALiBi's, or None
+    mask_row: Any  # where each row's tree mask lies, or None
+    first_new: Any  # the key at which the tree mask's first column stands
+    mask_columns: Any
+    window_left: Any
+
+
+class Reach(NamedTuple):
+    """The keys that a tile may see, ``begin:end``, and its sequence's page ids."""
+
+    table: Any
+    begin: Any
+    end: Any
+
+
+class Pages(NamedTuple):
+    """One KV head's keys and values, their scales or None, and the strides between pages and slots."""
+
+    k: Any
+    v: Any
+    k_scale: Any
+    v_scale: Any
+    k_page: Any
+    k_slot: Any
+    v_page: Any
+    v_slot: Any
+    scale_page: Any
+    scale_slot: Any
+
+
+class CompiledFor(NamedTuple):
+    """Those of ``attend.Constants`` that a tile's arithmetic depends on."""
+
+    HEAD_DIM: Any
+    PAGE_SIZE: Any
+    BLOCK_N: Any
+    BLOCK_D: Any
+    CAUSAL: Any
+    WINDOW: Any
+    SOFTCAP: Any
+    PLAIN: Any
+    FORMAT: Any
+    PACKED: Any
+    ALIGNED: Any
+    TRANSPOSED: Any
+    INVARIANT: Any
+    FINE: Any
+    CAPABILITY: Any
+    PRECISION: Any
+    NUM_STAGES: Any
+
+
 @triton.jit
-def visible_keys(
-    key, position, begin, end, window_left, mask_row, first_new, mask_columns,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """Which keys each row may see, as scores lie; see the contract in ``work`` and ``attention``."""
-    seen = by_key(key < end, TRANSPOSED)
-    key_here, position = by_key(key, TRANSPOSED), by_row(position, TRANSPOSED)
+def visible_keys(key, rows, reach, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Which keys each row may see, as scores lie; the rules are those of ``AttentionPlan.run``."""
+    seen = by_key(key < reach.end, TRANSPOSED)
+    key_here, position = by_key(key, TRANSPOSED), by_row(rows.position, TRANSPOSED)
     if CAUSAL:
         seen = seen & (key_here <= position)
     if WINDOW:
         # The first block reaches back to the grid, into keys out of sight or another part's.
-        seen = seen & (key_here >= begin) & (key_here >= position - window_left)
-    if TREE:
-        column = key - first_new
-        asked = seen & by_key((column >= 0) & (column < mask_columns), TRANSPOSED)
-        at = by_row(mask_row, TRANSPOSED) + by_key(column, TRANSPOSED)
+        seen = seen & (key_here >= reach.begin) & (key_here >= position - rows.window_left)
+    if rows.mask_row is not None:
+        column = key - rows.first_new
+        asked = seen & by_key((column >= 0) & (column < rows.mask_columns), TRANSPOSED)
+        at = by_row(rows.mask_row, TRANSPOSED) + by_key(column, TRANSPOSED)
         seen = seen & (tl.load(at, mask=asked, other=1) != 0)
     return seen
 
@@ -107,77 +164,68 @@ def is_narrow(FORMAT, dtype):
 
 
 @triton.jit
-def attend_keys(
-    m, l, acc, unit, page, queries, score_scale, position, slopes, mask_row, first_new, mask_columns,
-    start, stop, begin, end, table, k, v, k_scale, v_scale,
-    k_page, k_slot, v_page, v_slot, scale_page, scale_slot, softcap, window_left,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
-    FORMAT: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    INVARIANT: tl.constexpr, FINE: tl.constexpr, CAPABILITY: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """Fold blocks ``start`` to ``stop`` of a tile that may see keys ``begin:end`` into (m, l, acc, unit).
+def attend_keys(m, l, acc, unit, page, rows, reach, pages, start, stop, softcap, MASKED: tl.constexpr, c):
+    """Fold blocks ``start`` to ``stop`` of the keys that a tile may see into (m, l, acc, unit); ``c`` is a CompiledFor.
 
     ``page`` holds the first block's page ids; those of the block after the last are returned with the state.
     MASKED is False where every row sees every key of these blocks. PLAIN scores are scale · q · k with a positive
     scale and nothing else: their maximum is kept unscaled, and each weight costs one fused multiply-add,
-    p = 2^(c·s − c·m) with c = log2(e) · scale. ``score_scale`` is that scale, one for all rows or one each. FINE
-    weights are multiplied in two parts: times a value's scale, one float16 would round as much as the result does.
+    p = 2^(f·s − f·m) with f = log2(e) · scale. FINE weights are multiplied in two parts: times a value's scale, one
+    float16 would round as much as the result does.
     """
-    dtype: tl.constexpr = queries.dtype
-    UNIT: tl.constexpr = unit_exponent(FORMAT, dtype)
-    KEYS: tl.constexpr = 0 if TRANSPOSED else 1
-    APART: tl.constexpr = TRANSPOSED and PACKED
-    last = end - 1
-    scale = score_scale * 2.0 ** (UNIT - UNIT // 2)
-    for first in tl.range(start, stop, BLOCK_N, num_stages=NUM_STAGES):
-        slot = slots_in_page(first, begin, last, PAGE_SIZE, BLOCK_N, ALIGNED)
+    dtype: tl.constexpr = rows.queries.dtype
+    UNIT: tl.constexpr = unit_exponent(c.FORMAT, dtype)
+    KEYS: tl.constexpr = 0 if c.TRANSPOSED else 1
+    APART: tl.constexpr = c.TRANSPOSED and c.PACKED
+    begin, end, last = reach.begin, reach.end, reach.end - 1
+    scale = rows.score_scale * 2.0 ** (UNIT - UNIT // 2)
+    for first in tl.range(start, stop, c.BLOCK_N, num_stages=c.NUM_STAGES):
+        slot = slots_in_page(first, begin, last, c.PAGE_SIZE, c.BLOCK_N, c.ALIGNED)
         at = page.to(tl.int64)
         # Page ids are fetched a block ahead, by hand: a load that waited for its own page id would
         # cost the compiler's pipeline half its depth.
-        page = page_ids(table, first + BLOCK_N, begin, last, PAGE_SIZE, BLOCK_N, ALIGNED)
-        key = first + tl.arange(0, BLOCK_N)
-        row = at * k_page + slot * k_slot
-        keys = load_rows(k, row, None, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, CAPABILITY)
-        if TRANSPOSED:
-            s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+        page = page_ids(reach.table, first + c.BLOCK_N, begin, last, c.PAGE_SIZE, c.BLOCK_N, c.ALIGNED)
+        key = first + tl.arange(0, c.BLOCK_N)
+        row = at * pages.k_page + slot * pages.k_slot
+        keys = load_rows(pages.k, row, None, dtype, c.HEAD_DIM, c.BLOCK_D, c.FORMAT, c.PACKED, c.CAPABILITY)
+        if c.TRANSPOSED:
+            s = tl.dot(keys, tl.trans(rows.queries), input_precision=c.PRECISION)
         else:
-            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        if FORMAT != "same":
+            s = tl.dot(rows.queries, tl.trans(keys), input_precision=c.PRECISION)
+        if c.FORMAT != "same":
             # Half of the unit with the key's scale, half with the softmax's: all of it at once could overflow.
-            key_scale = tl.load(k_scale + at * scale_page + slot * scale_slot)
-            s = s * by_key(key_scale * 2.0 ** (UNIT // 2), TRANSPOSED)
-        s = shape_scores(s, scale, softcap, slopes, position, key, SOFTCAP, PLAIN, TRANSPOSED)
+            key_scale = tl.load(pages.k_scale + at * pages.scale_page + slot * pages.scale_slot)
+            s = s * by_key(key_scale * 2.0 ** (UNIT // 2), c.TRANSPOSED)
+        s = shape_scores(s, scale, softcap, rows.slopes, rows.position, key, c.SOFTCAP, c.PLAIN, c.TRANSPOSED)
         if MASKED:
-            seen = visible_keys(
-                key, position, begin, end, window_left, mask_row, first_new, mask_columns,
-                CAUSAL, WINDOW, mask_row is not None, TRANSPOSED,
-            )  # fmt: skip
-            s = tl.where(seen, s, NO_SCORE)
+            s = tl.where(visible_keys(key, rows, reach, c.CAUSAL, c.WINDOW, c.TRANSPOSED), s, NO_SCORE)
 
         highest = tl.maximum(m, tl.max(s, KEYS))
-        p, correction = weigh(s, m, highest, scale, MASKED, PLAIN, TRANSPOSED)
+        p, correction = weigh(s, m, highest, scale, MASKED, c.PLAIN, c.TRANSPOSED)
         l = tl.fma(l, correction, tl.sum(p, KEYS))
         m = highest
 
         inside = None
-        if MASKED and ALIGNED:
+        if MASKED and c.ALIGNED:
             inside = key < end
-        row = at * v_page + slot * v_slot
-        values = load_values(v, row, inside, dtype, HEAD_DIM, BLOCK_D, FORMAT, PACKED, TRANSPOSED, CAPABILITY)
-        if FORMAT != "same":
-            value_scale = tl.load(v_scale + at * scale_page + slot * scale_slot)
+        row = at * pages.v_page + slot * pages.v_slot
+        values = load_values(
+            pages.v, row, inside, dtype, c.HEAD_DIM, c.BLOCK_D, c.FORMAT, c.PACKED, c.TRANSPOSED, c.CAPABILITY
+        )
+        if c.FORMAT != "same":
+            value_scale = tl.load(pages.v_scale + at * pages.scale_page + slot * pages.scale_slot)
             if inside is not None:
                 value_scale = tl.where(inside, value_scale, 0.0)
             p, correction, unit = scale_weights(
-                p, correction, unit, value_scale, FORMAT, dtype, INVARIANT, TRANSPOSED
+                p, correction, unit, value_scale, c.FORMAT, dtype, c.INVARIANT, c.TRANSPOSED
             )
         weights = p.to(dtype)
-        acc = add_values(acc, by_row(correction, TRANSPOSED), weights, values, TRANSPOSED, APART, PRECISION)
-        if FINE:
+        acc = add_values(
+            acc, by_row(correction, c.TRANSPOSED), weights, values, c.TRANSPOSED, APART, c.PRECISION
+        )
+        if c.FINE:
             rest = (p - weights).to(dtype)
-            acc = add_values(acc, 1.0, rest, values, TRANSPOSED, APART, PRECISION)
+            acc = add_values(acc, 1.0, rest, values, c.TRANSPOSED, APART, c.PRECISION)
     return m, l, acc, unit, page
 
 
