@@ -13,10 +13,10 @@ from quire.spec import AttentionSpec
 
 
 class Rates(NamedTuple):
-    """What long steps reached on a chip (benchmarks/results): decode's reading, Hopper's prefill; a launch's rest."""
+    """What long steps reached on a chip (benchmarks/results), and what every launch costs beside."""
 
-    decode_bytes: float  # a second
-    prefill_flops: float  # a second, bfloat16
+    decode_bytes: float  # read in a second
+    prefill_flops: float  # a second, bfloat16, by Hopper's kernel
     launch: float  # seconds
 
 
@@ -28,7 +28,7 @@ MEASURED = {
 
 
 def rates_of(device: torch.device) -> Rates | None:
-    """The rates of the chip behind a device, if anyone measured them."""
+    """The rates of the chip behind a device, if it was measured."""
     return MEASURED.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -41,7 +41,7 @@ def describe(
         f"workers per multiprocessor: {tile.workers_per_sm}"
     )
     if rates is None:
-        return f"{shape}; no time expected, for nobody measured it here"
+        return f"{shape}; no expected time, as this chip was not measured"
     seconds = rates.launch + (
         read_bytes(spec, work) / rates.decode_bytes
         if name == "decode"

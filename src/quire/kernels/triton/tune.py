@@ -84,8 +84,8 @@ def query_bytes(spec: AttentionSpec, rows: int) -> int:
 
 
 def fits(spec: AttentionSpec, chip: Chip) -> bool:
-    """Whether the smallest tiles do, by what compiling them takes: prefill holds its queries up to three times over,
-    as they came, split for float32's products, and on their way out; decode twice and an eighth, beside two blocks."""
+    """Whether shared memory holds the smallest tiles, by what compiled kernels need: prefill three copies of its
+    queries (as loaded, split for float32's products, and as results), decode two and an eighth beside two blocks."""
     queries = query_bytes(spec, max(MIN_ROWS, power_of_two(spec.group_size)))
     blocks = 2 * MIN_ROWS * token_bytes(spec)
     return chip.name == "hip" or max(3 * queries, blocks + queries * 17 // 8) <= chip.shared_bytes

@@ -1,10 +1,10 @@
 """The consumers, and the kernel that puts them beside the loaders.
 
-Blocks run from the last to the first, so that the few which need a mask come first. The scores of a block are asked
-for before the values of the block ahead of it are added up, and the softmax is taken meanwhile:
+Blocks run from the last to the first, so that the few which need a mask come first. Matrix products are asynchronous.
+That for a block's scores is issued before that with the previous block's values, and the softmax runs beside the latter:
 
-    S_j = Q K_jᵀ            asked for
-    O += P_{j+1} V_{j+1}    asked for
+    S_j = Q K_jᵀ            issued
+    O += P_{j+1} V_{j+1}    issued
     m, P_j, l from S_j      as soon as S_j is there
     O *= 2^(m_old − m)      when the product is
 
@@ -45,7 +45,7 @@ def mask_scores(s, block, row_limit, kv_end, BOX: gl.constexpr, BLOCK_N: gl.cons
 
 @gluon.jit
 def halves(x):
-    """The left and the right half of a tile's columns; a matter of registers, nothing moves."""
+    """The left and the right half of a tile's columns, which lie in different registers: nothing moves."""
     ROWS: gl.constexpr = x.shape[0]
     COLUMNS: gl.constexpr = x.shape[1]
     return x.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1).split()
@@ -53,7 +53,7 @@ def halves(x):
 
 @gluon.jit
 def fold_columns(x, MAXIMUM: gl.constexpr):
-    """[rows, 16] maxima or sums of a tile's columns, pairwise: a chain of 32 would wait for each of its links."""
+    """[rows, 16] maxima or sums of a tile's columns, as a tree: in a chain of 32 each would wait for the one before."""
     if x.shape[1] > 16:
         left, right = halves(x)
         return fold_columns(gl.maximum(left, right) if MAXIMUM else left + right, MAXIMUM)
@@ -63,7 +63,7 @@ def fold_columns(x, MAXIMUM: gl.constexpr):
 
 @gluon.jit
 def softmax_step(s, m, l, scale_log2, MASKED: gl.constexpr):
-    """Online softmax over one block of scores: p, the new m and l, and what earlier sums are multiplied with.
+    """Online softmax over one block of scores: p, the new m and l, and the factor for earlier sums.
 
     l is kept as [rows, 16] partial sums: only the end needs the whole.
     """
@@ -98,15 +98,15 @@ def attend_block(q, keys, values, stage, phase, v_stage, v_phase, has_next,
     if MASKED:
         s = mask_scores(s, block, row_limit, kv_end, BOX, BLOCK_N)
     weights, m, l, alpha = softmax_step(s, m, l, scale_log2, MASKED)
-    # The next block's keys are waited for here, because the loop inside this wait is what keeps the compiler from
-    # moving the exponentials behind the wait for the product.
+    # This wait for the next block's keys stands here because it is a loop: the compiler moves no code across it, and so
+    # does not move the exponentials behind the wait for the product.
     next_stage, next_phase = advance(stage, phase, k_tiles.shape[0])
     mbarrier.wait(k_full.index(next_stage), next_phase, pred=has_next)
     o, weights = warpgroup_mma_wait(0, deps=(product, weights))
     mbarrier.arrive(k_free.index(stage), count=1)
     mbarrier.arrive(v_free.index(v_stage), count=1)
     o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None]
-    # Not earlier: until the product is there, p's registers are being read. The second wait holds the packing here.
+    # p is packed no earlier, as the product reads its registers until it is done. The second wait keeps it here.
     p = warpgroup_mma_wait(0, deps=(gl.convert_layout(weights.to(p.dtype), p.type.layout),))
     return next_stage, next_phase, p, m, l, o
 
@@ -141,7 +141,7 @@ def consume(queries, keys, values, items, first, last, results, scale_log2,
             seen_by_all = kv_end
         unmasked = gl.maximum(seen_by_all - kv_begin, 0) // BLOCK_N
 
-        # The last block, whose values wait for the next round.
+        # The last block's scores. Its values are added in the next round.
         mbarrier.wait(q_full, q_phase)
         q_phase ^= 1
         mbarrier.wait(k_full.index(stage), phase)
@@ -179,7 +179,7 @@ def consume(queries, keys, values, items, first, last, results, scale_log2,
                 v_stage = this_stage
                 v_phase = this_phase
 
-        # The first block's values. What comes next is asked for meanwhile.
+        # The first block's values. The next item is loaded meanwhile.
         mbarrier.arrive(q_free, count=1)
         target = load_target(items, i)
         q_position, kv_begin, kv_end = load_reach(items, gl.minimum(i + 1, last - 1))

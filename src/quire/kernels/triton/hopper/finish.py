@@ -20,7 +20,7 @@ LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def locate_rows(row, q_begin, q_len, kv_head, GROUP: gl.constexpr, GROUP_ROWS: gl.constexpr):
-    """Of a tile's rows: packed token, query head, whether it exists, and its place without the group's padding."""
+    """A tile's rows: their packed tokens and query heads, which rows exist, and their numbers without the padding."""
     token = row // GROUP_ROWS
     head = row % GROUP_ROWS
     exists = (token < q_len) & (head < GROUP)
@@ -29,7 +29,7 @@ def locate_rows(row, q_begin, q_len, kv_head, GROUP: gl.constexpr, GROUP_ROWS: g
 
 @gluon.jit
 def write_lse(base_2, token, head, exists, results):
-    """The lse of finished rows, if anyone asked for it."""
+    """The lse of finished rows, if it is asked for."""
     out, lse, partial_out, partial_lse, arrivals, out_token, out_head, lse_token, o_descriptor, o_tile = (
         results
     )
@@ -50,8 +50,8 @@ def write_rows(o, base_2, token, head, exists, column, results):
 
 @gluon.jit
 def arrived_last(counter, num_parts):
-    """Count this part in; True for the last of its tile, which also makes the count ready for the next layer."""
-    thread_barrier()  # all threads' stores lie before the one thread's release
+    """Count a finished part of a tile. True for the last one, which also resets the count for the next layer."""
+    thread_barrier()  # one thread releases, so all threads' stores must come before
     before = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     last = before == num_parts - 1
     if last:
@@ -65,7 +65,7 @@ def fold_parts(
 ):
     """All parts of some rows as one output and base-2 lse, in the order of the parts.
 
-    Read past the first cache, which other workers' writes do not reach.
+    Loads bypass the L1 cache, which does not see what other multiprocessors write.
     """
     out, lse, partial_out, partial_lse, arrivals, out_token, out_head, lse_token, o_descriptor, o_tile = (
         results
@@ -105,7 +105,7 @@ def fold_tile(target, results, HALF_INDEX: gl.constexpr, GROUP: gl.constexpr, GR
 
 @gluon.jit
 def send_rows(o, o_descriptor, rows, token, kv_head):
-    """A warpgroup's rows, all of which exist, by way of shared memory and the copy engine, which goes on by itself."""
+    """A warpgroup's rows, all of which exist: to shared memory, and from there by an asynchronous copy."""
     tma.store_wait(0)
     thread_barrier()
     rows.store(o.to(rows.dtype))
@@ -116,7 +116,7 @@ def send_rows(o, o_descriptor, rows, token, kv_head):
 
 @gluon.jit
 def finish_tile(target, results, m, l, o, scale_log2, HALF_INDEX: gl.constexpr, GROUP: gl.constexpr):
-    """Write a warpgroup's rows of a tile, or leave a partial state and let the last to arrive fold them all."""
+    """Write a warpgroup's rows of a tile, or, if it is split, leave a partial state; the last to finish folds them."""
     out, lse, partial_out, partial_lse, arrivals, out_token, out_head, lse_token, o_descriptor, o_tile = (
         results
     )
@@ -125,7 +125,7 @@ def finish_tile(target, results, m, l, o, scale_log2, HALF_INDEX: gl.constexpr, 
     GROUP_ROWS: gl.constexpr = o_descriptor.block_shape[2]
     D: gl.constexpr = o_descriptor.block_shape[3]
     ROWS: gl.constexpr = gl.SliceLayout(1, o.type.layout)
-    # Fused in so many words: left to the compiler, it would depend on whether lse is asked for, and so would bits.
+    # An explicit fma: whether the compiler fuses by itself depends on the code around it, such as the write of lse.
     base_2 = gl.convert_layout(gl.fma(m, scale_log2, gl.log2(l)), ROWS)
     o = o * gl.convert_layout(gl.where(l > 0, 1.0 / l, 0.0), ROWS)[:, None]
     row = HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)

@@ -12,7 +12,7 @@ ITEM: gl.constexpr = gl.constexpr(10)  # len(device_plan.ITEM_COLUMNS)
 
 @gluon.jit
 def load_reach(items, i):
-    """Where item i stands: the position of its first query, and its keys from begin to end."""
+    """Item i's reach: the position of its first query, and where its keys begin and end."""
     item = items + i * ITEM
     return gl.load(item + 4), gl.load(item + 5), gl.load(item + 6)
 
@@ -49,9 +49,9 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def box_token(key, kv_end, PAGE: gl.constexpr, BOX: gl.constexpr):
-    """Where in its page the box for keys from ``key`` starts: so that it ends with the last key before kv_end.
+    """The token of its page at which the box for keys from ``key`` starts, so that no key behind kv_end is in it.
 
-    A negative token lies outside the page and arrives as zeros, and so does all of a box without keys.
+    Negative tokens lie outside the tensor and are filled with zeros. A box without keys is all zeros.
     """
     missing = gl.maximum(key + BOX - kv_end, 0)
     return gl.where(missing < BOX, key % PAGE - missing, -BOX)
@@ -59,9 +59,10 @@ def box_token(key, kv_end, PAGE: gl.constexpr, BOX: gl.constexpr):
 
 @gluon.jit
 def visible(block, row_limit, kv_end, BOX: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr):
-    """[rows, BLOCK_N] which keys of the block that starts at key ``block`` each row may see, row_limit being its last.
+    """[rows, BLOCK_N] which keys of the block that starts at key ``block`` each row may see, up to its row_limit.
 
-    Undoes ``box_token``: ahead of the last box, columns are keys; the last box begins with ``short`` columns of none.
+    The counterpart of ``box_token``: column i holds key block + i, but in the last box ``short`` columns without keys
+    come first.
     """
     column = gl.arange(0, BLOCK_N, COLUMNS)
     short = (BOX - kv_end % BOX) % BOX

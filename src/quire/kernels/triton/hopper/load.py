@@ -1,4 +1,4 @@
-"""The loaders: one warp asks the copy engine for queries and keys, another for values."""
+"""The loaders: one warp issues the copies of queries and keys, another those of values."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -23,7 +23,7 @@ SLAB: gl.constexpr = gl.constexpr(64)  # columns of 16 bits in 128 bytes, the wi
 @gluon.jit
 def load_block(descriptor, tile, full, free, phase, kv_head, row, block, kv_end,
                WHOLE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
-    """Ask for one block of keys or values, a box at a time, once its stage is free; all of it holds keys if WHOLE.
+    """Issue the copies of one block of keys or values, box by box, once its stage is free. WHOLE blocks hold keys only.
 
     As the matrix unit reads it, a [BLOCK_N, D] tile lies in slabs of SLAB columns; a box fills rows of one slab.
     """
@@ -69,7 +69,7 @@ def load_blocks(descriptor, ring, stage, phase, kv_head, row, kv_begin, kv_end, 
 @gluon.jit
 def load_keys(q_descriptor, k_descriptor, queries, keys, items, first, last, page_table, table_row,
               PAGE: gl.constexpr):  # fmt: skip
-    """Every item's queries and keys, as far ahead as their room allows."""
+    """Every item's queries and keys, as far ahead as shared memory has room."""
     tile, q_full, q_free = queries
     TOKENS: gl.constexpr = q_descriptor.block_shape[0]
     GROUP_ROWS: gl.constexpr = q_descriptor.block_shape[2]
