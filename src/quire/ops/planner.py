@@ -93,9 +93,9 @@ class Planner:
     a step does not have costs a launch that ends at once, so plan for decode alone (``max_q_len=1``) where there is
     no other. A backend without such graphs plans as ``quire.plan`` does.
 
-    A graph reads the planner's memory: keep the planner as long as the graph. It belongs to the stream that is current
-    when steps are planned; replay there, or let the other stream wait for that one first. Of the tensors that its plans
-    are run on a planner keeps none.
+    Plan and replay on one stream. Outside of graphs a plan may be run on any stream: launches there wait for the plan's
+    copy, and the next plan for those launches, on the device. Memory that a captured launch reads is never freed, as
+    its graph may be replayed when the Planner is gone. Of the tensors that its plans are run on a Planner keeps none.
 
     Args:
         spec: the layers' shape.

@@ -159,6 +159,16 @@ def test_stored_bytes_of_any_scale_keep_their_weight(dtype, kv_dtype):
     judge(batch)
 
 
+@pytest.mark.parametrize("dims", [(), (2, 1, 1)], ids=["per tensor", "per head"])
+@pytest.mark.parametrize("shape", [Shape(F32, 32, 2, "int8"), Shape(BF16, 64, 3, "fp8_e4m3")], ids=str)
+def test_given_scales_are_read_through_strides_of_zero(shape, dims):
+    batch = make_batch(shape, *STEPS["mixed"], page_size=16)
+    for name, scale in batch.scales.items():
+        given = torch.linspace(0.01, 0.05, math.prod(dims)).view(dims) * (1 if name == "k_scale" else 3)
+        batch.scales[name] = given.expand(scale.shape)
+    judge(batch)
+
+
 @pytest.mark.parametrize("exponent", [-100, -12, 0, 12, 100])
 def test_queries_of_any_size_meet_stored_bytes(exponent):
     batch = make_batch(Shape(BF16, 64, 4, "int8"), [3, 70, 300], [1, 2, 40], page_size=16)

@@ -297,6 +297,19 @@ def test_writing_needs_no_fp8_and_no_memory_of_its_own(chip, kv_dtype):
     assert read_machine_code(kernel).spilled_bytes == 0
 
 
+@pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3"])
+def test_given_scales_are_written_with_and_read_through_strides_of_zero(chip, kv_dtype):
+    batch = make_batch(Shape(BF16, 64, kv_dtype=kv_dtype), [100], page_size=16)
+    batch.scales = {name: torch.tensor(0.1).expand(scale.shape) for name, scale in batch.scales.items()}
+    rows = torch.empty(5, 2, 64, dtype=BF16)
+    with standing_in(CHIPS[chip]) as kernels:
+        tensors = rows, rows, *batch.pages[1:], torch.arange(5), *batch.scales.values()
+        backend.bind_write(*tensors, True)(*tensors)
+        attend(batch, {})
+    assert [read_machine_code(kernel).spilled_bytes for kernel in kernels] == [0, 0]
+
+
 def test_a_whole_number_for_a_scale_compiles_nothing_that_another_scale_must_not_meet():
     batch = make_batch(Shape(F16, 16), [100], page_size=16)
     with standing_in(CHIPS["sm_90"]) as kernels:

@@ -21,7 +21,10 @@ from quire.kernels.triton.store import bind_write
 from quire.planning.work_list import Capacity, StepPlan, TileShape, Tiling
 from quire.spec import AttentionSpec
 
-__all__ = ["bind", "bind_write", "prepare", "reserve", "tiling", "why_not"]
+__all__ = ["TAKES_DEVICE_TABLES", "bind", "bind_write", "prepare", "reserve", "tiling", "why_not"]
+
+# A page table on the plan's device stays there: ``DevicePlan.fill`` copies it.
+TAKES_DEVICE_TABLES = True
 
 
 def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
