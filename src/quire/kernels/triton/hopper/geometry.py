@@ -5,23 +5,29 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quire.kernels.triton.device_plan import COLUMNS
+
 HALF: gl.constexpr = gl.constexpr(64)  # rows of one consumer warpgroup
 BLOCK_M: gl.constexpr = gl.constexpr(128)  # rows of a tile
-ITEM: gl.constexpr = gl.constexpr(10)  # len(device_plan.ITEM_COLUMNS)
+ITEM: gl.constexpr = gl.constexpr(COLUMNS)
+# The places of device_plan.ITEM_COLUMNS.
+SEQUENCE, KV_HEAD, Q_BEGIN, Q_LEN, Q_POSITION, KV_BEGIN, KV_END, PARTIAL, FIRST_PARTIAL, NUM_PARTS = map(
+    gl.constexpr, range(COLUMNS)
+)
 
 
 @gluon.jit
 def load_reach(items, i):
     """Item i's reach: the position of its first query, and where its keys begin and end."""
     item = items + i * ITEM
-    return gl.load(item + 4), gl.load(item + 5), gl.load(item + 6)
+    return gl.load(item + Q_POSITION), gl.load(item + KV_BEGIN), gl.load(item + KV_END)
 
 
 @gluon.jit
 def load_source(items, i):
     """What item i reads: sequence, KV head, first query token."""
     item = items + i * ITEM
-    return gl.load(item), gl.load(item + 1), gl.load(item + 2)
+    return gl.load(item + SEQUENCE), gl.load(item + KV_HEAD), gl.load(item + Q_BEGIN)
 
 
 @gluon.jit
@@ -29,8 +35,8 @@ def load_target(items, i):
     """Where item i's results go: KV head, first query token, tokens, partial, first partial, number of parts."""
     item = items + i * ITEM
     return (
-        gl.load(item + 1), gl.load(item + 2), gl.load(item + 3),
-        gl.load(item + 7), gl.load(item + 8), gl.load(item + 9),
+        gl.load(item + KV_HEAD), gl.load(item + Q_BEGIN), gl.load(item + Q_LEN),
+        gl.load(item + PARTIAL), gl.load(item + FIRST_PARTIAL), gl.load(item + NUM_PARTS),
     )  # fmt: skip
 
 
