@@ -119,7 +119,9 @@ def _batch_invariant(backend: str) -> str:
 
 def main() -> None:
     """Print the table, or write it between the README's marks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     if not parser.parse_args().write:
         print(table())
