@@ -70,6 +70,11 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def test_no_module_takes_the_place_of_a_public_name():
+    """`import quire.plan` would make the function `quire.plan` a module."""
+    assert [name for name in quire.__all__ if is_module(name)] == []
+
+
 INSIDE = [path for path in MODULES if module_name(path) not in ("", "__main__")]
 
 

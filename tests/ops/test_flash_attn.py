@@ -126,3 +126,54 @@ def test_misfits_are_refused_and_nothing_is_written(cache):
     with pytest.raises(quire.ShapeError, match="block_table"):
         flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=8)
     torch.testing.assert_close(k_cache, before, rtol=0, atol=0)
+
+
+OWN = {
+    "k_cache: three heads": ("k_cache", lambda c: {"k_cache": c["k_cache"][:, :, :1].repeat(1, 1, 3, 1)}),
+    "k_cache: heads first": ("k_cache", lambda c: {"k_cache": c["k_cache"].permute(2, 0, 1, 3)}),
+    "k_cache: bfloat16": ("k_cache", lambda c: {"k_cache": c["k_cache"].bfloat16()}),
+    "k_cache: a list": ("k_cache", lambda c: {"k_cache": []}),
+    "v_cache: fewer pages": ("v_cache", lambda c: {"v_cache": c["v_cache"][1:]}),
+    "v_cache: another head_dim": ("v_cache", lambda c: {"v_cache": c["v_cache"][..., 1:]}),
+    "cache_seqlens: a list": ("cache_seqlens", lambda c: {"cache_seqlens": [8, 8]}),
+    "cache_seqlens: a bool": ("cache_seqlens", lambda c: {"cache_seqlens": True}),
+    "cache_seqlens: float": ("cache_seqlens", lambda c: {"cache_seqlens": torch.tensor([8.0, 8.0])}),
+    "cache_seqlens: negative": ("cache_seqlens", lambda c: {"cache_seqlens": -1}),
+    "cache_seqlens: one negative": ("cache_seqlens", lambda c: {"cache_seqlens": torch.tensor([8, -1])}),
+    "cache_seqlens: too long": ("cache_seqlens", lambda c: {"cache_seqlens": 3 * PAGE + 1}),
+    "block_table: int64": ("block_table", lambda c: {"block_table": c["block_table"].long()}),
+    "block_table: a list": ("block_table", lambda c: {"block_table": c["block_table"].tolist()}),
+    "block_table: one row": ("block_table", lambda c: {"block_table": c["block_table"][:1]}),
+    "block_table: flat": ("block_table", lambda c: {"block_table": c["block_table"].flatten()}),
+    "block_table: no such page": ("block_table", lambda c: {"block_table": c["block_table"] + PAGES}),
+    "block_table: negative": ("block_table", lambda c: {"block_table": c["block_table"] - PAGES}),
+}
+
+
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize(("name", "change"), OWN.values(), ids=OWN.keys())
+def test_errors_name_its_own_arguments(cache, name, change, appends):
+    k_cache, v_cache, block_table = cache
+    given = {"k_cache": k_cache, "v_cache": v_cache, "block_table": block_table, "cache_seqlens": 8}
+    new = torch.randn(2, 1, KV_HEADS, DIM)
+    before = k_cache.clone()
+    with pytest.raises(quire.ArgumentError, match=rf"^{name} must .*; got .*Fix: "):
+        flash_attn_with_kvcache(
+            torch.randn(2, 1, HEADS, DIM), **{**given, **change(given)}, **({"k": new, "v": new} if appends else {})
+        )  # fmt: skip
+    assert torch.equal(k_cache, before)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("wrong", ["heads", "dtype", "batch", "tokens"])
+def test_new_tokens_that_do_not_fit_are_named(cache, name, wrong):
+    k_cache, v_cache, block_table = cache
+    new = torch.randn(2, 2, KV_HEADS, DIM)
+    bad = {"heads": new[:, :, :1], "dtype": new.half(), "batch": new[:1], "tokens": new[:, :1]}[wrong]
+    given = {"k": new, "v": new, name: bad}
+    if (name, wrong) == ("k", "tokens"):
+        name = "v"  # k's number of tokens is the one that v is compared with
+    with pytest.raises(quire.ShapeError, match=rf"^{name} must .*; got .*Fix: "):
+        flash_attn_with_kvcache(
+            torch.randn(2, 1, HEADS, DIM), k_cache, v_cache, **given, cache_seqlens=8, block_table=block_table
+        )

@@ -1,6 +1,7 @@
 """Planner: the results of ``plan``, in bounded memory; what is too large or too late is refused."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from support import Shape, attend, make_batch
 
 import quire
+from quire.ops.planner import _within_reach
 from quire.planning.step import largest_work, plan_step
 from quire.planning.work_list import TileShape, Tiling
 
@@ -166,3 +168,12 @@ def test_no_step_within_the_limits_has_more_work_than_there_is_room_for(
         assert len(work.items) <= bound.items
         assert work.num_partials <= bound.partials
         assert bound.partials <= max(2 * bound.num_workers, tiling.kv_split and bound.items)
+
+
+def test_a_table_on_a_device_stays_there_only_for_kernels_that_read_it_there(monkeypatch):
+    table = torch.zeros(1, 2, dtype=torch.int32, device="meta")
+    kernels = SimpleNamespace(TAKES_DEVICE_TABLES=True)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: "copied")
+    assert _within_reach(table, kernels, table.device) is table
+    assert _within_reach(table, kernels, torch.device("cuda", 1)) == "copied"
+    assert _within_reach(table, SimpleNamespace(), table.device) == "copied"

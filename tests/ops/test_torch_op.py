@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +18,8 @@ from support import Batch, Shape, make_batch, plan_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quire
-from quire.ops import attention_plan
+from quire.ops import attention, attention_plan, checks, torch_op
+from quire.planning import checks as step_checks
 
 SHAPE = Shape(torch.float32, head_dim=16, group=2)
 PAGE = 4
@@ -203,3 +208,87 @@ def test_a_transform_is_told_by_torch_that_there_is_no_rule_for_it():
     plan = plan_for(batch)
     with pytest.raises(RuntimeError, match="quire::run_plan"):
         torch.func.vmap(lambda q: plan.run(q, batch.k_pages, batch.v_pages))(batch.q[None])
+
+
+def test_one_call_that_nobody_watches_skips_the_dispatcher(monkeypatch):
+    def dispatcher(*arguments):
+        raise AssertionError("the call went through torch")
+
+    batch = mixed(seed=0)
+    wanted = quire.paged_attention(*batch.pages, *batch.lengths, return_state=True)
+    monkeypatch.setattr(attention, "torch", SimpleNamespace(ops=SimpleNamespace(quire=dispatcher)))
+    state = quire.paged_attention(*batch.pages, *batch.lengths, return_state=True)
+    assert torch.equal(state.out, wanted.out)
+    assert torch.equal(state.lse, wanted.lse)
+    monkeypatch.setattr(attention, "is_watched", lambda tensor: True)
+    with pytest.raises(AttributeError, match="paged_attention"):
+        quire.paged_attention(*batch.pages, *batch.lengths)
+
+
+@pytest.mark.parametrize(
+    ("watched", "wanted"),
+    [
+        (False, {"check_rules": 1, "check_layer": 1, "check_call": 1, "check_numbers": 1}),
+        (True, {"check_rules": 2, "check_door": 1, "check_layer": 1, "check_call": 1, "check_numbers": 2}),
+    ],
+)
+def test_what_is_checked_is_checked_once_on_either_side_of_the_dispatcher(monkeypatch, watched, wanted):
+    asked: Counter[str] = Counter()
+
+    def counted(module, name):
+        check = getattr(module, name)
+
+        def count(*arguments, **named):
+            asked[name] += 1
+            return check(*arguments, **named)
+
+        monkeypatch.setattr(module, name, count)
+
+    for name in ("check_door", "check_layer", "check_call", "check_numbers"):
+        counted(checks, name)
+    counted(step_checks, "check_rules")
+    for module in (attention, attention_plan):
+        monkeypatch.setattr(module, "is_watched", lambda tensor: watched)
+    batch = mixed(seed=0)
+    quire.paged_attention(*batch.pages, *batch.lengths)
+    assert asked == wanted
+
+    plan = plan_for(batch)
+    asked.clear()
+    for _ in range(3):
+        plan.run(*batch.pages)
+    at_the_door = 3 if watched else 0
+    wanted_of_run = {"check_call": 1, "check_door": at_the_door, "check_numbers": 1 + at_the_door}
+    assert asked == {name: count for name, count in wanted_of_run.items() if count}
+
+
+def test_without_torchs_private_functions_every_call_goes_through_the_dispatcher():
+    """As on a torch that has none of that name: it was an AttributeError of `import quire`."""
+    code = """
+import torch
+places = (torch._C, "_len_torch_dispatch_stack"), (torch._C._functorch, "peek_interpreter_stack"), (
+    torch._C._autograd, "_profiler_enabled")
+kept = [getattr(module, name) for module, name in places]
+for module, name in places:
+    delattr(module, name)
+import quire
+from quire.ops import torch_op
+for (module, name), function in zip(places, kept):
+    setattr(module, name, function)  # torch itself calls them
+assert torch_op.is_watched(torch.zeros(1))
+k, q = torch.randn(2, 3, 4, 16), torch.randn(1, 4, 16)
+table, lens = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([6])
+with torch.profiler.profile() as profile:
+    out = quire.paged_attention(q, k, k, table, lens, backend="reference")
+assert "quire::paged_attention" in {event.name for event in profile.events()}
+assert out.isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["_active_modes", "_active_transform", "_profiler_enabled"])
+def test_one_function_that_is_gone_is_enough_to_watch(monkeypatch, name):
+    tensor = torch.zeros(1)
+    assert not torch_op.is_watched(tensor)
+    monkeypatch.setattr(torch_op, name, torch_op._of_torch("no.such.function"))
+    assert torch_op.is_watched(tensor)

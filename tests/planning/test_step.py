@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from quire.errors import ArgumentError, ShapeError
 from quire.planning.step import plan_step
 from quire.planning.work_list import TileShape, Tiling
 
@@ -350,3 +351,29 @@ def test_the_plan_of_a_batch_a_thousand_times_larger_is_as_balanced():
     work = plan(rng.integers(1, 4000, 2000).tolist(), num_kv_heads=8, num_workers=132, kv_tokens=64).decode
     tokens = work.kv_tokens_per_worker()
     assert tokens.max() <= 1.02 * tokens.mean()
+
+
+def test_a_table_on_a_device_is_left_there():
+    """meta stands for a GPU: its memory cannot be read here."""
+    lens, tiling = torch.tensor([20, 3]), Tiling(2, TileShape(1, 16), TileShape(8, 16))
+    table, rules = torch.arange(6, dtype=torch.int32).view(2, 3), (1, 16, True, -1, tiling)
+    on_host, on_device = plan_step(table, lens, None, *rules), plan_step(table.to("meta"), lens, None, *rules)
+    assert on_device.device_table.is_meta
+    assert on_device.highest_page == -1
+    assert on_host.device_table is None
+    assert on_host.highest_page == 3, "ids beyond a sequence's last page are not used"
+    np.testing.assert_array_equal(on_device.decode.items, on_host.decode.items)
+    np.testing.assert_array_equal(on_device.seq_lens, on_host.seq_lens)
+    assert on_device.max_pages == 3
+    short = torch.tensor([20, 49])
+    with pytest.raises(ShapeError, match=r"4 columns for seq_lens\[1\]=49"):
+        plan_step(table.to("meta"), short, None, *rules)
+
+
+def test_negative_page_ids_are_refused_where_they_are_used():
+    lens, tiling = torch.tensor([20, 3]), Tiling(2, TileShape(1, 16), TileShape(8, 16))
+    table = torch.tensor([[5, 0, -1], [4, -2, -3]], dtype=torch.int32)
+    assert plan_step(table, lens, None, 1, 16, True, -1, tiling).highest_page == 5
+    table[1, 0] = -7
+    with pytest.raises(ArgumentError, match=r"page ids that are not negative; got -7 at \[1, 0\]\. Fix: "):
+        plan_step(table, lens, None, 1, 16, True, -1, tiling)
