@@ -12,7 +12,6 @@ from triton.runtime import interpreter as stock
 import quire
 from quire.kernels import triton as backend
 from quire.kernels.call import AttentionCall
-from quire.kernels.triton.device_plan import check_device_table
 from quire.planning.step import largest_work, plan_step
 from quire.planning.work_list import Capacity
 
@@ -94,23 +93,6 @@ def test_the_copy_from_the_host_comes_last_and_leaves_the_table_alone(monkeypatc
     reserved.plan.fill(step)
     table = reserved.plan.page_table
     assert copies == [(table.start, 4 * 19, {}), (0, table.start, {"non_blocking": True})]
-
-
-def test_debug_mode_looks_at_the_ids_in_use_of_a_table_on_the_device(monkeypatch):
-    batch = make_batch(
-        SHAPE, *LENGTHS, page_size=16
-    )  # entries that are not in use hold ids that exist nowhere
-    num_pages = batch.k_pages.shape[1]
-    check_device_table(step_of(batch, batch.page_table.clone()), num_pages)
-    check_device_table(step_of(batch), 1)  # the host's ids are checked elsewhere
-    for page in (-1, num_pages):
-        table = batch.page_table.clone()
-        table[2, 1] = page
-        with pytest.raises(quire.ArgumentError, match=rf"got {page} at \[2, 1\]"):
-            check_device_table(step_of(batch, table), num_pages)
-    monkeypatch.setenv("QUIRE_DEBUG", "1")
-    with pytest.raises(quire.ArgumentError, match="page_table must hold page ids from 0 to"):
-        attend(batch, step_of(batch, table))
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])

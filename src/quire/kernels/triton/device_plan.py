@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from quire.errors import ArgumentError
 from quire.kernels.compile import compiled
 from quire.kernels.triton.streams import StreamOrder
+from quire.planning.work_list import ITEM, MERGE, Capacity, StepPlan
 from quire.planning.work_list import ITEM_COLUMNS as HOST_COLUMNS
-from quire.planning.work_list import Capacity, StepPlan
 
 SEGMENT = 4  # int32s: every list starts on 16 bytes
 # Columns of an item on the device: those of the host, and where its tile's parts are; num_parts is 1 for a whole tile.
@@ -69,9 +68,9 @@ class DevicePlan:
 
     cu_seqlens_q: Section  # int32 [batch + 1]
     page_table: Section  # int32 [batch, max_pages]
+    order: StreamOrder  # of the streams that use the buffer
     decode: DeviceWork | None  # None where no item may be
     prefill: DeviceWork | None
-    order: StreamOrder  # of the streams that use the buffer
 
     @classmethod
     def reserve(
@@ -99,7 +98,7 @@ class DevicePlan:
             else None
             for i, bound in enumerate(bounds)
         ]
-        return cls(sections[0], sections[7], *works, order=StreamOrder(buffer))
+        return cls(sections[0], sections[7], StreamOrder(buffer), *works)
 
     def fill(self, step: StepPlan) -> None:
         """Pack a step that fits and copy it over, on the current stream.
@@ -116,7 +115,7 @@ class DevicePlan:
         table, buffer = self.page_table, self.page_table.buffer
         columns = table.shape[1]
         self.order.before_copy()
-        if getattr(step, "device_table", None) is None:
+        if step.device_table is None:
             pages, end = step.page_table[:, :columns], table.start + step.batch * columns
         else:
             pages, end = np.empty((step.batch, 0), np.int32), table.start
@@ -131,26 +130,6 @@ class DevicePlan:
                 _pack_work(shares.items, shares.worker_indptr, shares.merges, packed, room.worker_indptr.start,
                            room.arrivals.start, room.items.start)  # fmt: skip
         buffer[:end].copy_(host, non_blocking=True)
-
-
-def check_device_table(step: StepPlan, num_pages: int) -> None:
-    """Debug mode: every page that a sequence uses exists in the pool, where the page table is on the device.
-
-    Raises:
-        ArgumentError: it does not.
-    Cost: waits for the device.
-    """
-    if getattr(step, "device_table", None) is None:
-        return
-    ids = step.device_table.cpu()
-    used = torch.arange(ids.shape[1]) < torch.from_numpy(step.pages_per_sequence)[:, None]
-    bad = (used & ((ids < 0) | (ids >= num_pages))).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
-        raise ArgumentError(
-            f"page_table must hold page ids from 0 to {num_pages - 1}; got {int(ids[row, column])} at "
-            f"[{row}, {column}]. Fix: use the ids that PageTable handed out for this pool"
-        )
 
 
 def _starts(shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -193,11 +172,14 @@ def _pack_work(
         packed[listed + i * COLUMNS + COLUMNS - 1] = 1
     merge = 0
     for i in range(len(items)):  # split items stand in the order of their partials
-        if items[i, COLUMNS - 3] >= 0:
-            while items[i, COLUMNS - 3] >= merges[merge, 3] + merges[merge, 4]:
+        if items[i, ITEM.partial] >= 0:
+            while (
+                items[i, ITEM.partial]
+                >= merges[merge, MERGE.first_partial] + merges[merge, MERGE.num_partials]
+            ):
                 merge += 1
-            packed[listed + i * COLUMNS + COLUMNS - 2] = merges[merge, 3]
-            packed[listed + i * COLUMNS + COLUMNS - 1] = merges[merge, 4]
+            packed[listed + i * COLUMNS + COLUMNS - 2] = merges[merge, MERGE.first_partial]
+            packed[listed + i * COLUMNS + COLUMNS - 1] = merges[merge, MERGE.num_partials]
     for worker in range(num_workers):
         # A worker without items does not use this one: it may be another's, or zeros.
         first = listed + min(worker_indptr[worker], len(items) - 1) * COLUMNS
