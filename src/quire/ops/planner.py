@@ -200,6 +200,7 @@ class Planner:
 
 def _within_reach(page_table: torch.Tensor, kernels: ModuleType, where: torch.device) -> torch.Tensor:
     """A table on a device, or a copy on the host where the kernels do not read it there."""
+    step_checks.check_host(page_table=page_table)
     stays = page_table.device == where and getattr(kernels, "TAKES_DEVICE_TABLES", False)
     return page_table if stays else page_table.cpu()
 

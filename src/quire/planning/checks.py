@@ -65,8 +65,6 @@ def check_step(page_table: object, seq_lens: object, cu_seqlens_q: object | None
         raise DtypeError(
             f"page_table must be int32 [batch, max_pages]; got {describe(table)}. Fix: page_table.to(torch.int32)"
         )
-    if not table.is_cpu:
-        check_host(page_table=table)
     lens, starts, batch = _on_host("seq_lens", seq_lens, "int32 [batch]"), None, table.shape[0]
     if lens.numel() != batch:
         raise ShapeError(

@@ -49,9 +49,11 @@ def plan_step(
     Cost: a microsecond per hundred items and per 5,000 page ids; the first plan of a process loads Numba.
     """
     batch, max_pages = page_table.shape
-    device_table, table_at, row, column = None, 0, 0, 0
+    device_table, table_at, row, column = None, 0, max_pages, 1
     if page_table.is_cpu:
-        table_at, (row, column) = _address("page_table", page_table), page_table.stride()
+        table_at = _address("page_table", page_table)
+        if not page_table.is_contiguous():
+            row, column = page_table.stride()
     else:
         device_table = page_table
     seq_lens, starts_at, starts_bytes = seq_lens.contiguous(), 0, 0
