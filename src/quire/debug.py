@@ -1,4 +1,4 @@
-"""QUIRE_DEBUG=1: page ids and slots are checked against the pool, unwritten and freed pages are NaN."""
+"""QUIRE_DEBUG=1: unwritten and freed pages are NaN, and page ids and slots that lie on a device are checked too."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from quire.errors import ArgumentError, ShapeError
 class SoftmaxState(NamedTuple):
     """Attention over one set of keys, in a form that can be merged with attention over another.
 
-    out: like the queries [tokens, num_qo_heads, head_dim], normalised over its own keys.
-    lse: float32 [tokens, num_qo_heads], natural log of the sum of exponentiated scaled scores; −inf for none.
+    out: like the queries [tokens, num_qo_heads, head_dim], normalised over its own keys; 0 where there is none.
+    lse: float32 [tokens, num_qo_heads], natural log of the sum of exponentiated scaled scores, the sink's among them;
+        −inf without key or sink.
     """
 
     out: torch.Tensor
@@ -29,7 +30,8 @@ def merge(state_a: SoftmaxState, state_b: SoftmaxState) -> SoftmaxState:
         state_a, state_b: states of the same queries, [tokens, num_qo_heads, head_dim] and
             [tokens, num_qo_heads] each.
     Returns:
-        A state with state_a's dtypes. Merging with an empty row (lse −inf) changes nothing, bit for bit.
+        A state with state_a's dtypes. Merging with a row of lse −inf changes nothing, bit for bit. A row that saw no
+        key but has a sink has out 0 and a finite lse, and counts by the formula.
     Raises:
         ShapeError: states of different shapes.
     Source: FlashDecoding; arXiv:2501.01005 §2.2.

@@ -143,7 +143,7 @@ class AttentionPlan:
     ) -> None:  # fmt: skip
         """Run the kernels on one layer's tensors, checked and bound if none of this layout came before.
 
-        ``scoring`` holds the fields of ``Scoring`` in a plain tuple, which is sooner made.
+        ``scoring`` holds the fields of ``Scoring`` in a plain tuple, which is made faster.
         """
         # Name by name: a loop over the tuple would take half a microsecond more.
         softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale = scoring
@@ -162,7 +162,7 @@ class AttentionPlan:
                 k_scale if k_scale is None else layout_of(k_scale),
                 v_scale if v_scale is None else layout_of(v_scale),
             )  # fmt: skip
-            # The layers of a step are mostly alike, and tuples are sooner compared than hashed.
+            # The layers of a step are mostly alike, and tuples are compared faster than they are hashed.
             last, bound = self._last
             if layout != last:
                 bound = self._bound.get(layout)

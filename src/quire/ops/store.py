@@ -161,7 +161,7 @@ def _refuse_slots(slots: torch.Tensor, num_slots: int) -> NoReturn:
 
 
 _bound: dict[Hashable, BoundCall] = {}  # by all that is checked of a call
-_last: tuple[Hashable, BoundCall | None] = None, None  # tuples are sooner compared than hashed
+_last: tuple[Hashable, BoundCall | None] = None, None  # tuples are compared faster than they are hashed
 _MOST_LAYOUTS = 1024  # a new number of tokens is a new layout
 
 

@@ -1,6 +1,6 @@
 """Errors of a step's lengths, tables and rules, the same for every backend: name, expected, got, fix.
 
-They are read on the host, before anything is launched. What is wrong with the numbers of a step, ``plan`` says.
+They are read on the host, before anything is launched. ``plan_step`` checks the numbers in lengths and tables.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def count_parts(step: Sequences, tiles: Tiles, kv_split: int) -> tuple[int, int,
 
 @compiled
 def own_parts(step: Sequences, tiles: Tiles) -> int:
-    """The kv_split by which every part has a worker of its own, or 0 where equal shares are done sooner.
+    """The kv_split by which every part has a worker of its own, or 0 where equal shares end earlier.
 
     The slowest worker's time, in KV tokens. A share that holds the end of one tile and the beginning of another takes
     total / W + 2 · part_cost, a part of its own kv_split + part_cost, a whole tile its length.

@@ -45,7 +45,7 @@ def plan_step(
         window_left: keys further back than this many positions are out of sight; −1 for no window.
         tiling: how the backend wants it cut.
     Raises:
-        ArgumentError: lengths that are no step's, negative page ids, or tensors without memory.
+        ArgumentError: lengths that make no step, negative page ids, or tensors without memory.
     Cost: a microsecond per hundred items and per 5,000 page ids; the first plan of a process loads Numba.
     """
     batch, max_pages = page_table.shape
@@ -76,7 +76,7 @@ def plan_step(
 
 
 def _address(name: str, tensor: torch.Tensor) -> int:
-    """Where a tensor's numbers lie, for ``cut.cut_step``."""
+    """Where a tensor's numbers lie, for ``stream_k.cut_step``."""
     address = tensor.data_ptr()
     if address == 0 and tensor.numel():
         raise ArgumentError(

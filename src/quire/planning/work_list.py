@@ -179,7 +179,7 @@ class StepPlan:
     groups with their own tile shapes, because one kernel that branches between them is good at neither.
     """
 
-    numbers: Ints  # seq_lens, cu_seqlens_q, page ids and all work: one array is sooner made than several
+    numbers: Ints  # seq_lens, cu_seqlens_q, page ids and all work, in one array
     device_table: (
         torch.Tensor | None
     )  # a page table on the kernels' device; ``numbers`` then holds no page ids
