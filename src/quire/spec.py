@@ -1,14 +1,15 @@
-"""The shape of one attention layer, and what it costs in bytes."""
+"""The shape of one attention layer, what it costs in bytes, and checks of plain arguments."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from quire.errors import ArgumentError, DtypeError
+from quire.errors import ArgumentError, DeviceError, DtypeError
 
 KVDtype = Literal["int8", "fp8_e4m3", "fp8_e5m2"]
 
@@ -20,6 +21,7 @@ QUANTIZED_DTYPES: dict[str, torch.dtype] = {
 }
 # The largest number that pages of each hold; int8's −128 is left out, so that a row and its negative are alike.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+_CPU = torch.device("cpu")
 PAGE_ALIGNMENT_BYTES = 64  # one cache line, two 32-byte DRAM sectors: a page is loaded as whole lines
 
 
@@ -28,6 +30,45 @@ def check_size(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=1 or more")
     return value
+
+
+def check_bytes(name: str, value: object) -> int:
+    """A number of bytes; a float, such as 1e9, is rounded down."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ArgumentError(f"{name} must be a number of bytes; got {value!r}. Fix: {name}=2**30 for 1 GiB")
+    return int(value)
+
+
+def existing_device(device: torch.device | str) -> torch.device:
+    """A device as its tensors will say it: "cuda" with a number, "cpu:0" without.
+
+    Raises:
+        DeviceError: there is none here.
+    """
+    if device in ("cpu", _CPU):
+        return _CPU
+    if isinstance(device, torch.device) and device.index is not None:
+        return _numbered_device(device)
+    return _device_of_a_tensor(device)
+
+
+def _device_of_a_tensor(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # each of torch's devices fails in its own way, and some with pages of text
+        raise DeviceError(
+            f"device must be one that this torch and machine have; got {device!r} ({_first_line(error)}). "
+            'Fix: device="cpu", or a torch built for that device'
+        ) from error
+
+
+# "cuda" alone is another device after torch.cuda.set_device; one with a number stays what it was.
+_numbered_device = functools.cache(_device_of_a_tensor)
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).partition("\n")[0].rstrip(".")
+    return line if len(line) <= 100 else f"{line[:100]} …"
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def test_ids_may_come_from_any_iterable_of_integers_and_leave_as_int(as_ids):
         allocator.free(as_ids([1, 1]))
 
 
-@pytest.mark.parametrize("num_pages", [0, -1, 2**31, 2.0])
+@pytest.mark.parametrize("num_pages", [0, -1, 2**31, 2.0, True, "7"])
 def test_the_number_of_pages_must_fit_int32_ids(num_pages):
     with pytest.raises(ArgumentError, match=r"num_pages must be an int from 1 to 2147483647; got .* Fix: "):
         PageAllocator(num_pages)
@@ -132,3 +132,102 @@ def test_a_negative_request_is_refused():
 def test_the_refcount_of_no_page_is_refused(page):
     with pytest.raises(ArgumentError, match="page must be an id from 0 to 1"):
         PageAllocator(2).refcount(page)
+
+
+# Pages that are kept
+
+
+def test_a_kept_page_is_cached_when_its_last_owner_goes_and_owned_again_when_shared():
+    allocator = PageAllocator(3)
+    page, other = allocator.allocate(2)
+    allocator.keep([page])
+    assert allocator.free([page, other]) == [other]
+    assert (allocator.num_owned, allocator.num_cached, allocator.num_free, allocator.num_available) == (
+        0,
+        1,
+        2,
+        3,
+    )
+    allocator.share([page])
+    assert (allocator.refcount(page), allocator.num_cached, allocator.generation(page)) == (1, 0, 0)
+    assert allocator.free([page]) == []  # still kept
+    assert allocator.num_cached == 1
+
+
+def test_free_pages_are_taken_before_cached_ones_and_of_these_the_first_to_lose_its_owner():
+    dropped = []
+    allocator = PageAllocator(6, on_drop=dropped.extend)
+    allocator.allocate(5)
+    allocator.keep([0, 1, 2, 3])
+    allocator.free([3])
+    allocator.free([0, 1, 2])
+    assert set(allocator.allocate(3)) == {
+        5,
+        3,
+        2,
+    }  # of one call the last page goes first: ends before beginnings
+    assert dropped == [3, 2]
+    assert allocator.evict(9) == [1, 0]
+    assert dropped == [3, 2, 1, 0]
+
+
+def test_a_generation_grows_when_content_is_dropped_and_only_then():
+    allocator = PageAllocator(1)
+    seen = []
+    for step in (
+        lambda: allocator.allocate(1),
+        lambda: allocator.share([0]),
+        lambda: allocator.free([0]),  # one owner is left
+        lambda: allocator.free([0]),  # dropped: not kept
+        lambda: allocator.allocate(1),
+        lambda: allocator.keep([0]),
+        lambda: allocator.free([0]),  # cached
+        lambda: allocator.share([0]),
+        lambda: allocator.free([0]),
+        lambda: allocator.allocate(1),  # dropped: evicted
+        lambda: allocator.free([0]),  # dropped: a page taken is not kept any more
+    ):
+        step()
+        seen.append(allocator.generation(0))
+    assert seen == [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 3]
+
+
+def test_a_page_that_is_shared_or_kept_is_not_private():
+    allocator = PageAllocator(3)
+    allocator.allocate(2)
+    assert [allocator.is_private(page) for page in range(3)] == [True, True, False]
+    allocator.share([0])
+    allocator.keep([1])
+    assert [allocator.is_private(page) for page in range(3)] == [False, False, False]
+
+
+def test_out_of_pages_evicts_nothing():
+    allocator = PageAllocator(3)
+    allocator.allocate(2)
+    allocator.keep([0])
+    allocator.free([0])
+    with pytest.raises(OutOfPages, match="3 free pages; got 2 free of 3"):
+        allocator.allocate(3)
+    assert (allocator.num_cached, allocator.generation(0)) == (1, 0)
+
+
+@pytest.mark.parametrize("page", [1, 2, 9, -1])
+def test_only_pages_with_an_owner_can_be_kept(page):
+    allocator = PageAllocator(3)
+    allocator.allocate(2)
+    allocator.keep([1])
+    allocator.free([1])
+    with pytest.raises(
+        ArgumentError, match=r"keep must name owned pages; got page|page must be an id from 0 to 2"
+    ):
+        allocator.keep([0, page])
+    allocator.free([0])
+    assert allocator.num_cached == 1, "page 0 was kept by a call that was refused"
+
+
+def test_an_allocator_says_how_many_pages_are_in_which_state():
+    allocator = PageAllocator(7)
+    allocator.allocate(4)
+    allocator.keep([0])
+    allocator.free([0])
+    assert repr(allocator) == "PageAllocator(num_pages=7: 3 owned, 1 cached, 3 free)"

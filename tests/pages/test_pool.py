@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quire.errors import ArgumentError, OutOfPages
+from quire.errors import ArgumentError, DeviceError, OutOfPages
 from quire.pages import KVPool
 from quire.spec import AttentionSpec
 
@@ -123,6 +123,33 @@ def test_fit_refuses_less_memory_than_one_page(missing):
         match=f"at least one page of 3 layers, {one_page} bytes; got .* Fix: memory_bytes={one_page}",
     ):
         KVPool.fit(spec, num_layers=3, memory_bytes=one_page - missing)
+
+
+@pytest.mark.parametrize("wrong", ["1GB", None, True, float("inf"), float("nan")])
+def test_memory_that_is_no_number_of_bytes_is_refused(wrong):
+    with pytest.raises(
+        ArgumentError, match=r"memory_bytes must be a number of bytes; got .* Fix: memory_bytes=2\*\*30"
+    ):
+        KVPool.fit(make_spec(), num_layers=1, memory_bytes=wrong)
+
+
+def test_fit_takes_a_float_such_as_1e6():
+    spec = make_spec()
+    assert KVPool.fit(spec, num_layers=1, memory_bytes=1e6).num_pages == 10**6 // spec.bytes_per_page
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), "nonsense"])
+def test_a_device_that_is_not_there_is_one_sentence(device):
+    with pytest.raises(
+        DeviceError, match="device must be one that this torch and machine have; got .* Fix: "
+    ):
+        KVPool(make_spec(), num_layers=1, num_pages=1, device=device)
+
+
+def test_a_pool_says_its_sizes():
+    pool = KVPool(make_spec(kv_dtype="int8"), num_layers=3, num_pages=1000)
+    assert repr(pool) == "KVPool(3 layers of 1000 pages of 4 tokens, 2 heads of 8 in int8, 1.0 MB on cpu)"
 
 
 def test_a_layer_is_a_view_of_the_pool():

@@ -1,7 +1,9 @@
 """Allocator and tables under random use, against sequences that are plain lists of values.
 
 Every appended token writes a value of its own into a simulated pool, so sharing and copy-on-write
-are judged by what each sequence reads back through its pages.
+are judged by what each sequence reads back through its pages. Pages are poisoned as the allocator
+reports that their content is dropped: too early, and an owner or a cached page reads poison; too
+late, and a page handed out is not clean.
 """
 
 import itertools
@@ -26,11 +28,14 @@ class PagesUnderUse(RuleBasedStateMachine):
     @initialize(num_pages=st.integers(1, 14), page_size=st.integers(1, 5))
     def start(self, num_pages, page_size):
         self.page_size = page_size
-        self.allocator = PageAllocator(num_pages)
+        self.allocator = PageAllocator(num_pages, on_drop=self.poison)
         self.table = PageTable(self.allocator, page_size)
         self.pool = [[POISON] * page_size for _ in range(num_pages)]
         self.expected = {}  # seq_id → the values of its tokens
         self.outside = []  # pages held by an owner that is no sequence, one entry per reference
+        self.kept = {}  # page → the content that is kept
+        self.cached = []  # pages kept without an owner, the next to be evicted first
+        self.generations = [0] * num_pages
         self.new_id = itertools.count()
         self.new_value = itertools.count()
 
@@ -42,7 +47,8 @@ class PagesUnderUse(RuleBasedStateMachine):
     def naive_pages_needed(self, seq_id, num_tokens):
         length = len(self.expected[seq_id])
         room = len(self.table.pages(seq_id)) * self.page_size - length
-        copied = num_tokens > 0 and room > 0 and self.owners(self.table.pages(seq_id)[-1]) > 1
+        last = self.table.pages(seq_id)[-1:]
+        copied = num_tokens > 0 and room > 0 and (self.owners(*last) > 1 or last[0] in self.kept)
         grown = 0
         while room + grown * self.page_size < num_tokens:
             grown += 1
@@ -51,25 +57,52 @@ class PagesUnderUse(RuleBasedStateMachine):
     def snapshot(self):
         refcounts = [self.allocator.refcount(page) for page in range(self.allocator.num_pages)]
         return (
-            self.allocator.num_free,
+            self.allocator.num_available,
+            self.allocator.num_cached,
             refcounts,
+            [self.allocator.generation(page) for page in range(self.allocator.num_pages)],
             {s: (self.table.length(s), self.table.pages(s)) for s in self.expected},
         )
 
+    def poison(self, pages):
+        for page in pages:
+            self.pool[page] = [POISON] * self.page_size
+
+    def is_clean(self, page):
+        return self.pool[page] == [POISON] * self.page_size
+
     def write(self, seq_id, num_tokens):
+        before = self.table.pages(seq_id)
+        self.evicted(self.table.pages_needed(seq_id, num_tokens) - self.allocator.num_free)
         slot_mapping, copies = self.table.append(seq_id, num_tokens)
+        assert all(self.is_clean(page) for page in self.table.pages(seq_id) if page not in before)
         for source, destination in copies:
-            assert self.pool[destination] == [POISON] * self.page_size, "copied over a page in use"
             self.pool[destination] = list(self.pool[source])
+            self.gave_up([source], [])
         assert len(slot_mapping) == num_tokens
         for slot in slot_mapping.tolist():
             value = next(self.new_value)
             self.pool[slot // self.page_size][slot % self.page_size] = value
             self.expected[seq_id].append(value)
 
-    def released(self, pages):
+    def gave_up(self, pages, released):
+        """Owners gave up pages, in this order: those without another one are cached where kept, else free."""
+        gone = [page for i, page in enumerate(pages) if page not in pages[i + 1 :] and not self.owners(page)]
+        assert released == [page for page in gone if page not in self.kept]
+        self.cached += [page for page in reversed(gone) if page in self.kept]
+        self.dropped(released)
+
+    def dropped(self, pages):
         for page in pages:
-            self.pool[page] = [POISON] * self.page_size
+            self.generations[page] += 1
+
+    def evicted(self, num_pages):
+        pages = self.cached[: max(0, num_pages)]
+        del self.cached[: len(pages)]
+        for page in pages:
+            del self.kept[page]
+        self.dropped(pages)
+        return pages
 
     # What callers do
 
@@ -94,12 +127,15 @@ class PagesUnderUse(RuleBasedStateMachine):
             assert self.snapshot() == before
         else:
             self.write(seq_id, num_tokens)
-            assert before[0] - self.allocator.num_free == needed
+            assert before[0] - self.allocator.num_available in (
+                needed,
+                needed - 1,
+            )  # 1 less: the copied page is cached
 
     @rule(seq_ids=st.lists(sequences, unique=True, max_size=5), num_tokens=token_counts)
     def append_to_all_that_fit_together(self, seq_ids, num_tokens):
         live = [s for s in seq_ids if s in self.expected]
-        if sum(self.table.pages_needed(s, num_tokens) for s in live) <= self.allocator.num_free:
+        if sum(self.table.pages_needed(s, num_tokens) for s in live) <= self.allocator.num_available:
             for seq_id in live:
                 self.write(seq_id, num_tokens)
 
@@ -116,14 +152,18 @@ class PagesUnderUse(RuleBasedStateMachine):
     def trim(self, seq_id, data):
         if seq_id in self.expected:
             length = data.draw(st.integers(0, len(self.expected[seq_id])))
-            self.released(self.table.trim(seq_id, length))
+            given_up = self.table.pages(seq_id)[-(-length // self.page_size) :]
+            released = self.table.trim(seq_id, length)
             del self.expected[seq_id][length:]
+            self.gave_up(given_up, released)
 
     @rule(seq_id=sequences)
     def free(self, seq_id):
         if seq_id in self.expected:
-            self.released(self.table.free(seq_id))
+            given_up = self.table.pages(seq_id)
+            released = self.table.free(seq_id)
             del self.expected[seq_id]
+            self.gave_up(given_up, released)
 
     @rule(seq_id=sequences)
     def share_with_an_outside_owner(self, seq_id):
@@ -135,16 +175,40 @@ class PagesUnderUse(RuleBasedStateMachine):
     @rule(data=st.data())
     def outside_owner_lets_go(self, data):
         kept = data.draw(st.integers(0, len(self.outside)))
-        self.released(self.allocator.free(self.outside[kept:]))
+        given_up = self.outside[kept:]
+        released = self.allocator.free(given_up)
         del self.outside[kept:]
+        self.gave_up(given_up, released)
+
+    @rule(seq_id=sequences)
+    def keep_the_full_pages(self, seq_id):
+        if seq_id in self.expected:
+            full = self.table.pages(seq_id)[: len(self.expected[seq_id]) // self.page_size]
+            self.allocator.keep(full)
+            self.kept |= {page: list(self.pool[page]) for page in full}
+
+    @rule(data=st.data())
+    def an_outside_owner_takes_cached_pages(self, data):
+        if self.cached:
+            pages = data.draw(st.lists(st.sampled_from(self.cached), max_size=4))
+            self.allocator.share(pages)
+            self.outside += pages
+            self.cached = [page for page in self.cached if page not in pages]
+
+    @rule(num_pages=st.integers(0, 4))
+    def evict(self, num_pages):
+        expected = self.evicted(num_pages)
+        assert self.allocator.evict(num_pages) == expected
+        assert all(self.is_clean(page) for page in expected)
 
     @rule(pages=st.lists(st.integers(-1, 14), max_size=4))
     def free_more_than_there_are_owners(self, pages):
         before = self.snapshot()
         too_many = [p for p in range(self.allocator.num_pages) if not self.allocator.refcount(p)][:1] or [99]
-        with pytest.raises(ArgumentError):
-            self.allocator.free(pages + too_many)
-        assert self.snapshot() == before
+        for change in (self.allocator.free, self.allocator.keep):
+            with pytest.raises(ArgumentError):
+                change(pages + too_many)
+            assert self.snapshot() == before
 
     # What must hold at all times
 
@@ -160,18 +224,28 @@ class PagesUnderUse(RuleBasedStateMachine):
     def every_page_has_exactly_its_owners_and_none_is_lost(self):
         counts = [self.allocator.refcount(page) for page in range(self.allocator.num_pages)]
         assert counts == [self.owners(page) for page in range(self.allocator.num_pages)]
-        assert self.allocator.num_free == counts.count(0)
+        assert self.allocator.num_available == counts.count(0) == len(counts) - self.allocator.num_owned
+        assert self.allocator.num_cached == len(self.cached) == counts.count(0) - self.allocator.num_free
         held = self.table.page_owners()
         assert held == [[s for s in self.expected if p in self.table.pages(s)] for p in range(len(counts))]
 
     @invariant()
-    def all_free_pages_can_be_had_and_no_other(self):
-        free = self.allocator.num_free
-        pages = self.allocator.allocate(free)
-        assert sorted(pages) == [p for p in range(self.allocator.num_pages) if not self.owners(p)]
+    def kept_pages_hold_what_they_held_when_they_were_kept(self):
+        assert {page: self.pool[page] for page in self.kept} == self.kept
+
+    @invariant()
+    def a_generation_counts_how_often_content_was_dropped(self):
+        assert [self.allocator.generation(p) for p in range(self.allocator.num_pages)] == self.generations
+
+    @invariant()
+    def free_pages_can_be_had_without_touching_the_cached_ones_and_then_no_more_than_these(self):
+        pages = self.allocator.allocate(self.allocator.num_free)
+        unowned = [p for p in range(self.allocator.num_pages) if not self.owners(p)]
+        assert sorted([*pages, *self.cached]) == unowned
         with pytest.raises(OutOfPages):
-            self.allocator.allocate(1)
+            self.allocator.allocate(len(self.cached) + 1)
         assert self.allocator.free(pages) == pages
+        self.dropped(pages)
 
     @invariant()
     def the_batch_arrays_agree(self):

@@ -127,6 +127,18 @@ def test_an_owner_outside_the_table_also_makes_a_page_shared():
     assert table.allocator.refcount(0) == 1
 
 
+def test_a_page_whose_content_is_kept_is_copied_before_it_is_written_and_stays_cached():
+    table = make_table()
+    table.add("a")
+    table.append("a", 8)
+    table.allocator.keep([1])
+    assert table.trim("a", 6) == []
+    assert table.pages_needed("a", 1) == 1
+    assert table.append("a", 1).copies == [(1, 2)]
+    assert table.pages("a") == [0, 2]
+    assert (table.allocator.num_cached, table.allocator.generation(1)) == (1, 0)
+
+
 def test_a_sequence_cut_back_into_a_shared_page_copies_it_before_it_writes():
     table = make_table()
     table.add("a")
@@ -325,3 +337,14 @@ def test_a_negative_number_of_tokens_is_refused(call):
 def test_a_page_holds_at_least_one_token(page_size):
     with pytest.raises(ArgumentError, match="page_size must be an int of at least 1"):
         make_table(page_size=page_size)
+
+
+def test_a_table_says_how_much_it_holds():
+    table = make_table()
+    table.add("a")
+    table.append("a", 6)
+    table.fork("a", "b")
+    assert repr(table) == (
+        "PageTable(2 sequences of 12 tokens in all, page_size=4, "
+        "PageAllocator(num_pages=16: 2 owned, 0 cached, 14 free))"
+    )

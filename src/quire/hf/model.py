@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from quire.debug import debug_enabled
 from quire.errors import ArgumentError
 from quire.hf import limits
 from quire.hf.admit import guard
@@ -19,7 +20,7 @@ from quire.hf.step import Step
 from quire.kernels import resolve_backend
 from quire.pages import PageAllocator
 from quire.pages.huge_pages import collapse_to_huge_pages
-from quire.spec import KVDtype
+from quire.spec import KVDtype, check_bytes, check_size, existing_device
 
 DEFAULT_CPU_POOL_BYTES = 1 << 30
 DEFAULT_GPU_POOL_SHARE = 0.8  # of what the weights leave free; the rest is for activations
@@ -65,6 +66,11 @@ class PagedModel:
                 f"only one of num_pages and memory_bytes may be given; got {num_pages} and {memory_bytes}. "
                 "Fix: leave one of them None"
             )
+        check_size("page_size", page_size)
+        if num_pages is not None:
+            check_size("num_pages", num_pages)
+        if memory_bytes is not None:
+            memory_bytes = check_bytes("memory_bytes", memory_bytes)
         guard.check_config(model)
         self._forward = PackedForward(model, compile=compile)
         shapes = guard.layer_shapes(model, self._forward)
@@ -83,7 +89,8 @@ class PagedModel:
         self._cache = PagedCache(
             shapes, page_size=page_size, num_pages=num_pages, kv_dtype=kv_dtype, device=model.device
         )
-        self.allocator = PageAllocator(num_pages)  # one per pool: every engine on this model draws from it
+        # One per pool: every engine on this model draws from it.
+        self.allocator = PageAllocator(num_pages, on_drop=self.poison if debug_enabled() else None)
         self.lock = threading.RLock()
 
     @classmethod
@@ -106,10 +113,11 @@ class PagedModel:
 
         Raises:
             ModelError: the folder holds no usable model.
+            DeviceError: this torch or machine has no such device.
             UnsupportedError, ArgumentError: as for PagedModel.
         """
         return cls(
-            load_model(path, dtype, device),
+            load_model(path, dtype, existing_device(device)),
             page_size=page_size,
             num_pages=num_pages,
             memory_bytes=memory_bytes,
@@ -177,6 +185,13 @@ class PagedModel:
         if named is None:
             return ()
         return tuple(named) if isinstance(named, (list, tuple)) else (int(named),)
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedModel({type(self.model).__name__}, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"page_size={self.page_size}, {self.num_pages * self.bytes_per_page / 1e6:.1f} MB of pages, "
+            f"{self.allocator!r})"
+        )
 
 
 def _default_pool_bytes(device: torch.device) -> int:

@@ -6,7 +6,6 @@ Shapes, strides and dtypes are read on the host: no check waits for a device. A 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Container, Hashable
 
@@ -15,10 +14,9 @@ import torch
 from quire.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from quire.kernels.call import AttentionCall, Scoring
 from quire.planning.checks import check_tensor, describe, given
-from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype
+from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype, existing_device
 
 PAGES = "[num_kv_heads, num_pages, page_size, head_dim]"
-_CPU = torch.device("cpu")
 _KV_NAMES: dict[torch.dtype, KVDtype] = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}  # type: ignore[misc]
 
 
@@ -66,38 +64,6 @@ def _by_name(scoring: Scoring) -> dict[str, torch.Tensor | None]:
 def resolve_device(device: torch.device | str | None, page_table: torch.Tensor) -> torch.device:
     """Where q and the pages will be: page_table's device when None."""
     return page_table.device if device is None else existing_device(device)
-
-
-def existing_device(device: torch.device | str) -> torch.device:
-    """A device as its tensors will say it: "cuda" with a number, "cpu:0" without.
-
-    Raises:
-        DeviceError: there is none here.
-    """
-    if device in ("cpu", _CPU):
-        return _CPU
-    if isinstance(device, torch.device) and device.index is not None:
-        return _numbered_device(device)
-    return _device_of_a_tensor(device)
-
-
-def _device_of_a_tensor(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except Exception as error:  # each of torch's devices fails in its own way, and some with pages of text
-        raise DeviceError(
-            f"device must be one that this torch and machine have; got {device!r} ({_first_line(error)}). "
-            'Fix: device="cpu", or a torch built for that device'
-        ) from error
-
-
-# "cuda" alone is another device after torch.cuda.set_device; one with a number stays what it was.
-_numbered_device = functools.cache(_device_of_a_tensor)
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).partition("\n")[0].rstrip(".")
-    return line if len(line) <= 100 else f"{line[:100]} …"
 
 
 def check_devices(like: str, device: torch.device, **tensors: torch.Tensor | None) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError, OutOfPages
-from quire.spec import AttentionSpec, check_size
+from quire.spec import AttentionSpec, check_bytes, check_size, existing_device
 
 _BIT_PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per element
 _HUGE_PAGE_BYTES = 1 << 21
@@ -35,9 +35,10 @@ class KVPool:
         k, v: [num_layers, num_kv_heads, num_pages, page_size, head_dim], spec.storage_dtype; v ends in
             spec.out_dim.
         k_scale, v_scale: fp32 [num_layers, num_kv_heads, num_pages, page_size], or None.
-        debug: whether QUIRE_DEBUG=1 was set; who frees pages then calls `poison` on them.
+        debug: whether QUIRE_DEBUG=1 was set; who drops the content of pages then calls `poison` on them.
     Raises:
         ArgumentError: a size below one.
+        DeviceError: this torch or machine has no such device.
         OutOfPages: more than the device's memory holds.
     Cost: num_layers × num_pages × spec.bytes_per_page bytes; on a CPU the system provides them as
         they are first touched.
@@ -55,7 +56,7 @@ class KVPool:
         self.spec = spec
         self.num_layers = num_layers
         self.num_pages = num_pages
-        self.device = torch.device(device)
+        self.device = existing_device(device)
         self.debug = debug_enabled()
         self.k = self._empty_pages(spec.head_dim, spec.page_stride)
         self.v = self._empty_pages(spec.out_dim, spec.value_page_stride)
@@ -75,11 +76,11 @@ class KVPool:
         """Make the largest pool whose tensors take at most memory_bytes.
 
         Raises:
-            ArgumentError: not even one page per layer fits, or num_layers is below one.
+            ArgumentError: not even one page per layer fits, num_layers is below one, or memory_bytes is no number.
         """
         check_size("num_layers", num_layers)
         bytes_per_page = num_layers * spec.bytes_per_page
-        num_pages = int(memory_bytes // bytes_per_page)
+        num_pages = check_bytes("memory_bytes", memory_bytes) // bytes_per_page
         if num_pages < 1:
             raise ArgumentError(
                 f"memory_bytes must hold at least one page of {num_layers} layers, {bytes_per_page} bytes; "
@@ -141,6 +142,14 @@ class KVPool:
                 # Through bits: PyTorch has no index_fill_ for float8.
                 nan = torch.tensor(float("nan"), dtype=tensor.dtype)
                 _as_bits(tensor).index_fill_(2, index, int(_as_bits(nan).item()))
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return (
+            f"KVPool({self.num_layers} layers of {self.num_pages} pages of {spec.page_size} tokens, "
+            f"{spec.num_kv_heads} heads of {spec.head_dim} in {str(spec.storage_dtype).removeprefix('torch.')}, "
+            f"{self.nbytes / 1e6:.1f} MB on {self.device})"
+        )
 
     def _empty_pages(self, width: int, page_stride: int) -> torch.Tensor:
         spec = self.spec

@@ -43,7 +43,8 @@ class PageTable:
     """The pages of every live sequence, in logical order.
 
     Token t of a sequence lives in its page number t // page_size, at offset t % page_size. Several
-    sequences may share a page; one is written only while it has a single owner.
+    sequences may share a page; one is written only while it has a single owner and its content is not
+    kept (see `PageAllocator.keep`).
 
     Each sequence keeps its page ids in a growing `array` of int32: appending one costs what a list
     append costs, and `dense` and `csr` only join buffers.
@@ -85,9 +86,9 @@ class PageTable:
         self._sequences[seq_id] = _Pages(array("i"), 0)
 
     def pages_needed(self, seq_id: Hashable, num_tokens: int) -> int:
-        """Free pages that `append` would take now, the copy-on-write page included.
+        """Pages that `append` would allocate now, the copy-on-write page included.
 
-        When the sum over several sequences is at most `allocator.num_free`, all their appends
+        When the sum over several sequences is at most `allocator.num_available`, all their appends
         succeed. The sum can exceed what they take: of sequences that share one partial page each
         counts a copy, and the last to append may write in place.
 
@@ -99,8 +100,8 @@ class PageTable:
     def append(self, seq_id: Hashable, num_tokens: int) -> AppendResult:
         """Make room for the next num_tokens tokens of a sequence.
 
-        A partially filled last page that someone else owns too is replaced by a private page, and
-        the copy to make is reported. Carry out the copies of a step in the order of the appends
+        A partially filled last page that someone else owns too, or whose content is kept, is replaced
+        by a private page, and the copy to make is reported. Carry out the copies of a step in the order of the appends
         and before writing its tokens; they may be collected into one `KVPool.copy_pages`.
 
         Raises:
@@ -115,7 +116,7 @@ class PageTable:
         needed = self._pages_needed(sequence, num_tokens)
         if needed:
             fresh = self.allocator.allocate(needed)
-            if num_tokens and self._last_page_is_partial_and_shared(sequence):
+            if self._last_page_must_be_copied(sequence):
                 shared = pages.pop()
                 self.allocator.free([shared])
                 copies.append((shared, fresh[0]))
@@ -142,11 +143,11 @@ class PageTable:
     def trim(self, seq_id: Hashable, length: int) -> list[int]:
         """Drop tokens from the end until `length` are left, as speculative decoding does.
 
-        Pages left without a token of this sequence are given up. The new last page may be shared:
-        the next append then copies it.
+        Pages left without a token of this sequence are given up. The new last page may be shared or
+        kept: the next append then copies it.
 
         Returns:
-            Pages that are free now, to be poisoned in debug runs.
+            Pages that are free now: those that no one else owns and that are not kept.
         Raises:
             ArgumentError: unknown sequence, or length is not from 0 to its present length.
         Cost: O(pages dropped).
@@ -167,7 +168,7 @@ class PageTable:
         """End a sequence and give up its pages.
 
         Returns:
-            Pages that are free now: those that no one else owns.
+            Pages that are free now: those that no one else owns and that are not kept.
         Raises:
             ArgumentError: unknown sequence.
         Cost: O(pages of the sequence).
@@ -251,10 +252,17 @@ class PageTable:
         if not num_tokens:
             return 0
         pages_after = -(-(sequence.length + num_tokens) // self.page_size)
-        return pages_after - len(sequence.pages) + self._last_page_is_partial_and_shared(sequence)
+        return pages_after - len(sequence.pages) + self._last_page_must_be_copied(sequence)
 
-    def _last_page_is_partial_and_shared(self, sequence: _Pages) -> bool:
-        return sequence.length % self.page_size != 0 and self.allocator.refcount(sequence.pages[-1]) > 1
+    def _last_page_must_be_copied(self, sequence: _Pages) -> bool:
+        return sequence.length % self.page_size != 0 and not self.allocator.is_private(sequence.pages[-1])
+
+    def __repr__(self) -> str:
+        tokens = sum(sequence.length for sequence in self._sequences.values())
+        return (
+            f"PageTable({len(self._sequences)} sequences of {tokens} tokens in all, page_size={self.page_size}, "
+            f"{self.allocator!r})"
+        )
 
 
 def _slots(pages: array[int], page_size: int, first: int, num_tokens: int) -> npt.NDArray[np.int64]:
