@@ -142,7 +142,7 @@ def test_fit_takes_a_float_such_as_1e6():
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), "nonsense"])
 def test_a_device_that_is_not_there_is_one_sentence(device):
     with pytest.raises(
-        DeviceError, match="device must be one that this torch and machine have; got .* Fix: "
+        DeviceError, match=r"device must be one that this torch and machine have; got .* Fix: "
     ):
         KVPool(make_spec(), num_layers=1, num_pages=1, device=device)
 

@@ -19,7 +19,7 @@ from quire.planning import checks as step_checks
 from quire.planning.checks import describe
 from quire.planning.step import largest_work, plan_step
 from quire.planning.work_list import Capacity, Tiling
-from quire.spec import AttentionSpec
+from quire.spec import AttentionSpec, existing_device
 
 # Numbers of tokens for which a Planner keeps its bound calls: as many as decode has batch sizes, or nearly.
 KEPT_BOUND = 256
@@ -131,7 +131,7 @@ class Planner:
         _check_spec(spec)
         self.limits = step_checks.Limits.checked(max_batch, max_seq_len, max_q_len, max_tokens)
         self.spec, self.causal, self.window_left = spec, causal, window_left
-        self.device = checks.existing_device(device)
+        self.device = existing_device(device)
         self.backend, self._kernels, self._tiling = _service(backend, spec, self.device, batch_invariant)
         self._reserved = self._reserve()
         # By a step's number of tokens, the latest last.
