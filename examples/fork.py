@@ -26,8 +26,8 @@ def append(name, num_tokens):
 
 
 def show(what):
-    used = allocator.num_pages - allocator.num_free
-    print(f"{what:34} parent {table.pages('parent')}  child {table.pages('child')}  {used} pages in use")
+    used = f"{allocator.num_owned} pages in use"
+    print(f"{what:34} parent {table.pages('parent')}  child {table.pages('child')}  {used}")
 
 
 table.add("parent")

@@ -13,14 +13,17 @@ PAGE_SIZE = 4
 
 
 def request(request_id, *, prompt=2, generated=0, computed=None, finish_reason=None, preemptions=0, text=""):
-    return SimpleNamespace(
-        request_id=request_id,
-        prompt="def f():\n",
+    sequence = SimpleNamespace(
+        seq_id=request_id,
         text=text,
         tokens=[0] * (prompt + generated),
         num_prompt_tokens=prompt,
         num_computed=prompt if computed is None else computed,
-        finish_reason=finish_reason,
+    )
+    return SimpleNamespace(
+        sequences=[sequence],
+        prompt="def f():\n",
+        finished=finish_reason is not None,
         preemptions=preemptions,
     )
 
@@ -54,7 +57,8 @@ def test_letters_name_the_owner_of_each_page(engine):
     for page, letter in (*((p, "A") for p in pages(10)), *((p, "B") for p in pages(11)), (pages(12)[0], "*")):
         expected[page] = letter
     assert row == "".join(expected)
-    assert head.startswith("after step 7: 5 of 7 pages in use")
+    # 8 + 7 + 4 tokens in 20 slots: those that C and D share count once.
+    assert head.startswith("after step 7: 5 of 7 pages in use, 2.5 MB, 5.0 % of their slots empty")
 
 
 def test_rows_of_letters_break_at_the_given_width_and_lose_no_page(engine):

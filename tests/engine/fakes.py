@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quire.hf import Step
+from quire.pages import PageAllocator
 
 EMPTY = -1
 EOS = 256
@@ -37,6 +39,8 @@ class FakeModel:
         eos_token_ids: tuple[int, ...] = (),
         rule: Rule | None = None,
     ) -> None:
+        self.allocator = PageAllocator(num_pages)
+        self.lock = threading.RLock()
         self.num_pages = num_pages
         self.page_size = page_size
         self.vocab_size = vocab_size
@@ -50,6 +54,11 @@ class FakeModel:
     def logits_of(self, history: np.ndarray) -> np.ndarray:
         seed = zlib.crc32(np.ascontiguousarray(history, dtype=np.int64).tobytes())
         return np.random.default_rng(seed).standard_normal(self.vocab_size).astype(np.float32)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        pages = self.slots.reshape(self.num_pages, self.page_size, 2)
+        for source, destination in copies:
+            pages[destination] = pages[source]
 
     def forward(self, step: Step) -> torch.Tensor:
         slots = step.slot_mapping.numpy()

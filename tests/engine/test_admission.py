@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quire.engine.admission import max_length
-from quire.engine.request import SamplingParams
+from quire.engine.params import SamplingParams
 from quire.errors import ArgumentError
 
 from .fakes import FakeModel

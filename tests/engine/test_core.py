@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from quire.engine.core import Engine
-from quire.engine.request import RequestOutput, SamplingParams
+from quire.engine.params import SamplingParams
+from quire.engine.request import RequestOutput
 from quire.errors import ArgumentError, OutOfPages, UnsupportedError
 
 from .fakes import EOS, FakeModel, byte_tokenizer, scripted
@@ -97,13 +98,14 @@ def test_a_token_that_one_request_cannot_accept_loses_no_other_requests_delta():
     engine = Engine(FakeModel())
     ids = [engine.add_request([i, 2, 3], SamplingParams(max_tokens=2)) for i in range(3)]
     engine.step()
-    accept = engine.requests[ids[1]].accept
+    [sequence] = engine.requests[ids[1]].sequences
+    accept = sequence.accept
 
     def failing(token):
         accept(token)
         raise ValueError("no text")
 
-    engine.requests[ids[1]].accept = failing
+    sequence.accept = failing
     with pytest.raises(ValueError, match="no text"):
         engine.step()
     assert all_pages_are_free(engine)

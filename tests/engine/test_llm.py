@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quire.engine.llm import LLM
-from quire.engine.request import SamplingParams
+from quire.engine.params import SamplingParams
 from quire.errors import ArgumentError, ModelError
 from quire.hf import PagedModel
 

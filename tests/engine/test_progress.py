@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 from quire.engine.progress import progress_bar
-from quire.engine.request import Delta, RequestOutput
+from quire.engine.request import CompletionOutput, Delta, RequestOutput
 
 
 def finished(request_id: int) -> RequestOutput:
-    return RequestOutput(request_id, None, [1], "", [2], "length", 0.1, 0.2, 0)
+    return RequestOutput(request_id, None, [1], [CompletionOutput(0, "", [2], "length")], 0.1, 0.2, 0)
 
 
 def test_it_counts_requests_and_tokens_on_stderr(capsys):
@@ -23,7 +23,7 @@ def test_it_counts_requests_and_tokens_on_stderr(capsys):
 
 def test_by_default_nothing_is_shown_where_stderr_is_no_terminal(capsys):
     with progress_bar(1, shown=None) as advance:
-        advance([Delta(0, 0, "a", [1])])
+        assert advance is None
     assert capsys.readouterr().err == ""
 
 
@@ -31,7 +31,7 @@ def test_by_default_it_is_shown_on_a_terminal_and_can_be_turned_off(capsys, monk
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
     with progress_bar(1, shown=False) as advance:
-        advance([Delta(0, 0, "a", [1])])
+        assert advance is None
     assert capsys.readouterr().err == ""
     with progress_bar(1, shown=None) as advance:
         advance([Delta(0, 0, "a", [1], finished(0))])

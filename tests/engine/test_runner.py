@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from quire.engine.request import Request, SamplingParams
+from quire.engine.params import SamplingParams
+from quire.engine.request import Request
 from quire.engine.runner import build_step
 from quire.engine.scheduler import Chunk
+from quire.engine.sequence import Sequence
 from quire.pages import PageAllocator, PageTable
 
 
 def test_chunks_are_packed_end_to_end_each_at_its_own_position_and_slots():
     table = PageTable(PageAllocator(8), page_size=4)
     decoding, in_prompt, whole = (
-        Request(i, tokens, SamplingParams(), max_length=99, stop_token_ids=frozenset())
+        Sequence(i, tokens, SamplingParams(), max_length=99, stop_token_ids=frozenset())
         for i, tokens in enumerate([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25], [30, 31]])
     )
-    for request, num_computed in ((decoding, 4), (in_prompt, 2), (whole, 0)):
-        table.add(request.request_id)
-        table.append(request.request_id, num_computed)  # pages 0 and 1
-        request.num_computed = num_computed
+    for sequence, num_computed in ((decoding, 4), (in_prompt, 2), (whole, 0)):
+        table.add(sequence.seq_id)
+        table.append(sequence.seq_id, num_computed)  # pages 0 and 1
+        sequence.num_computed = num_computed
     chunks = [
-        Chunk(request, num_tokens, table.append(request.request_id, num_tokens).slot_mapping)
-        for request, num_tokens in ((decoding, 1), (in_prompt, 3), (whole, 2))  # pages 2, 3 and 4
+        Chunk(Request([sequence]), sequence, num_tokens, *table.append(sequence.seq_id, num_tokens))
+        for sequence, num_tokens in ((decoding, 1), (in_prompt, 3), (whole, 2))  # pages 2, 3 and 4
     ]
     assert [chunk.is_last for chunk in chunks] == [True, False, True]
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quire.engine.request import Request, SamplingParams
+from quire.engine.params import SamplingParams
 from quire.engine.sampler import _keep_top_p, sample
+from quire.engine.sequence import Sequence
 
 
-def request(**params) -> Request:
-    return Request(0, [0], SamplingParams(**params), max_length=99, stop_token_ids=frozenset())
+def sequence(**params) -> Sequence:
+    return Sequence(0, [0], SamplingParams(**params), max_length=99, stop_token_ids=frozenset())
 
 
 def draws(logits: torch.Tensor, count: int = 400, **params) -> list[int]:
-    """Tokens of `count` requests with seeds 0, 1, ... that all see the same logits."""
-    requests = [request(seed=seed, **params) for seed in range(count)]
-    return sample(logits.expand(count, -1), requests)
+    """Tokens of `count` sequences with seeds 0, 1, ... that all see the same logits."""
+    sequences = [sequence(seed=seed, **params) for seed in range(count)]
+    return sample(logits.expand(count, -1), sequences)
 
 
 PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
@@ -25,7 +26,7 @@ LOGITS = PROBABILITIES.log()[None]
 
 def test_temperature_zero_takes_what_argmax_takes_also_in_a_tie():
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 1e-6]])
-    assert sample(logits, [request()] * 3) == logits.argmax(-1).tolist() == [1, 0, 3]
+    assert sample(logits, [sequence()] * 3) == logits.argmax(-1).tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize(
@@ -98,15 +99,15 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch():
         {"temperature": 2.0, "top_k": 50, "top_p": 0.5},
     ]
     for seed in range(30):
-        together = sample(logits, [request(seed=seed, **p) for p in params])
-        alone = [sample(logits[[i]], [request(seed=seed, **p)])[0] for i, p in enumerate(params)]
-        pair = sample(logits[2:4], [request(seed=seed, **p) for p in params[2:4]])
+        together = sample(logits, [sequence(seed=seed, **p) for p in params])
+        alone = [sample(logits[[i]], [sequence(seed=seed, **p)])[0] for i, p in enumerate(params)]
+        pair = sample(logits[2:4], [sequence(seed=seed, **p) for p in params[2:4]])
         assert together == alone
         assert pair == together[2:4]
 
 
 def test_a_draw_takes_one_number_whatever_the_filters():
-    plain, filtered = request(seed=5, temperature=1.0), request(seed=5, temperature=1.0, top_k=2, top_p=0.9)
+    plain, filtered = sequence(seed=5, temperature=1.0), sequence(seed=5, temperature=1.0, top_k=2, top_p=0.9)
     sample(LOGITS.expand(2, -1), [plain, filtered])
     assert torch.equal(plain.generator.get_state(), filtered.generator.get_state())
 
@@ -124,20 +125,20 @@ def test_tokens_ruled_out_by_the_model_are_never_drawn():
 
 def test_a_row_of_nan_leaves_the_others_alone():
     logits = torch.cat([LOGITS, torch.full((1, 4), torch.nan), LOGITS])
-    tokens = sample(logits, [request(seed=s, temperature=1.0, top_p=0.9) for s in range(3)])
+    tokens = sample(logits, [sequence(seed=s, temperature=1.0, top_p=0.9) for s in range(3)])
     assert tokens[0] == draws(LOGITS, 1, temperature=1.0, top_p=0.9)[0]
     assert 0 <= tokens[1] < 4
 
 
 def test_logits_are_not_changed():
     logits = LOGITS.clone()
-    sample(logits, [request(temperature=0.5, top_k=2, top_p=0.5)])
+    sample(logits, [sequence(temperature=0.5, top_k=2, top_p=0.5)])
     assert torch.equal(logits, LOGITS)
 
 
 def test_without_a_seed_the_global_seed_repeats_the_draws():
     torch.manual_seed(7)
-    first = [sample(LOGITS, [request(temperature=1.0)])[0] for _ in range(20)]
+    first = [sample(LOGITS, [sequence(temperature=1.0)])[0] for _ in range(20)]
     torch.manual_seed(7)
-    assert [sample(LOGITS, [request(temperature=1.0)])[0] for _ in range(20)] == first
+    assert [sample(LOGITS, [sequence(temperature=1.0)])[0] for _ in range(20)] == first
     assert len(set(first)) > 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from quire.engine.request import Request, SamplingParams
+from quire.engine.params import SamplingParams
+from quire.engine.request import Request
 from quire.engine.scheduler import Scheduler
+from quire.engine.sequence import Sequence
 from quire.pages import PageAllocator, PageTable
 
 PAGE_SIZE = 4
@@ -15,23 +17,27 @@ def make_scheduler(*, num_pages=100, max_batch_tokens=100, max_num_seqs=100) -> 
 
 
 def make_request(request_id: int, num_tokens: int) -> Request:
-    return Request(request_id, [0] * num_tokens, SamplingParams(), max_length=999, stop_token_ids=frozenset())
+    return Request([make_sequence(request_id, num_tokens)])
+
+
+def make_sequence(seq_id: int, num_tokens: int) -> Sequence:
+    return Sequence(seq_id, [0] * num_tokens, SamplingParams(), max_length=999, stop_token_ids=frozenset())
 
 
 def run(scheduler: Scheduler, chunks) -> None:
-    """What the engine does with chunks: their tokens are computed, a complete request gets its next token."""
+    """What the engine does with chunks: their tokens are computed, a complete sequence gets its next token."""
     for chunk in chunks:
         complete = chunk.is_last
-        chunk.request.num_computed += chunk.num_tokens
+        chunk.sequence.num_computed += chunk.num_tokens
         if complete:
-            chunk.request.accept(0)
+            chunk.sequence.accept(0)
 
 
 def step(scheduler: Scheduler) -> dict[int, int]:
-    """One step; request id → tokens it was given."""
+    """One step; seq_id → tokens it was given."""
     chunks = scheduler.schedule()
     run(scheduler, chunks)
-    return {chunk.request.request_id: chunk.num_tokens for chunk in chunks}
+    return {chunk.sequence.seq_id: chunk.num_tokens for chunk in chunks}
 
 
 def test_running_requests_decode_first_and_prompts_share_what_is_left():
@@ -80,7 +86,7 @@ def test_the_youngest_gives_its_pages_to_an_older_request_and_waits_in_front():
         0: 1
     }  # request 0 begins a third page; requests 2 and 1 made room or stood still
     assert requests[2].preemptions == 1
-    assert requests[2].num_computed == 0
+    assert requests[2].sequences[0].num_computed == 0
     assert [request.request_id for request in scheduler.waiting] == [2, 3]
 
 
@@ -90,7 +96,7 @@ def test_a_preempted_request_computes_prompt_and_generated_tokens_again():
     scheduler.add(request)
     for _ in range(3):
         step(scheduler)
-    assert len(request.tokens) == 7
+    assert len(request.sequences[0].tokens) == 7
     scheduler.preempt_all()
     assert scheduler.table.allocator.num_free == 100
     assert step(scheduler) == {0: 7}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.engine.core import Engine
-from quire.engine.request import SamplingParams
+from quire.engine.params import SamplingParams
 from quire.errors import ArgumentError
 
 from .fakes import FakeModel
@@ -86,7 +86,7 @@ class EngineMachine(RuleBasedStateMachine):
             return
         # Every step computes at least one token of the oldest request, and nothing takes its pages:
         # so this many steps are enough, or the engine runs in circles.
-        for _ in range(sum(len(r.tokens) + 40 for r in self.engine.requests.values())):
+        for _ in range(sum(len(r.sequences[0].tokens) + 40 for r in self.engine.requests.values())):
             self._step()
         assert not self.engine.has_unfinished
         assert self.got == self.expected

@@ -111,7 +111,7 @@ def _show(console: Console, llm: LLM, prompts: Sequence[str], params: SamplingPa
 
         def look(step: int, requests: list[Request]) -> None:
             nonlocal fullest
-            used = llm.table.allocator.num_pages - llm.table.allocator.num_free
+            used = llm.table.allocator.num_owned
             if used >= fullest[0]:
                 fullest = (used, draw(llm, requests, step=step, width=PICTURE_WIDTH))
             watch(step, requests)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -56,18 +56,23 @@ def draw(engine: Engine, requests: Sequence[Request], *, step: int, width: int) 
 
 def plain(engine: Engine, requests: Sequence[Request], *, step: int, columns: int = 64) -> str:
     """The page map in letters, for pipes and files: A, B, C, … own a page, * is shared, . is free."""
-    letters = {request.request_id: LETTERS[i % 26] for i, request in enumerate(requests)}
+    letters = _by_sequence(requests, lambda i: LETTERS[i % 26])
     cells = [
-        PLAIN_SHARED if len(owners) > 1 else letters.get(owners[0], "?") if owners else "."  # type: ignore[call-overload]
+        PLAIN_SHARED if len(owners) > 1 else letters.get(owners[0], "?") if owners else "."
         for owners in engine.table.page_owners()
     ]
     rows = ["".join(cells[start : start + columns]) for start in range(0, len(cells), columns)]
     return "\n".join([f"after step {step}: {_totals(engine).plain}", *rows])
 
 
+def _by_sequence(requests: Sequence[Request], sign: Callable[[int], str]) -> dict[Hashable, str]:
+    """The sign of each request, by the seq_id of its sequences: what the page table knows them by."""
+    return {s.seq_id: sign(i) for i, request in enumerate(requests) for s in request.sequences}
+
+
 def _cells(engine: Engine, requests: Sequence[Request], columns: int) -> Text:
     table = engine.table
-    colours = {request.request_id: colour_of(i) for i, request in enumerate(requests)}
+    colours = _by_sequence(requests, colour_of)
     partial = {table.pages(seq_id)[-1] for seq_id in table.seq_ids if table.length(seq_id) % table.page_size}
     text = Text()
     for page, owners in enumerate(table.page_owners()):
@@ -78,7 +83,7 @@ def _cells(engine: Engine, requests: Sequence[Request], columns: int) -> Text:
         elif len(owners) > 1:
             text.append(SHARED + " ", SHARED_COLOUR)
         else:
-            text.append((PARTIAL if page in partial else FULL) + " ", colours.get(owners[0], "default"))  # type: ignore[call-overload]
+            text.append((PARTIAL if page in partial else FULL) + " ", colours.get(owners[0], "default"))
     return text
 
 
@@ -89,15 +94,16 @@ def _rows(engine: Engine, requests: Sequence[Request], width: int) -> Table:
     for name in ("prompt", "new", "pages"):
         rows.add_column(name, justify="right", no_wrap=True)
     rows.add_column("text", no_wrap=True, ratio=1, overflow="crop")
-    live = set(engine.table.seq_ids)
     for i, request in enumerate(requests):
         colour = colour_of(i)
-        held = len(engine.table.pages(request.request_id)) if request.request_id in live else 0
+        live = [s.seq_id for s in request.sequences if s.seq_id in engine.table]
+        held = len({page for seq_id in live for page in engine.table.pages(seq_id)})
+        prompt = request.sequences[0].num_prompt_tokens
         rows.add_row(
             Text(f"{FULL} {LETTERS[i % 26]}", colour),
-            _state(request, request.request_id in live),
-            str(request.num_prompt_tokens),
-            str(len(request.tokens) - request.num_prompt_tokens),
+            _state(request, bool(live)),
+            str(prompt),
+            str(sum(len(s.tokens) - prompt for s in request.sequences)),
             str(held) if held else Text("–", "grey42"),
             _tail(request, max(8, width - 43)),
         )
@@ -105,21 +111,21 @@ def _rows(engine: Engine, requests: Sequence[Request], width: int) -> Table:
 
 
 def _state(request: Request, holds_pages: bool) -> Text:
-    if request.finish_reason is not None:
+    if request.finished:
         return Text("done", "grey62")
     if not holds_pages:
         return Text(
             "gave pages" if request.preemptions else "waiting",
             "bold red" if request.preemptions else "grey62",
         )
-    if request.num_computed < request.num_prompt_tokens:
+    if any(s.num_computed < s.num_prompt_tokens for s in request.sequences):
         return Text("reading", "cyan")
     return Text("writing", "bold green")
 
 
 def _tail(request: Request, size: int) -> Text:
-    """The end of the prompt, dim, and of what was generated, on one line."""
-    written = _one_line(request.text)[-size:]
+    """The end of the prompt, dim, and of what was generated first, on one line."""
+    written = _one_line(request.sequences[0].text)[-size:]
     prompt = _one_line(request.prompt or "")
     return Text.assemble((prompt[max(0, len(prompt) + len(written) - size) :], "grey50"), written)
 
@@ -129,12 +135,10 @@ def _one_line(text: str) -> str:
 
 
 def _totals(engine: Engine) -> Text:
-    table, allocator = engine.table, engine.table.allocator
-    used = allocator.num_pages - allocator.num_free
-    slots = used * table.page_size
-    filled = sum(table.length(seq_id) for seq_id in table.seq_ids)
+    used, filled = engine.table.occupancy()
+    slots = used * engine.table.page_size
     empty = f"{100 * (slots - filled) / slots:.1f} % of their slots empty" if slots else "no slot in use"
     return Text(
-        f"{used} of {allocator.num_pages} pages in use, "
+        f"{used} of {engine.table.allocator.num_pages} pages in use, "
         f"{used * engine.model.bytes_per_page / 1e6:.1f} MB, {empty}"
     )

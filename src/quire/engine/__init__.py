@@ -1,17 +1,29 @@
 """Requests in, tokens out: the engine over a model on pages.
 
-request.py     SamplingParams, Request, Delta, RequestOutput
-admission.py   which prompts can be served at all
+params.py      SamplingParams: what a caller asks for
+admission.py   which prompts and parameters can be served at all
+request.py     a request, what comes back from it, and who has read how much
+sequence.py    one text of a request: its tokens, and how many are in pages
 scheduler.py   who runs in the next step, and on whose pages
 runner.py      what runs, packed into one forward
 sampler.py     logits to tokens
 text.py        tokens to text, while they come
-core.py        Engine: the loop over these
-llm.py         LLM: the loop, with loading, generate and stream
+turns.py       engines on one model: one at a time, and pages for the oldest
+core.py        Engine: add_request and step, generate and stream, over all of these
+llm.py         LLM: an Engine that loads its model
 """
 
 from quire.engine.core import Engine, EngineStats
 from quire.engine.llm import LLM
-from quire.engine.request import Delta, RequestOutput, SamplingParams
+from quire.engine.params import SamplingParams
+from quire.engine.request import CompletionOutput, Delta, RequestOutput
 
-__all__ = ["LLM", "Delta", "Engine", "EngineStats", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Delta",
+    "Engine",
+    "EngineStats",
+    "RequestOutput",
+    "SamplingParams",
+]

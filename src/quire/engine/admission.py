@@ -1,19 +1,67 @@
-"""Which prompts can be served at all: checked once, before a request exists."""
+"""What may come in: prompts and parameters, checked once, before a request exists."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from quire.engine.request import SamplingParams
+from quire.engine.params import SamplingParams, is_token_id
 from quire.errors import ArgumentError
 
 if TYPE_CHECKING:
     from quire.hf import PagedModel
 
+Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
 
-def check_prompt(prompt: str | Sequence[int], token_ids: Sequence[int], model: PagedModel) -> None:
+
+def list_prompts(prompts: Prompts) -> list[Prompt]:
+    """A list of prompts, also where one alone was given.
+
+    Raises:
+        ArgumentError: neither text nor token ids nor a list of these.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if _is_list(prompts):
+        if len(prompts) and all(map(is_token_id, prompts)):
+            return [prompts]  # type: ignore[list-item]  # one prompt of token ids
+        wrong = [item for item in prompts if not isinstance(item, str) and not _is_list(item)]
+        if not wrong:
+            return list(prompts)  # type: ignore[arg-type]
+        raise ArgumentError(
+            "prompts must be text, token ids or a list of these; got a list with "
+            f"{type(wrong[0]).__name__} {wrong[0]!r:.60}. Fix: {_fix_of_item(wrong[0])}"
+        )
+    raise ArgumentError(
+        f"prompts must be text, token ids or a list of these; got {type(prompts).__name__}. "
+        f"Fix: {_fix('prompts', prompts)}"
+    )
+
+
+def list_params(params: Any, num_prompts: int) -> list[SamplingParams]:
+    """Parameters for each prompt.
+
+    Raises:
+        ArgumentError: neither one SamplingParams nor a list with one per prompt.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if not isinstance(params, (list, tuple)):
+        raise _wrong_params(params)
+    if len(params) != num_prompts:
+        raise ArgumentError(
+            f"params must be one SamplingParams or one per prompt, {num_prompts}; got {len(params)}. "
+            "Fix: SamplingParams(...) alone holds for all prompts"
+        )
+    for each in params:
+        if not isinstance(each, SamplingParams):
+            raise _wrong_params(each)
+    return list(params)
+
+
+def check_prompt(prompt: Prompt, token_ids: Sequence[int], model: PagedModel) -> None:
     """Refuse a prompt the model could not read.
 
     Args:
@@ -22,15 +70,21 @@ def check_prompt(prompt: str | Sequence[int], token_ids: Sequence[int], model: P
     Raises:
         ArgumentError: no tokens, something that is no token id, or no room for a token after it.
     """
+    if not _is_list(token_ids):
+        raise ArgumentError(
+            f"prompt must be text or a list of int token ids; got {type(token_ids).__name__}. "
+            f"Fix: {_fix('prompt', token_ids)}"
+        )
     if len(prompt) == 0 or len(token_ids) == 0:
         raise ArgumentError(
             f"prompt must not be empty; got {prompt!r}. "
             "Fix: give some text, or the id of the token the model begins with"
         )
-    if not all(isinstance(token, int) for token in token_ids):
+    if not all(map(is_token_id, token_ids)):
+        wrong = next(token for token in token_ids if not is_token_id(token))
         raise ArgumentError(
-            f"prompt must be text or a list of int token ids; got {token_ids!r:.60}. "
-            "Fix: tokenizer(text)['input_ids']"
+            "prompt must be text or a list of int token ids; got a list with "
+            f"{type(wrong).__name__} {wrong!r:.60}. Fix: tokenizer(text)['input_ids']"
         )
     low, high = min(token_ids), max(token_ids)
     if low < 0 or high >= model.vocab_size:
@@ -45,13 +99,26 @@ def check_prompt(prompt: str | Sequence[int], token_ids: Sequence[int], model: P
         )
 
 
+def check_text(text: str, index: int) -> None:
+    """Refuse text that a tokenizer could not encode.
+
+    Raises:
+        ArgumentError: half of a surrogate pair, which no encoding writes.
+    """
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ArgumentError(
+            f"prompt must be text that UTF-8 can hold; got a lone surrogate in prompt {index}, "
+            f"{text!r:.40}. Fix: decode its bytes with the right encoding"
+        )
+
+
 def max_length(num_prompt_tokens: int, params: SamplingParams, model: PagedModel) -> int:
-    """Most tokens a request may reach, its prompt included.
+    """Most tokens a sequence may reach, its prompt included.
 
     The last token is handed out but never computed, so it needs no slot.
 
     Raises:
-        ArgumentError: the request would not fit the whole pool even if it were alone.
+        ArgumentError: the sequence would not fit the whole pool even if it were alone.
     """
     num_slots = model.num_pages * model.page_size
     longest = sys.maxsize if model.max_seq_len is None else model.max_seq_len
@@ -68,3 +135,40 @@ def max_length(num_prompt_tokens: int, params: SamplingParams, model: PagedModel
             "Fix: a shorter prompt, a smaller max_tokens, or more memory for pages"
         )
     return longest
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+
+
+def _fix(name: str, value: object) -> str:
+    """What makes token ids, or a list of prompts, of something that is neither."""
+    if isinstance(value, Mapping) and "input_ids" in value:  # what a tokenizer returns
+        return f"{name}['input_ids']" + (".tolist()" if hasattr(value["input_ids"], "tolist") else "")
+    if hasattr(value, "tolist"):  # torch, NumPy
+        return f"{name}.tolist()"
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"bytes({name}).decode()"
+    if isinstance(value, Mapping) or not hasattr(value, "__iter__"):
+        return "give text, or tokenizer(text)['input_ids']"
+    return f"list({name})"
+
+
+def _fix_of_item(item: object) -> str:
+    if isinstance(item, Mapping) and "content" in item:
+        return "tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
+    if is_token_id(item):
+        return "one prompt per entry, text or a list of token ids"
+    return (
+        f"[{_fix('prompt', item)} for prompt in prompts]"
+        if hasattr(item, "__iter__")
+        else "one prompt per entry"
+    )
+
+
+def _wrong_params(got: object) -> ArgumentError:
+    fix = "SamplingParams(**params)" if isinstance(got, Mapping) else "params=SamplingParams(max_tokens=64)"
+    return ArgumentError(
+        f"params must be a SamplingParams, or a list with one per prompt; got {type(got).__name__} {got!r:.60}. "
+        f"Fix: {fix}"
+    )

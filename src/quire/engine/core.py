@@ -1,24 +1,38 @@
-"""The loop: schedule, forward, sample, hand out."""
+"""The engine: schedule, forward, sample, hand out, for any number of callers and threads."""
 
 from __future__ import annotations
 
 import itertools
+import threading
 import time
-from collections.abc import Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from quire.debug import debug_enabled
-from quire.engine.admission import check_prompt, max_length
-from quire.engine.request import Delta, Request, SamplingParams
-from quire.engine.runner import build_step
+from quire.engine.admission import (
+    Prompt,
+    Prompts,
+    check_prompt,
+    check_text,
+    list_params,
+    list_prompts,
+    max_length,
+)
+from quire.engine.params import SamplingParams
+from quire.engine.progress import progress_bar
+from quire.engine.request import Delta, Reader, Request, RequestOutput, raise_first_error
+from quire.engine.runner import run
 from quire.engine.sampler import sample
 from quire.engine.scheduler import Chunk, Scheduler
+from quire.engine.sequence import Sequence
 from quire.engine.text import TextStream
+from quire.engine.turns import turns_of
 from quire.errors import ArgumentError, OutOfPages, UnsupportedError
-from quire.pages import PageAllocator, PageTable
+from quire.pages import PageTable
 from quire.spec import check_size
 
 if TYPE_CHECKING:
@@ -26,8 +40,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_BATCH_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = 128
-
-Prompt = str | Sequence[int]
 
 
 @dataclass
@@ -38,7 +50,7 @@ class EngineStats:
         steps: packed forwards.
         computed_tokens: tokens that went through the model, those computed again included.
         generated_tokens: tokens handed out.
-        peak_pages: most pages in use at once.
+        peak_pages: most pages that its sequences held at once; a shared page counts once.
         peak_unused_slots: slots of those pages that held no token at that moment.
     """
 
@@ -52,16 +64,24 @@ class EngineStats:
 class Engine:
     """Serves requests with one model, a step at a time.
 
-    Not thread-safe: one thread adds, steps and aborts. An exception inside a step, Ctrl-C included,
-    leaks nothing: running requests give their pages back and would be computed again by the next step.
+    **Threads.** Every method may be called from any thread. `generate` and `stream` of all threads join one batch: one
+    of them runs the steps, the others sleep until their requests have news, and one of these takes over when
+    the first has what it waited for, is interrupted or fails. Requests that arrive during a step join the next one.
+
+    **Engines on one model** draw pages from `model.allocator` and take turns; see `Turns` for who gives pages to
+    whom when none are left. An engine that is dropped gives its pages back.
+
+    **Failures.** An exception inside a step, Ctrl-C included, is raised by whoever ran it and leaks nothing: running
+    requests give their pages back and are computed again by the next step. What fails for one
+    request alone is raised to the caller of that request.
 
     Args:
-        model: a model on pages; the engine owns all of its pages.
+        model: a model on pages.
         tokenizer: a fast transformers tokenizer; None: prompts and results are token ids.
         max_batch_tokens: most tokens in one step; more let prompts in faster, fewer keep steps short.
         max_num_seqs: most requests running at once.
     Attributes:
-        table: who owns which page: `table.page_owners()`, by request_id.
+        table: who owns which page: `table.page_owners()`, by seq_id; a request's first sequence has its request_id.
         requests: the live requests, waiting or running, by request_id.
         stats: totals since the engine was made.
     Raises:
@@ -82,25 +102,31 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self._decoder = None if tokenizer is None else decoder_of(tokenizer)
-        self.table = PageTable(PageAllocator(model.num_pages), model.page_size)
+        self.table = PageTable(model.allocator, model.page_size)
         self.requests: dict[int, Request] = {}
         self.stats = EngineStats()
-        self._scheduler = Scheduler(
-            self.table,
-            max_batch_tokens=max_batch_tokens,
-            max_num_seqs=max_num_seqs,
-            poison=model.poison if debug_enabled() else None,
-        )
-        self._request_ids = itertools.count()
-        self._unread: list[Delta] = []  # of a step that failed after it had drawn tokens
+        self._scheduler = Scheduler(self.table, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        self._turns = turns_of(model.lock)
+        self._turns.join(self, self._scheduler)
+        self._seq_ids = itertools.count()
+        self._encoding = threading.Lock()  # a tokenizer may change its settings while it encodes
+        self._news = threading.Condition()  # held while tokens are handed out, and while they are read
+        self._reader = Reader()  # what `step` has returned of the requests of `add_request`
+        self._is_driven = False  # whether a thread is in _drive's loop
+        self._sleepers: list[Callable[[], bool]] = []  # what the others there wait for
+
+    def __repr__(self) -> str:
+        num_running = len(self._scheduler.running)
+        num_waiting = len(self.requests) - num_running
+        return f"{type(self).__name__}({num_running} running, {num_waiting} waiting, {self.model!r})"
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self.requests or self._unread)
+        return bool(self.requests or self._reader.requests)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Queue a prompt.
+        """Queue a prompt, to be served by `step`.
 
         Args:
             prompt: text, or token ids.
@@ -113,7 +139,9 @@ class Engine:
                 request is touched.
         """
         token_ids = self._encode([prompt])[0] if isinstance(prompt, str) else prompt
-        request = self._make_request(prompt, params or SamplingParams(), token_ids)
+        request = self._make_request(prompt, list_params(params, 1)[0], token_ids)
+        with self._news:
+            self._reader.requests.append(request)
         self._enqueue(request)
         return request.request_id
 
@@ -121,78 +149,229 @@ class Engine:
         """Run one packed forward over what the scheduler chooses.
 
         Returns:
-            What each request gained that got a token in this step, or in a failed one before; empty when none
-            did.
+            What the requests of `add_request` gained since the last call, whoever ran the steps; requests of `generate`
+            and `stream` are served too and read by their own callers. Empty when none gained a token, also because
+            other engines on this model hold the pages for now.
         Raises:
-            OutOfPages: someone outside this engine holds so many pages that nothing can run.
+            OutOfPages: someone beside the engines holds so many pages that nothing can run.
         """
-        try:
-            chunks = self._scheduler.schedule()
-            if not chunks:
-                self._check_idle()
-                return self._take_unread()
-            self._count(chunks)
-            return self._advance(chunks)
-        except BaseException:
-            self._scheduler.preempt_all()
-            raise
+        self._run_step()
+        with self._news:
+            return self._reader.read()
 
     def abort(self, request_id: int) -> bool:
-        """End a request now and free its pages; False when it had ended already."""
+        """End a request and free its pages, after the step that runs now; False when it had ended already."""
         request = self.requests.get(request_id)
         if request is None:
             return False
-        request.finish("abort")
-        self._release(request)
-        return True
+        with self._news:
+            self._reader.forget(request)
+        if self._turns.is_mine:  # called from within a step, which may be using the request
+            self._turns.soon(lambda: self._end([request]))
+            return True
+        with self._turns.turn():
+            aborted = not request.finished
+            self._end([request])
+        self._wake()
+        return aborted
 
-    def _advance(self, chunks: Sequence[Chunk]) -> list[Delta]:
-        logits = self.model.forward(build_step(chunks, self.table))
-        complete = [chunk.request for chunk in chunks if chunk.is_last]
-        tokens = sample(logits, complete) if complete else []
-        for chunk in chunks:
-            chunk.request.num_computed += chunk.num_tokens
-        failure: Exception | None = None
-        for request, token in zip(complete, tokens, strict=True):
-            tokens_seen, chars_seen = len(request.tokens), len(request.text)
+    def generate(
+        self,
+        prompts: Prompts,
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all of them served together, and with those of other threads.
+
+        Args:
+            prompts: text, a list of texts, token ids, or a list of such lists.
+            params: for all prompts, or one per prompt; default: SamplingParams(), greedy.
+            progress: show a progress bar on stderr; None: when stderr is a terminal.
+        Returns:
+            One output per prompt, in their order; also for a single prompt a list.
+        Raises:
+            ArgumentError: a prompt that cannot be served (see `add_request`), named by its index
+                and before any work is done.
+        """
+        requests = self._make_requests(prompts, params)
+        with self._serving(requests), progress_bar(len(requests), shown=progress) as advance:
+            if advance is None:
+                self._drive(lambda: _are_settled(requests))
+            else:
+                for deltas in self._read(requests):
+                    advance(deltas)
+            raise_first_error(requests)
+        return [request.output() for request in requests]
+
+    def stream(
+        self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
+    ) -> Iterator[Delta]:
+        """Complete prompts, and hand out each token as it comes.
+
+        Args:
+            prompts, params: as for `generate`.
+        Returns:
+            An iterator of deltas, `delta.index` telling the prompts apart; a request's texts joined
+            are its `output.text`. This thread works only while the iterator is advanced; closing it, or
+            dropping it, aborts what has not finished and frees its pages.
+        Raises:
+            ArgumentError: as `generate`, at the call.
+        """
+        return self._stream(self._make_requests(prompts, params))
+
+    def _stream(self, requests: list[Request]) -> Iterator[Delta]:
+        with self._serving(requests):
+            for deltas in self._read(requests):
+                yield from deltas
+
+    def _read(self, requests: list[Request]) -> Iterator[list[Delta]]:
+        reader = Reader(requests)
+        while reader.requests:
+            self._drive(reader.has_news)
+            with self._news:
+                deltas = reader.read()
+            yield deltas
+
+    @contextmanager
+    def _serving(self, requests: list[Request]) -> Iterator[None]:
+        try:
+            for request in requests:
+                self._enqueue(request)
+            yield
+        finally:
+            if not all(request.finished for request in requests):
+                # Not in a turn of one's own: a stream that is dropped ends in whatever its thread is doing then.
+                self._turns.soon(lambda: self._end(requests))
+
+    def _drive(self, has_news: Callable[[], bool]) -> None:
+        """Run steps until has_news, or sleep until then while another thread runs them."""
+        drives = False
+        try:
+            with self._news:
+                while self._is_driven and not has_news():
+                    self._sleep(has_news)
+                if has_news():
+                    return
+                drives = self._is_driven = True
+            while not has_news():
+                if not self._run_step() and not has_news():
+                    self._turns.wait()
+        finally:
+            if drives:
+                with self._news:
+                    self._is_driven = False
+                    self._news.notify_all()  # one of them drives on
+
+    def _sleep(self, has_news: Callable[[], bool]) -> None:
+        self._sleepers.append(has_news)
+        try:
+            self._news.wait()
+        finally:
+            self._sleepers.remove(has_news)
+
+    def _wake(self) -> None:
+        with self._news:
+            if any(has_news() for has_news in self._sleepers):
+                self._news.notify_all()
+
+    def _run_step(self) -> bool:
+        """Schedule, forward, sample, hand out; False when nothing can run."""
+        with self._turns.turn():
             try:
-                request.accept(token)
-            except Exception as error:  # the other tokens are drawn: whose they are, they reach
-                failure = failure or error
-            if request.finish_reason is not None:
-                self._release(request)
-            self._unread.append(request.delta(tokens_seen, chars_seen))
-        self.stats.generated_tokens += len(tokens)
-        if failure is not None:
-            raise failure
-        return self._take_unread()
+                chunks = self._schedule()
+                if chunks:
+                    self._count(chunks)
+                    logits = run(self.model, chunks, self.table)
+                    complete = [chunk for chunk in chunks if chunk.is_last]
+                    tokens = sample(logits, [chunk.sequence for chunk in complete]) if complete else []
+                    with self._news:
+                        for chunk in chunks:
+                            chunk.sequence.num_computed += chunk.num_tokens
+                        for chunk, token in zip(complete, tokens, strict=True):
+                            self._hand_out(chunk.request, chunk.sequence, token)
+            except BaseException:
+                self._recover()
+                raise
+        self._wake()
+        return bool(chunks)
 
-    def _take_unread(self) -> list[Delta]:
-        deltas, self._unread = self._unread, []
-        return deltas
+    def _schedule(self) -> list[Chunk]:
+        scheduler = self._scheduler
+        while scheduler.has_requests:  # asked first, as a request may arrive while schedule runs
+            chunks = scheduler.schedule()
+            if chunks:
+                return chunks
+            if not self._turns.take_pages(scheduler):
+                self._check_that_pages_will_come()
+                break
+        return []
 
-    def _count(self, chunks: Sequence[Chunk]) -> None:
-        stats, allocator = self.stats, self.table.allocator
-        stats.steps += 1
-        stats.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
-        pages = allocator.num_pages - allocator.num_free
-        if pages > stats.peak_pages:
-            stats.peak_pages = pages
-            stats.peak_unused_slots = pages * self.table.page_size - sum(
-                self.table.length(seq_id) for seq_id in self.table.seq_ids
-            )
-
-    def _check_idle(self) -> None:
-        if self.requests:
+    def _check_that_pages_will_come(self) -> None:
+        if not self._turns.others_hold_pages(self._scheduler):
             allocator = self.table.allocator
             raise OutOfPages(
-                f"the pool must have pages for the oldest request; got {allocator.num_free} free of "
-                f"{allocator.num_pages}, with none held by a running request. "
+                f"the pool must have pages for the oldest request; got {allocator.num_available} free of "
+                f"{allocator.num_pages}, with none held by another running request. "
                 "Fix: free what else was allocated from engine.table.allocator"
             )
 
+    def _hand_out(self, request: Request, sequence: Sequence, token: int) -> None:
+        self.stats.generated_tokens += 1
+        try:
+            sequence.accept(token)
+        except Exception as error:  # the other tokens are drawn: whose they are, they reach
+            request.error = error
+        if sequence.finish_reason is not None:
+            self._scheduler.finish(request, sequence)
+            if request.finished:
+                del self.requests[request.request_id]
+        if request.error is not None:
+            self._end([request])
+
+    def _end(self, requests: list[Request]) -> None:
+        """Abort what has not finished of requests; in a turn."""
+        with self._news:
+            for request in requests:
+                if self.requests.pop(request.request_id, None) is not None:
+                    self._scheduler.remove(request)
+                    request.abort()
+
+    def _recover(self) -> None:
+        """Bring the queues in order after a step that broke off, wherever that was; in a turn."""
+        self._scheduler.preempt_all()
+        self._end([request for request in self.requests.values() if request.finished])
+
+    def _count(self, chunks: abc.Sequence[Chunk]) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
+        if self.table.allocator.num_owned > stats.peak_pages:
+            pages, filled = self.table.occupancy()
+            if pages > stats.peak_pages:
+                stats.peak_pages = pages
+                stats.peak_unused_slots = pages * self.table.page_size - filled
+
+    def _make_requests(
+        self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        """One request per prompt, none of them queued yet, so that a bad one is found before any work."""
+        listed = list_prompts(prompts)
+        each = list_params(params, len(listed))
+        encoded = iter(self._encode([prompt for prompt in listed if isinstance(prompt, str)]))
+        requests = []
+        for index, (prompt, its_params) in enumerate(zip(listed, each, strict=True)):
+            token_ids = next(encoded) if isinstance(prompt, str) else prompt
+            try:
+                requests.append(self._make_request(prompt, its_params, token_ids, index))
+            except ArgumentError as error:
+                if len(listed) == 1:
+                    raise
+                raise type(error)(f"prompts[{index}]: {error}") from error
+        return requests
+
     def _make_request(
-        self, prompt: Prompt, params: SamplingParams, token_ids: Sequence[int], index: int = 0
+        self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int = 0
     ) -> Request:
         check_prompt(prompt, token_ids, self.model)
         if params.stop_strings and self._decoder is None:
@@ -201,16 +380,15 @@ class Engine:
                 "Fix: stop_token_ids, or pass a tokenizer"
             )
         eos = () if params.ignore_eos else self.model.eos_token_ids
-        return Request(
-            next(self._request_ids),
+        sequence = Sequence(
+            next(self._seq_ids),
             token_ids,
             params,
             max_length=max_length(len(token_ids), params, self.model),
             stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
-            prompt=prompt if isinstance(prompt, str) else None,
             text=None if self._decoder is None else TextStream(self._decoder, token_ids, params.stop_strings),
-            index=index,
         )
+        return Request([sequence], prompt if isinstance(prompt, str) else None, index)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -221,12 +399,9 @@ class Engine:
                 "Fix: pass a tokenizer"
             )
         for index, text in enumerate(texts):
-            if any("\ud800" <= char <= "\udfff" for char in text):
-                raise ArgumentError(
-                    f"prompt must be text that UTF-8 can hold; got a lone surrogate in prompt {index}, "
-                    f"{text!r:.40}. Fix: decode its bytes with the right encoding"
-                )
-        token_ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
+            check_text(text, index)
+        with self._encoding:
+            token_ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
         return token_ids
 
     def _enqueue(self, request: Request) -> None:
@@ -234,9 +409,10 @@ class Engine:
         self.requests[request.request_id] = request
         self._scheduler.add(request)
 
-    def _release(self, request: Request) -> None:
-        self._scheduler.remove(request)
-        del self.requests[request.request_id]
+
+def _are_settled(requests: list[Request]) -> bool:
+    """Whether all have finished, or one has failed."""
+    return all(request.finished for request in requests) or any(request.error for request in requests)
 
 
 def decoder_of(tokenizer: Any) -> Tokenizer:

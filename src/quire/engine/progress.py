@@ -10,16 +10,18 @@ from quire.engine.request import Delta
 
 
 @contextmanager
-def progress_bar(num_requests: int, *, shown: bool | None) -> Iterator[Callable[[Sequence[Delta]], None]]:
+def progress_bar(
+    num_requests: int, *, shown: bool | None
+) -> Iterator[Callable[[Sequence[Delta]], None] | None]:
     """Show how many requests have finished and how fast tokens come, on stderr.
 
     Args:
         shown: None: when stderr is a terminal.
     Yields:
-        A function to call with the deltas of each step.
+        A function to call with the deltas of each step; None where nothing is shown.
     """
     if not (sys.stderr.isatty() if shown is None else shown):
-        yield lambda deltas: None
+        yield None
         return
 
     from rich.console import Console

@@ -1,98 +1,31 @@
-"""What a caller asks for, what a request knows while it lives, and what comes back."""
+"""A request while it lives, what comes back from it, and who has read how much of it."""
 
 from __future__ import annotations
 
-import math
 import time
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections import abc
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-import torch
-
-from quire.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from quire.engine.text import TextStream
-
-FinishReason = Literal["stop", "length", "abort"]
+from quire.engine.sequence import FinishReason, Sequence
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are chosen, and when they end.
+class CompletionOutput:
+    """What one sequence of a request generated.
 
-    Args:
-        temperature: 0.0, the default, takes the likeliest token (greedy, as `model.generate` does);
-            above 0 the logits are divided by it and a token is drawn.
-        top_k: draw from the k likeliest tokens only; None: from all.
-        top_p: draw from the smallest set of likeliest tokens whose probabilities reach top_p; 1.0: from all.
-        seed: makes the draws of this request repeatable, whatever else is in the batch. None takes a
-            seed from PyTorch's global generator, so `torch.manual_seed` repeats a whole run.
-        max_tokens: most tokens to generate; None: as many as the model's length and the pool allow.
-        stop: a string, or several, at which the text ends; the string itself is cut off.
-        stop_token_ids: tokens that end the text, beside the model's own end-of-text tokens.
-        ignore_eos: go on past the model's end-of-text tokens.
-    Raises:
-        ArgumentError: a value out of range, or a filter that greedy choice would ignore.
+    Attributes:
+        index: its place among the sequences of the request.
+        text: the generated text, without stop string and special tokens.
+        token_ids: every generated token, the one that ended the sequence included.
+        finish_reason: "stop" (end-of-text, stop token or stop string), "length" (max_tokens or the
+            model's longest sequence), "abort".
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = 128
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
-            raise ArgumentError(
-                f"temperature must be a finite number of at least 0; got {self.temperature!r}. "
-                "Fix: temperature=0.0 for the likeliest token, 1.0 for the model's own distribution"
-            )
-        if self.top_k is not None and not (_is_int(self.top_k) and self.top_k >= 1):
-            raise ArgumentError(
-                f"top_k must be None or an int of at least 1; got {self.top_k!r}. "
-                "Fix: top_k=None draws from all tokens"
-            )
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ArgumentError(
-                f"top_p must be above 0 and at most 1; got {self.top_p!r}. "
-                "Fix: top_p=1.0 draws from all tokens"
-            )
-        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            raise ArgumentError(
-                f"top_k and top_p must be left out when temperature is 0, which draws nothing; got "
-                f"top_k={self.top_k}, top_p={self.top_p}. Fix: temperature=1.0 to draw"
-            )
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
-            raise ArgumentError(
-                f"seed must be None or an int from 0 to 2**63 - 1; got {self.seed!r}. Fix: seed=0"
-            )
-        if self.max_tokens is not None and not (_is_int(self.max_tokens) and self.max_tokens >= 1):
-            raise ArgumentError(
-                f"max_tokens must be None or an int of at least 1; got {self.max_tokens!r}. Fix: max_tokens=1"
-            )
-        if not all(isinstance(stop, str) and stop for stop in self.stop_strings):
-            raise ArgumentError(
-                f"stop must be a non-empty string or several; got {self.stop!r}. "
-                "Fix: stop=None for no stop string"
-            )
-        if not all(_is_int(token) for token in self.stop_token_ids):
-            raise ArgumentError(
-                f"stop_token_ids must be ints; got {self.stop_token_ids!r}. "
-                "Fix: tokenizer.convert_tokens_to_ids"
-            )
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, empty for None."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
@@ -101,10 +34,7 @@ class RequestOutput:
 
     Attributes:
         prompt: the prompt's text; None when token ids were given.
-        text: the generated text, without stop string and special tokens.
-        token_ids: every generated token, the one that ended the request included.
-        finish_reason: "stop" (end-of-text, stop token or stop string), "length" (max_tokens or the
-            model's longest sequence), "abort".
+        outputs: one per sequence; `text`, `token_ids` and `finish_reason` are the first one's.
         time_to_first_token, seconds: from the request's arrival; time_to_first_token is None when no
             token was generated.
         preemptions: how often the request gave its pages back and was computed again.
@@ -113,23 +43,37 @@ class RequestOutput:
     request_id: int
     prompt: str | None
     prompt_token_ids: list[int]
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
+    outputs: list[CompletionOutput]
     time_to_first_token: float | None
     seconds: float
     preemptions: int
 
+    @property
+    def text(self) -> str:
+        """The first sequence's text."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first sequence's tokens."""
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first sequence ended."""
+        return self.outputs[0].finish_reason
+
 
 @dataclass(frozen=True)
 class Delta:
-    """What a request gained since it was last looked at.
+    """What a sequence of a request gained since it was last looked at.
 
     Attributes:
         index: position of the prompt among those of the same `stream` call, else 0.
         text: new text; "" while a character or a possible stop string is incomplete.
         token_ids: new tokens.
-        output: the whole result, once the request has finished.
+        output: the whole result, with the last delta of a request that has finished.
+        sequence: which sequence of the request.
     """
 
     request_id: int
@@ -137,117 +81,133 @@ class Delta:
     text: str
     token_ids: list[int]
     output: RequestOutput | None = None
+    sequence: int = 0
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the request ended; None while it goes on."""
-        return None if self.output is None else self.output.finish_reason
+        """Why the sequence ended; None before the last delta of its request."""
+        return None if self.output is None else self.output.outputs[self.sequence].finish_reason
 
 
 class Request:
-    """One request on its way: its tokens, how many of them are in pages, and its sampling state.
+    """A prompt of a caller: a group of sequences that begin with it, and that run and give up pages together.
+
+    Its request_id is the seq_id of its first sequence.
 
     Args:
-        max_length: most tokens, prompt included, that the request may reach.
-        stop_token_ids: all tokens that end it, the model's own included.
-        text: turns the tokens into text; None without a tokenizer.
+        sequences: at least one.
+        prompt: the prompt's text, if it was text.
+        index: position of the prompt in its caller's list.
     """
 
-    def __init__(
-        self,
-        request_id: int,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        max_length: int,
-        stop_token_ids: frozenset[int],
-        prompt: str | None = None,
-        text: TextStream | None = None,
-        index: int = 0,
-    ) -> None:
-        self.request_id = request_id
-        self.index = index
+    def __init__(self, sequences: abc.Sequence[Sequence], prompt: str | None = None, index: int = 0) -> None:
+        self.sequences = list(sequences)
+        self.request_id = sequences[0].seq_id
         self.prompt = prompt
-        self.params = params
-        self.tokens = array("q", prompt_token_ids)  # prompt and generated; one buffer, sliced by the runner
-        self.num_prompt_tokens = len(prompt_token_ids)
-        self.num_computed = 0  # leading tokens whose keys and values are in pages
-        self.max_length = max_length
+        self.index = index
         self.preemptions = 0
-        self.finish_reason: FinishReason | None = None
-        self.generator = _seeded_generator(params)
-        self._stop_token_ids = stop_token_ids
-        self._text = text
+        self.error: Exception | None = None  # what ended it, for its caller to see
         self.arrived = time.perf_counter()
-        self._first_token_at: float | None = None
-        self._finished_at = self.arrived
 
     @property
-    def num_pending(self) -> int:
-        """Known tokens not yet computed: the rest of a prompt, or the token just generated."""
-        return len(self.tokens) - self.num_computed
+    def finished(self) -> bool:
+        """Whether all sequences have."""
+        for sequence in self.sequences:  # noqa: SIM110  # asked of every request in every step
+            if sequence.finish_reason is None:
+                return False
+        return True
 
-    @property
-    def text(self) -> str:
-        """Text that is certain by now."""
-        return "" if self._text is None else self._text.text
-
-    def accept(self, token: int) -> None:
-        """Add a generated token and see whether it ends the request."""
-        if self._first_token_at is None:
-            self._first_token_at = time.perf_counter()
-        self.tokens.append(token)
-        if token in self._stop_token_ids or (self._text is not None and self._text.push(token)):
-            self.finish("stop")
-        elif len(self.tokens) >= self.max_length:
-            self.finish("length")
-
-    def finish(self, reason: FinishReason) -> None:
-        """End the request and release the text held back so far."""
-        if self._text is not None:
-            completed_stop_string = self._text.close(cut_off=reason != "stop")
-            if completed_stop_string and reason == "length":
-                reason = "stop"
-        self.finish_reason = reason
-        self._finished_at = time.perf_counter()
-
-    def delta(self, tokens_seen: int, chars_seen: int) -> Delta:
-        """What came after the first tokens_seen tokens and chars_seen characters of text."""
-        return Delta(
-            request_id=self.request_id,
-            index=self.index,
-            text=self.text[chars_seen:],
-            token_ids=self.tokens[tokens_seen:].tolist(),
-            output=None if self.finish_reason is None else self.output(),
-        )
+    def abort(self) -> None:
+        """Finish every sequence that has not; what fails on the way is left for the request's caller."""
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                try:
+                    sequence.finish("abort")
+                except Exception as error:
+                    self.error = self.error or error
 
     def output(self) -> RequestOutput:
         """The result of a finished request."""
-        assert self.finish_reason is not None
-        first = self._first_token_at
+        first = self.sequences[0]
+        began = [
+            sequence.first_token_at for sequence in self.sequences if sequence.first_token_at is not None
+        ]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=self.tokens[: self.num_prompt_tokens].tolist(),
-            text=self.text,
-            token_ids=self.tokens[self.num_prompt_tokens :].tolist(),
-            finish_reason=self.finish_reason,
-            time_to_first_token=None if first is None else first - self.arrived,
-            seconds=self._finished_at - self.arrived,
+            prompt_token_ids=first.tokens[: first.num_prompt_tokens].tolist(),
+            outputs=[_completion(index, sequence) for index, sequence in enumerate(self.sequences)],
+            time_to_first_token=min(began) - self.arrived if began else None,
+            seconds=max(sequence.finished_at for sequence in self.sequences) - self.arrived,
             preemptions=self.preemptions,
         )
 
 
-def _seeded_generator(params: SamplingParams) -> torch.Generator | None:
-    if params.temperature == 0:
-        return None
-    seed = int(torch.randint(2**63 - 1, ()).item()) if params.seed is None else params.seed
-    return torch.Generator().manual_seed(seed)
+def _completion(index: int, sequence: Sequence) -> CompletionOutput:
+    assert sequence.finish_reason is not None
+    tokens = sequence.tokens[sequence.num_prompt_tokens :].tolist()
+    return CompletionOutput(index, sequence.text, tokens, sequence.finish_reason)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class Reader:
+    """Reads what a caller's requests gain, every token once.
+
+    Whoever runs a step, each caller reads its own requests: none takes another's tokens. Read while no
+    step hands out tokens.
+    """
+
+    def __init__(self, requests: Iterable[Request] = ()) -> None:
+        self.requests = list(requests)  # those not yet read to their end
+        self._seen: dict[Sequence, tuple[int, int]] = {}  # tokens and characters
+
+    def has_news(self) -> bool:
+        """Whether `read` would give anything."""
+        return any(
+            request.finished or any(len(s.tokens) > self._seen_of(s)[0] for s in request.sequences)
+            for request in self.requests
+        )
+
+    def read(self) -> list[Delta]:
+        """What came since the last time, in the order of arrival.
+
+        Raises:
+            Exception: what ended a request before its time, once; the next call goes on.
+        """
+        raise_first_error(self.requests)
+        deltas = []
+        for request in tuple(self.requests):
+            deltas += self._read_request(request)
+            if request.finished:
+                self.forget(request)
+        return deltas
+
+    def forget(self, request: Request) -> None:
+        """Read no more of a request, if it was read here at all."""
+        if request in self.requests:
+            self.requests.remove(request)
+        for sequence in request.sequences:
+            self._seen.pop(sequence, None)
+
+    def _read_request(self, request: Request) -> list[Delta]:
+        deltas = []
+        for index, sequence in enumerate(request.sequences):
+            tokens, chars = self._seen_of(sequence)
+            text, token_ids = sequence.text[chars:], sequence.tokens[tokens:].tolist()
+            if text or token_ids:
+                deltas.append(Delta(request.request_id, request.index, text, token_ids, sequence=index))
+                self._seen[sequence] = (tokens + len(token_ids), chars + len(text))
+        if request.finished:
+            last = deltas.pop() if deltas else Delta(request.request_id, request.index, "", [])
+            deltas.append(replace(last, output=request.output()))
+        return deltas
+
+    def _seen_of(self, sequence: Sequence) -> tuple[int, int]:
+        return self._seen.get(sequence) or (sequence.num_prompt_tokens, 0)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def raise_first_error(requests: Iterable[Request]) -> None:
+    """Raise what ended one of these requests before its time, so that its caller sees it once."""
+    for request in requests:
+        if request.error is not None:
+            error, request.error = request.error, None
+            raise error

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 
 import torch
 
-from quire.engine.request import Request, SamplingParams
+from quire.engine.params import SamplingParams
+from quire.engine.sequence import Sequence
 
 _FIRST_RANKS = 128  # how deep to sort for top_p at first
 
 
-def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """Choose the next token of each request as its parameters say.
+def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[int]:
+    """Choose the next token of each sequence as its parameters say.
 
-    A request that draws takes exactly one number from its own generator, and no row is mixed with
+    A sequence that draws takes exactly one number from its own generator, and no row is mixed with
     another: its tokens depend on its logits and its seed only, not on the batch it is in. Tokens that
     tie at the edge of top-k or top-p all stay, so that the draw does not depend on how a sort breaks ties.
 
     Args:
-        logits: fp32 [len(requests), vocab_size], on any device; not changed.
-        requests: whose logits these are, row by row.
+        logits: fp32 [len(sequences), vocab_size], on any device; not changed.
+        sequences: whose logits these are, row by row.
     Returns:
         Token ids. Greedy ties go to the token `torch.argmax` takes.
     Cost: greedy rows one pass; rows that draw a softmax and a cumulative sum; of these, rows with
         top_k or top_p a partial sort as deep as they reach. One host sync, with top_p one or a few more.
     Source: top-k, arXiv:1805.04833 §5.4; top-p (nucleus), arXiv:1904.09751 §3.1.
     """
-    drawing = [row for row, request in enumerate(requests) if request.generator is not None]
-    if len(drawing) == len(requests):
-        return _draw(logits, requests).tolist()
+    drawing = [row for row, sequence in enumerate(sequences) if sequence.generator is not None]
+    if len(drawing) == len(sequences):
+        return _draw(logits, sequences).tolist()
     tokens = logits.argmax(dim=-1)
     if drawing:
         rows = torch.tensor(drawing, device=logits.device)
-        tokens[rows] = _draw(logits[rows], [requests[row] for row in drawing])
+        tokens[rows] = _draw(logits[rows], [sequences[row] for row in drawing])
     return tokens.tolist()
 
 
-def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-    params = [request.params for request in requests]
+def _draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
+    params = [sequence.params for sequence in sequences]
     temperature = _column([p.temperature for p in params], logits)
     # The maximum goes first: it becomes 0, and dividing by a tiny temperature cannot overflow to +inf.
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
@@ -46,13 +47,13 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
 
     # u is uniform in [0, total mass): the token drawn is the first whose cumulative mass exceeds u.
     mass = probabilities.double().cumsum(dim=-1)
-    uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=r.generator) for r in requests])
+    uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=s.generator) for s in sequences])
     u = uniform.to(mass.device)[:, None] * mass[:, -1:]
     last_possible = (mass < mass[:, -1:]).sum(dim=-1, keepdim=True)  # where rounding must not go beyond
     return torch.searchsorted(mass, u, right=True).minimum(last_possible).squeeze(-1)
 
 
-def _keep_top_k(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _keep_top_k(scores: torch.Tensor, params: abc.Sequence[SamplingParams]) -> torch.Tensor:
     """Rule out what scores below the k-th likeliest token of its row; ties with that one stay."""
     vocab_size = scores.shape[-1]
     ks = [min(p.top_k or vocab_size, vocab_size) for p in params]
@@ -66,7 +67,7 @@ def _keep_top_k(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch
     return scores.masked_fill(scores < lowest, -torch.inf)
 
 
-def _keep_top_p(probabilities: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _keep_top_p(probabilities: torch.Tensor, params: abc.Sequence[SamplingParams]) -> torch.Tensor:
     """Rule out what is less likely than the last token needed to reach top_p; ties with that one stay."""
     filtered = [row for row, p in enumerate(params) if p.top_p < 1]
     if not filtered:
@@ -97,5 +98,5 @@ def _likeliest_that_reach(
         num_ranks *= 16
 
 
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+def _column(values: abc.Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

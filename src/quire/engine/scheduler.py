@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from quire.engine.request import Request
+from quire.engine.sequence import Sequence
 from quire.pages import PageTable
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next tokens of one request: a piece of its prompt, or the token it generated last.
+    """The next tokens of one sequence: a piece of its prompt, or the token it generated last.
 
+    request: the one it belongs to.
     slot_mapping: int64 [num_tokens], where their keys and values go.
+    copies: (source page, destination page) pairs, to be copied before these are written.
     """
 
     request: Request
+    sequence: Sequence
     num_tokens: int
     slot_mapping: npt.NDArray[np.int64]
+    copies: list[tuple[int, int]]
 
     @property
     def is_last(self) -> bool:
         """Whether no known token is left after this chunk, so that the next one can be chosen."""
-        return self.num_tokens == self.request.num_pending
+        return self.num_tokens == self.sequence.num_pending
 
 
 class Scheduler:
@@ -37,108 +41,138 @@ class Scheduler:
     serves them in that order, so only the last one served can be inside its prompt: those before it
     decode, it takes a chunk of prompt from what is left of the budget, and requests behind it wait.
 
-    When a request needs a page and none is free, the youngest running request gives all of its
+    When a request needs a page and none is available, the youngest running request gives all of its
     pages back and waits at the front of the queue; later its prompt and the tokens it has generated
     are computed again. The youngest itself never takes pages from anyone: it stands still until
     there are some. So the oldest request always moves, and every request becomes the oldest.
 
+    The sequences of a request run, wait and give their pages up together. They may share pages with one another
+    (`PageTable.fork`), not with those of other requests: what a chunk copies is then still there when the
+    step runs, whoever gave up pages meanwhile.
+
     Args:
-        table: hands out pages; this scheduler adds, extends and frees the sequences of its requests
-            under their request_id and never forks one, so no append calls for a copy.
+        table: hands out pages; this scheduler adds, extends and frees sequences under their seq_id.
         max_batch_tokens: most tokens in one step.
         max_num_seqs: most requests running at once.
-        poison: called with the pages that no one owns any more (debugging).
+    Attributes:
+        steps: how often `schedule` has found something to run.
     Cost: a few microseconds of Python per running request and step.
     Source: continuous batching, Orca (OSDI 2022) §3; chunked prefill, Sarathi-Serve, arXiv:2403.02310
         §4; preemption by recomputation, arXiv:2309.06180 §4.5.
     """
 
-    def __init__(
-        self,
-        table: PageTable,
-        *,
-        max_batch_tokens: int,
-        max_num_seqs: int,
-        poison: Callable[[list[int]], None] | None = None,
-    ) -> None:
+    def __init__(self, table: PageTable, *, max_batch_tokens: int, max_num_seqs: int) -> None:
         self.table = table
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
-        self.poison = poison
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.steps = 0
+
+    @property
+    def oldest(self) -> Request:
+        """The request that arrived first; there must be one."""
+        return self.running[0] if self.running else self.waiting[0]
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any is running or waiting."""
+        return bool(self.running or self.waiting)
 
     def add(self, request: Request) -> None:
-        """Queue a request behind all others."""
+        """Queue a request behind all others; another thread may be in `schedule`."""
         self.waiting.append(request)
 
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next step and give them slots.
 
         Returns:
-            Chunks of different requests, at most max_batch_tokens tokens in all; empty when nothing
+            Chunks of different sequences, at most max_batch_tokens tokens in all; empty when nothing
             can run.
         """
+        chunks = self._choose()
+        self.steps += bool(chunks)
+        return chunks
+
+    def _choose(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         budget = self.max_batch_tokens
         for request in self.running:  # making room may shorten the list, but only behind this request
-            num_tokens = self._make_room(request, min(request.num_pending, budget))
-            if not num_tokens:
-                return chunks
-            chunks.append(self._extend(request, num_tokens))
-            budget -= num_tokens
+            for sequence in request.sequences:
+                if sequence.finish_reason is not None:
+                    continue
+                num_tokens = self._make_room(request, sequence, min(sequence.num_pending, budget))
+                if not num_tokens:
+                    return chunks
+                chunks.append(self._extend(request, sequence, num_tokens))
+                budget -= num_tokens
         while (
             budget and len(self.running) < self.max_num_seqs and self.waiting and self._fits(self.waiting[0])
         ):
             request = self.waiting.popleft()
             self.running.append(request)
-            self.table.add(request.request_id)
-            chunks.append(self._extend(request, min(request.num_pending, budget)))
-            budget -= chunks[-1].num_tokens
+            for sequence in _live(request):
+                self.table.add(sequence.seq_id)
+            for sequence in _live(request):
+                num_tokens = min(sequence.num_pending, budget)
+                if num_tokens:
+                    chunks.append(self._extend(request, sequence, num_tokens))
+                    budget -= num_tokens
         return chunks
 
-    def remove(self, request: Request) -> None:
-        """Forget a request, running or waiting, and free its pages."""
-        if request in self.running:
+    def finish(self, request: Request, sequence: Sequence) -> None:
+        """Free the pages of a running request's sequence that has finished, and forget the request after its last."""
+        self.table.free(sequence.seq_id)
+        if request.finished:
             self.running.remove(request)
-            self._free(request)
-        else:
-            self.waiting.remove(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request before its end, running or waiting, and free its pages."""
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
+        self._free(request)
 
     def preempt_all(self) -> None:
         """Take the pages of every running request; all will be computed again, in the same order."""
         while self.running:
-            self._preempt_youngest()
+            self.preempt_youngest()
 
-    def _preempt_youngest(self) -> None:
+    def preempt_youngest(self) -> None:
+        """Take the pages of the running request that arrived last; it will be computed again."""
         request = self.running.pop()
         self.waiting.appendleft(request)
         self._free(request)
-        request.num_computed = 0
+        for sequence in request.sequences:
+            sequence.num_computed = 0
         request.preemptions += 1
 
     def _free(self, request: Request) -> None:
-        freed = self.table.free(request.request_id)
-        if self.poison:
-            self.poison(freed)
+        for sequence in request.sequences:
+            if sequence.seq_id in self.table:
+                self.table.free(sequence.seq_id)
 
-    def _make_room(self, request: Request, num_tokens: int) -> int:
+    def _make_room(self, request: Request, sequence: Sequence, num_tokens: int) -> int:
         """How many of num_tokens there are pages for now, taken from younger requests if need be."""
         allocator, table = self.table.allocator, self.table
-        while table.pages_needed(request.request_id, num_tokens) > allocator.num_free:
+        while table.pages_needed(sequence.seq_id, num_tokens) > allocator.num_available:
             if request is self.running[-1]:
-                unused_slots = -table.length(request.request_id) % table.page_size
-                return unused_slots + allocator.num_free * table.page_size
-            self._preempt_youngest()
+                return table.room(sequence.seq_id)
+            self.preempt_youngest()
         return num_tokens
 
-    def _extend(self, request: Request, num_tokens: int) -> Chunk:
-        return Chunk(request, num_tokens, self.table.append(request.request_id, num_tokens).slot_mapping)
+    def _extend(self, request: Request, sequence: Sequence, num_tokens: int) -> Chunk:
+        slot_mapping, copies = self.table.append(sequence.seq_id, num_tokens)
+        return Chunk(request, sequence, num_tokens, slot_mapping, copies)
 
     def _fits(self, request: Request) -> bool:
         """Whether a waiting request finds pages for all its tokens, with one to spare per running request.
 
         Without the spare pages it would often be preempted a few steps later, its work lost.
         """
-        pages = -(-request.num_pending // self.table.page_size)
-        return pages + len(self.running) <= self.table.allocator.num_free
+        pages = sum(-(-sequence.num_pending // self.table.page_size) for sequence in _live(request))
+        return pages + len(self.running) <= self.table.allocator.num_available
+
+
+def _live(request: Request) -> list[Sequence]:
+    return [sequence for sequence in request.sequences if sequence.finish_reason is None]

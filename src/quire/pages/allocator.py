@@ -189,7 +189,8 @@ class PageAllocator:
                     f"free must name a page at most once per owner; got page {page} {owners_lost} times, "
                     f"owners {self._refcounts[page]}. Fix: free a page once per allocate or share"
                 )
-        released, cached = [], []
+        released: list[int] = []
+        cached: list[int] = []
         for page in returned:
             self._refcounts[page] -= 1
             if not self._refcounts[page]:

@@ -62,11 +62,16 @@ class PageTable:
         self.allocator = allocator
         self.page_size = page_size
         self._sequences: dict[Hashable, _Pages] = {}
+        self._may_share = False  # whether two sequences may have a page in common
 
     @property
     def seq_ids(self) -> list[Hashable]:
         """The live sequences, oldest first."""
         return list(self._sequences)
+
+    def __contains__(self, seq_id: Hashable) -> bool:
+        """Whether a sequence is live."""
+        return seq_id in self._sequences
 
     def length(self, seq_id: Hashable) -> int:
         """Tokens of a sequence. Raises ArgumentError when it is unknown."""
@@ -96,6 +101,12 @@ class PageTable:
             ArgumentError: unknown sequence, or num_tokens is negative.
         """
         return self._pages_needed(self._sequence(seq_id), num_tokens)
+
+    def room(self, seq_id: Hashable) -> int:
+        """Most tokens that `append` would find pages for now. Raises ArgumentError when it is unknown."""
+        sequence = self._sequence(seq_id)
+        pages = self.allocator.num_available - self._last_page_must_be_copied(sequence)
+        return pages * self.page_size + -sequence.length % self.page_size if pages >= 0 else 0
 
     def append(self, seq_id: Hashable, num_tokens: int) -> AppendResult:
         """Make room for the next num_tokens tokens of a sequence.
@@ -138,6 +149,7 @@ class PageTable:
         source = self._sequence(parent)
         self._check_unused(child)
         self.allocator.share(source.pages)
+        self._may_share = True
         self._sequences[child] = _Pages(source.pages[:], source.length)
 
     def trim(self, seq_id: Hashable, length: int) -> list[int]:
@@ -214,6 +226,24 @@ class PageTable:
         page_indptr = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum([len(row) for row in rows], out=page_indptr[1:])
         return torch.from_numpy(page_indptr), torch.from_numpy(_join(rows))
+
+    def occupancy(self) -> tuple[int, int]:
+        """How many pages the sequences of this table hold, and how many slots of them hold a token.
+
+        What several sequences share counts once.
+
+        Cost: O(sequences); once a sequence was forked, O(pages held × their logarithm).
+        """
+        sequences = [sequence for sequence in self._sequences.values() if sequence.pages]
+        if not self._may_share or not sequences:
+            return sum(len(s.pages) for s in sequences), sum(s.length for s in sequences)
+        pages, places = np.unique(_join([s.pages for s in sequences]), return_inverse=True)
+        filled = np.full(len(places), self.page_size)
+        last = np.cumsum([len(s.pages) for s in sequences]) - 1
+        filled[last] -= [-s.length % self.page_size for s in sequences]
+        most = np.zeros(len(pages), dtype=np.int64)
+        np.maximum.at(most, places, filled)
+        return len(pages), int(most.sum())
 
     def page_owners(self) -> list[list[Hashable]]:
         """For each page of the allocator, the sequences of this table that hold it, oldest first.

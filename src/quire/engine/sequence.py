@@ -1,0 +1,92 @@
+"""One text on its way: its tokens, and how many of them are in pages."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import abc
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from quire.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from quire.engine.text import TextStream
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Sequence:
+    """A prompt and what is generated after it: what the page table knows, and what a chunk is cut from.
+
+    Args:
+        seq_id: its name in the page table.
+        params: how its tokens are chosen.
+        max_length: most tokens, prompt included, that it may reach.
+        stop_token_ids: all tokens that end it, the model's own included.
+        text: turns the tokens into text; None without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        seq_id: int,
+        prompt_token_ids: abc.Sequence[int],
+        params: SamplingParams,
+        *,
+        max_length: int,
+        stop_token_ids: frozenset[int],
+        text: TextStream | None = None,
+    ) -> None:
+        self.seq_id = seq_id
+        self.params = params
+        self.tokens = array("q", prompt_token_ids)  # prompt and generated; one buffer, sliced by the runner
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_computed = 0  # leading tokens whose keys and values are in pages
+        self.max_length = max_length
+        self.generator = _seeded_generator(params)
+        self.finish_reason: FinishReason | None = None
+        self.first_token_at: float | None = None
+        self.finished_at = 0.0
+        self._stop_token_ids = stop_token_ids
+        self._text = text
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens not yet computed: the rest of a prompt, or the token just generated."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def text(self) -> str:
+        """Text that is certain by now."""
+        return "" if self._text is None else self._text.text
+
+    def accept(self, token: int) -> None:
+        """Add a generated token and see whether it ends the sequence."""
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        self.tokens.append(token)
+        if token in self._stop_token_ids or (self._text is not None and self._text.push(token)):
+            self.finish("stop")
+        elif len(self.tokens) >= self.max_length:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the sequence and release the text held back so far."""
+        self.finished_at = time.perf_counter()
+        try:
+            if (
+                self._text is not None
+                and self._text.close(cut_off=reason != "stop")  # its last characters completed a stop string
+                and reason == "length"
+            ):
+                reason = "stop"
+        finally:
+            self.finish_reason = reason
+
+
+def _seeded_generator(params: SamplingParams) -> torch.Generator | None:
+    if params.temperature == 0:
+        return None
+    seed = int(torch.randint(2**63 - 1, ()).item()) if params.seed is None else params.seed
+    return torch.Generator().manual_seed(seed)
