@@ -67,13 +67,13 @@ class SamplingParams:
             raise ArgumentError(
                 f"max_tokens must be None or an int of at least 1; got {self.max_tokens!r}. Fix: max_tokens=1"
             )
-        stops = () if self.stop is None else _each(self.stop)
-        if not all(isinstance(stop, str) and stop for stop in stops):
+        stops = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        if not (_is_collection(stops) and all(isinstance(stop, str) and stop for stop in stops)):
             raise ArgumentError(
                 f"stop must be a non-empty string or several; got {self.stop!r}. "
                 "Fix: stop=None for no stop string"
             )
-        if not all(is_token_id(token) for token in _each(self.stop_token_ids)):
+        if not (_is_collection(self.stop_token_ids) and all(map(is_token_id, self.stop_token_ids))):
             raise ArgumentError(
                 f"stop_token_ids must be a list of ints; got {self.stop_token_ids!r}. "
                 "Fix: [tokenizer.convert_tokens_to_ids(token)]"
@@ -94,10 +94,9 @@ def is_token_id(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _each(values: object) -> Collection[object]:
-    """The values of a collection; anything else, text and iterators included, as one value."""
-    is_collection = isinstance(values, Collection) and not isinstance(values, (str, bytes, Mapping))
-    return values if is_collection else (values,)  # type: ignore[return-value]
+def _is_collection(values: object) -> bool:
+    """Several values, which can be read more than once."""
+    return isinstance(values, Collection) and not isinstance(values, (str, bytes, Mapping))
 
 
 def _is_int(value: object) -> bool:
