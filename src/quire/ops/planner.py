@@ -54,8 +54,8 @@ def plan(
         backend: "auto", "cpu", "triton" or "reference".
         device: where q and the pages will be; page_table's device when None.
     Returns:
-        An AttentionPlan, valid until a length or a page changes. A plan on a GPU belongs to the stream that is current
-        when it is planned: run it there, or let the other stream wait for that one first.
+        An AttentionPlan, valid until a length or a page changes. On a GPU it is copied over on the stream that is
+        current, and may be run on any: launches on another stream wait for the copy, on the device.
     Raises:
         ArgumentError: lengths and tables that do not fit together; a negative page id; a device that is not there.
         UnsupportedError: the backend asked for cannot serve this spec here, or not batch-invariantly.
