@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, exact, plain
 from pairs import every_pair
-from support import LAYOUTS, Shape, attend, features, make_batch
+from support import LAYOUTS, Shape, attend, features, make_batch, plan_for
 
 import quire
 from quire.kernels.triton import tune
@@ -210,7 +210,7 @@ def test_a_row_without_keys_keeps_its_sink_in_the_same_bits_whole_or_split(
     chip = tune.chip_of(batch.q.device)
     for multiprocessors in (1, 7):
         monkeypatch.setattr(tune, "chip_of", lambda _, n=multiprocessors: chip._replace(multiprocessors=n))
-        plan = quire.plan(*batch.lengths, shape.spec(16), batch_invariant=batch_invariant, backend="triton")
+        plan = plan_for(batch, batch_invariant=batch_invariant, backend="triton")
         state = plan.run(*batch.pages, sinks=sinks, tree_mask=tree_mask, return_state=True, **batch.scales)
         assert (state.out[blind] == 0).all()
         torch.testing.assert_close(state.lse[blind], sinks.expand(len(blind), -1), rtol=3e-7, atol=0)
