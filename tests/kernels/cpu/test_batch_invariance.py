@@ -23,14 +23,14 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Shapes that test_prefill compiles too.
 SHAPES = [
     Shape(F32, 16, group=3),
-    Shape(F32, 40, group=2),
     Shape(F32, 16, group=100, num_kv_heads=1),
     Shape(BF16, 128, group=4),
-    Shape(F16, 80, group=1, num_kv_heads=1),
     Shape(BF16, 64, group=4, kv_dtype="int8"),
     Shape(F32, 40, group=3, kv_dtype="fp8_e5m2"),
 ]
 MORE_SHAPES = [
+    Shape(F32, 40, group=2),
+    Shape(F16, 80, group=1, num_kv_heads=1),
     Shape(F32, 256, group=1, num_kv_heads=1),
     Shape(F16, 72, group=2, kv_dtype="fp8_e4m3"),
 ]

@@ -31,6 +31,7 @@ EVEN = [f"decode-{shape}" for shape in SHAPES[::2]] + [f"prefill-{shape}" for sh
 ODD = [f"decode-{shape}" for shape in SHAPES[1::2]] + [f"prefill-{shape}" for shape in SHAPES[::2]]
 INT8_DECODE = "decode-bfloat16-int8-d96-g1"
 STORES = [f"store-{shape}" for shape in SHAPES[2:]]
+QUANTISED_STORES = STORES[1:3]
 NO_PAIRS = [
     "decode-bfloat16-same-d32-g1",
     "decode-bfloat16-int8-d64-g1",
@@ -46,7 +47,7 @@ def on_target(cpu, folder, *command):
         env={**kept, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(folder)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,  # to end one that hangs, not to hurry one that works
         check=False,
     )
 
@@ -69,19 +70,19 @@ def pytest_on(cpu, folder, chosen, *names):
 @pytest.mark.parametrize(
     ("cpu", "cases", "registers", "fuses"),
     [
-        ("haswell", [*NO_PAIRS, FEW[1]], {"xmm", "ymm"}, True),
-        ("x86-64", FEW, {"xmm"}, False),
-        pytest.param("haswell", [*EVEN, INT8_DECODE], {"xmm", "ymm"}, True, marks=pytest.mark.exhaustive),
-        pytest.param("x86-64", ODD, {"xmm"}, False, marks=pytest.mark.exhaustive),
+        ("haswell", [*NO_PAIRS, FEW[1], *QUANTISED_STORES], {"xmm", "ymm"}, True),
+        ("x86-64", [*FEW, *QUANTISED_STORES], {"xmm"}, False),
+        pytest.param(
+            "haswell", [*EVEN, INT8_DECODE, *STORES], {"xmm", "ymm"}, True, marks=pytest.mark.exhaustive
+        ),
+        pytest.param("x86-64", [*ODD, *STORES], {"xmm"}, False, marks=pytest.mark.exhaustive),
     ],
     ids=["avx2", "sse2", "avx2, every dtype", "sse2, every dtype"],
 )
 def test_kernels_are_right_on_narrower_x86(cpu, cases, registers, fuses, tmp_path):
-    found = found_on(cpu, tmp_path, "run", *cases, *STORES)
+    found = found_on(cpu, tmp_path, "run", *cases)
     assert found["pair_products"] == 0
-    assert found["kernels"] == len(cases) + len(STORES) + 1, (
-        "each case compiles a kernel, the first a merge too"
-    )
+    assert found["kernels"] == len(cases) + 1, "each case compiles a kernel, the first a merge too"
     assert set(found["registers"]) == registers
     assert (found["fused"] > 0) == fuses
     assert set(found["called"]) <= LIBRARY
@@ -115,7 +116,11 @@ SINGLE = ["decode-bfloat16-same-d20-g1", "decode-float16-int8-d64-g1"]  # a tail
 
 @pytest.mark.parametrize(
     ("cpu", "in_pairs", "singly"),
-    [("znver4", PAIRS, SINGLE), ("sapphirerapids", [], PAIRS[:1])],  # Intel's cost four multiply-adds
+    [
+        ("znver4", PAIRS[2:], SINGLE[1:]),
+        pytest.param("znver4", PAIRS[:2], SINGLE[:1], marks=pytest.mark.exhaustive),
+        ("sapphirerapids", [], PAIRS[:1]),  # Intel's cost four multiply-adds
+    ],
 )
 def test_bfloat16_pairs_and_bytes_are_multiplied_where_that_is_fast(cpu, in_pairs, singly, tmp_path):
     """Compiled, not run."""

@@ -254,7 +254,9 @@ print(json.dumps(exits))
 
 
 @forks
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.exhaustive)]
+)
 def test_worker_processes_compute_what_their_parent_does(method, tmp_path):
     """multiprocessing's pools and, where workers are forks, a DataLoader's."""
     (tmp_path / "work.py").write_text(

@@ -12,11 +12,10 @@ shapes = pytest.mark.parametrize(
     "shape",
     [
         pytest.param(
-            Shape(torch.float32, 16, 3), marks=pytest.mark.xdist_group("decode-float32-same-d16-g3")
-        ),
-        pytest.param(
-            Shape(torch.float32, 40, 2), marks=pytest.mark.xdist_group("decode-float32-same-d40-g2")
-        ),
+            Shape(torch.float32, dim, group),
+            marks=pytest.mark.xdist_group(f"decode-float32-same-d{dim}-g{group}"),
+        )
+        for dim, group in ((16, 3), (1, 1))
     ],
     ids=str,
 )
