@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from quire.engine import Engine
+from quire.engine.sequence import Sequence
 from quire.hf import Step
 from quire.pages import PageAllocator
 
@@ -55,7 +58,10 @@ class FakeModel:
         seed = zlib.crc32(np.ascontiguousarray(history, dtype=np.int64).tobytes())
         return np.random.default_rng(seed).standard_normal(self.vocab_size).astype(np.float32)
 
-    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+    def __repr__(self) -> str:
+        return f"FakeModel({self.allocator!r})"
+
+    def copy_pages(self, copies: abc.Sequence[tuple[int, int]]) -> None:
         pages = self.slots.reshape(self.num_pages, self.page_size, 2)
         for source, destination in copies:
             pages[destination] = pages[source]
@@ -81,7 +87,7 @@ class FakeModel:
         assert (self.slots[slots, 1] == np.arange(length)).all(), "a token is not where its page table says"
         return self.slots[slots, 0]
 
-    def continuation(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    def continuation(self, prompt: abc.Sequence[int], num_tokens: int) -> list[int]:
         """What greedy generation must give, computed without any pages."""
         history = list(prompt)
         for _ in range(num_tokens):
@@ -89,7 +95,23 @@ class FakeModel:
         return history[len(prompt) :]
 
 
-def scripted(model_vocab: int, prompt_length: int, script: Sequence[int]) -> Rule:
+def fork(engine: Engine, request_id: int, token: int) -> Sequence:
+    """Give a request that has just generated its first token a second sequence, which generated `token` instead."""
+    request = engine.requests[request_id]
+    [first] = request.sequences
+    prompt = first.tokens[: first.num_prompt_tokens]
+    assert len(first.tokens) == len(prompt) + 1
+    second = Sequence(
+        1000 + request_id, prompt, first.params, max_length=first.max_length, stop_token_ids=frozenset()
+    )
+    second.tokens.append(token)
+    second.num_computed = first.num_computed
+    engine.table.fork(first.seq_id, second.seq_id)
+    request.sequences.append(second)
+    return second
+
+
+def scripted(model_vocab: int, prompt_length: int, script: abc.Sequence[int]) -> Rule:
     """A rule that says the tokens of a script one after the other, whatever the prompt."""
 
     def rule(history: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from quire.engine.params import SamplingParams
 from quire.engine.request import RequestOutput
 from quire.errors import ArgumentError, OutOfPages, UnsupportedError
 
-from .fakes import EOS, FakeModel, byte_tokenizer, scripted
+from .fakes import EOS, FakeModel, byte_tokenizer, fork, scripted
 
 END = 7
 GREEDY = SamplingParams(max_tokens=12)
@@ -278,3 +278,87 @@ def test_stats_count_what_was_done():
     assert engine.stats.computed_tokens == 5 + 4 + 1 + 1
     assert engine.stats.generated_tokens == 4
     assert (engine.stats.peak_pages, engine.stats.peak_unused_slots) == (3, 12 - 9)
+
+
+# Requests of several sequences
+
+
+@pytest.mark.parametrize(("num_pages", "preemptions"), [(64, 0), (9, 1)])
+def test_each_sequence_of_a_forked_request_goes_on_as_it_would_alone(num_pages, preemptions):
+    engine = Engine(FakeModel(num_pages=num_pages, page_size=4), max_batch_tokens=9)
+    older = engine.add_request([4, 5, 6, 7], SamplingParams(max_tokens=22))
+    prompt = [1, 2, 3, 4, 5]
+    forked = engine.add_request(prompt, GREEDY)
+    deltas = engine.step()
+    continuation = engine.model.continuation
+    other = (deltas[-1].token_ids[0] + 1) % 50
+    second = fork(engine, forked, other)
+    assert engine.table.pages(second.seq_id) == engine.table.pages(forked)
+    while engine.has_unfinished:
+        deltas += engine.step()
+    [output] = [delta.output for delta in deltas if delta.request_id == forked and delta.output]
+    expected = [continuation(prompt, 12), [other, *continuation([*prompt, other], 11)]]
+    assert [(o.index, o.token_ids, o.finish_reason) for o in output.outputs] == [
+        (0, expected[0], "length"),
+        (1, expected[1], "length"),
+    ]
+    assert (output.token_ids, output.finish_reason, output.preemptions) == (
+        expected[0],
+        "length",
+        preemptions,
+    )
+    for index in range(2):
+        own = [t for d in deltas if (d.request_id, d.sequence) == (forked, index) for t in d.token_ids]
+        assert own == expected[index]
+    assert [o.token_ids for d in deltas if d.request_id == older and d.output for o in d.output.outputs] == [
+        continuation([4, 5, 6, 7], 22)
+    ]
+    assert all_pages_are_free(engine)
+
+
+def test_a_sequence_that_ends_gives_its_pages_back_while_its_request_goes_on():
+    engine = Engine(FakeModel(page_size=4, vocab_size=50))
+    forked = engine.add_request([1] * 4, GREEDY)
+    engine.step()
+    second = fork(engine, forked, 9)
+    second.max_length = 6
+    engine.step()
+    assert second.finish_reason == "length"
+    assert engine.table.seq_ids == [forked]
+    assert engine.table.allocator.num_owned == 2
+    output = serve(engine)[forked]
+    assert [len(o.token_ids) for o in output.outputs] == [12, 2]
+    assert output.token_ids == engine.model.continuation([1] * 4, 12)
+
+
+def test_an_abort_ends_all_sequences_of_a_request():
+    engine = Engine(FakeModel())
+    forked = engine.add_request([1] * 6, GREEDY)
+    engine.step()
+    second = fork(engine, forked, 9)
+    engine.step()
+    assert engine.abort(forked)
+    assert second.finish_reason == "abort"
+    assert all_pages_are_free(engine)
+    assert not engine.has_unfinished
+
+
+def test_stats_count_a_shared_page_once():
+    engine = Engine(FakeModel(page_size=4))
+    forked = engine.add_request([1] * 9, SamplingParams(max_tokens=2))
+    engine.step()
+    fork(engine, forked, 9)
+    serve(engine)
+    # Two full pages are shared; the tenth token of each sequence stands in a page of its own, half full.
+    assert (engine.stats.peak_pages, engine.stats.peak_unused_slots) == (4, 2 * 2)
+
+
+def test_an_engine_says_what_it_serves_and_how_much_is_free():
+    engine = Engine(FakeModel(num_pages=8, page_size=4), max_num_seqs=1)
+    engine.add_request([1, 2, 3], GREEDY)
+    engine.add_request([4], GREEDY)
+    engine.step()
+    assert (
+        repr(engine)
+        == "Engine(1 running, 1 waiting, FakeModel(PageAllocator(num_pages=8: 1 owned, 0 cached, 7 free)))"
+    )

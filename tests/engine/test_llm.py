@@ -14,7 +14,8 @@ from quire.errors import ArgumentError, ModelError
 from quire.hf import PagedModel
 
 from .conftest import NEW_TOKENS
-from .fakes import byte_tokenizer
+from .fakes import byte_tokenizer, fork
+from .texts import one_by_one
 
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS)
 
@@ -220,3 +221,19 @@ def test_no_folder_is_one_clear_sentence(tmp_path):
 def test_text_that_no_encoding_made_is_refused_in_one_sentence(prompts):
     with pytest.raises(ArgumentError, match="lone surrogate in prompt"):
         LLM().generate(prompts)
+
+
+def test_a_forked_request_copies_its_page_and_both_sequences_give_the_tokens_of_generate(
+    model, prompts, expected
+):
+    llm = make_llm(model)
+    other = (expected[0][0] + 1) % 256
+    [from_other] = one_by_one(model, [[*prompts[0], other]], NEW_TOKENS - 1)
+    request_id = llm.add_request(prompts[0], GREEDY)
+    llm.step()
+    fork(llm, request_id, other)
+    deltas = []
+    while llm.has_unfinished:
+        deltas += llm.step()
+    assert [o.token_ids for o in deltas[-1].output.outputs] == [expected[0], [other, *from_other]]
+    assert all_pages_are_free(llm)

@@ -120,6 +120,9 @@ class PagesUnderUse(RuleBasedStateMachine):
             return
         needed = self.naive_pages_needed(seq_id, num_tokens)
         assert self.table.pages_needed(seq_id, num_tokens) == needed
+        room = self.table.room(seq_id)
+        assert self.table.pages_needed(seq_id, room) <= self.allocator.num_available
+        assert self.table.pages_needed(seq_id, room + 1) > self.allocator.num_available
         before = self.snapshot()
         if needed > before[0]:
             with pytest.raises(OutOfPages):
@@ -228,6 +231,16 @@ class PagesUnderUse(RuleBasedStateMachine):
         assert self.allocator.num_cached == len(self.cached) == counts.count(0) - self.allocator.num_free
         held = self.table.page_owners()
         assert held == [[s for s in self.expected if p in self.table.pages(s)] for p in range(len(counts))]
+
+    @invariant()
+    def occupancy_counts_each_page_and_each_token_once(self):
+        slots = {
+            (page, offset)
+            for seq_id in self.expected
+            for i, page in enumerate(self.table.pages(seq_id))
+            for offset in range(min(self.page_size, self.table.length(seq_id) - i * self.page_size))
+        }
+        assert self.table.occupancy() == (len({page for page, _ in slots}), len(slots))
 
     @invariant()
     def kept_pages_hold_what_they_held_when_they_were_kept(self):

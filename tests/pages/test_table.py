@@ -348,3 +348,36 @@ def test_a_table_says_how_much_it_holds():
         "PageTable(2 sequences of 12 tokens in all, page_size=4, "
         "PageAllocator(num_pages=16: 2 owned, 0 cached, 14 free))"
     )
+
+
+def test_occupancy_counts_what_sequences_share_once():
+    table = make_table()
+    assert table.occupancy() == (0, 0)
+    for seq_id, length in [("a", 6), ("b", 3)]:
+        table.add(seq_id)
+        table.append(seq_id, length)
+    assert table.occupancy() == (3, 9)
+    table.fork("a", "c")
+    assert table.occupancy() == (3, 9)
+    table.append("c", 1)  # its own copy of the half page: 2 + 1 tokens more
+    assert table.occupancy() == (4, 12)
+    table.fork("a", "d")
+    table.trim("d", 5)  # one token of a page of which another sequence holds two
+    assert table.occupancy() == (4, 12)
+    table.free("a")
+    assert table.occupancy() == (4, 11)
+
+
+def test_room_is_what_append_can_take():
+    table = make_table(num_pages=3)
+    table.add("a")
+    assert table.room("a") == 12
+    table.append("a", 6)
+    assert table.room("a") == 6
+    table.fork("a", "b")
+    assert table.room("b") == 2  # one page for the copy
+    table.append("b", 2)
+    assert table.room("b") == 0
+    assert table.room("a") == 2  # in place
+    table.fork("a", "c")
+    assert table.room("a") == 0  # no page for the copy
