@@ -5,8 +5,8 @@ import math
 import numba
 import torch
 
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, store
-from quire.kernels.cpu.simd.vectors import LANES
 
 
 def applied(word, *operands):

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from quire.errors import ArgumentError
+
 # Runs a plan on one layer's tensors, given one by one in the order of AttentionCall.tensors.
 BoundCall = Callable[..., None]
 
@@ -67,3 +69,11 @@ class AttentionCall(NamedTuple):
         """What q·k is multiplied with."""
         scale = self.scoring.softmax_scale
         return self.q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def outside_the_pool(slots: torch.Tensor, num_slots: int) -> ArgumentError:
+    """The error of a write to slots of which some are neither in the pool nor −1."""
+    return ArgumentError(
+        f"slot_mapping must lie between −1 and {num_slots - 1}; got values from {int(slots.min())} to "
+        f"{int(slots.max())}. Fix: use the slots that PageTable.append returned for this pool"
+    )

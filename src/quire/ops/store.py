@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable
-from typing import Any, NoReturn
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 
 from quire.debug import debug_enabled
-from quire.errors import ArgumentError, DtypeError, ShapeError
+from quire.errors import DtypeError, ShapeError
 from quire.kernels import load_backend, resolve_backend
-from quire.kernels.call import BoundCall
+from quire.kernels.call import BoundCall, outside_the_pool
 from quire.ops import checks
 from quire.ops.scales import are_given, spread, taking_given
 from quire.ops.torch_op import is_watched, register
@@ -124,40 +123,18 @@ def _check_rows(
         )
 
 
-def _with_slots_checked(write: BoundCall, slot_mapping: torch.Tensor, num_slots: int) -> BoundCall:
-    """``write`` of slots that are in the pool.
+def _with_slots_checked(write: BoundCall, num_slots: int) -> BoundCall:
+    """``write`` of slots that are in the pool, for backends that do not look at them themselves.
 
-    On the host they are looked at in compiled code, 0.4 µs a call. On a device the host would have to wait for them, so
-    that they are looked at in debug mode only.
+    On a device the host would have to wait for them, so that they are looked at in debug mode only.
     """
-    count, stride, on_host = len(slot_mapping), slot_mapping.stride(0) * 8, slot_mapping.is_cpu
-    any_outside = _slots_in_compiled_code() if on_host else None
 
     def checked(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: torch.Tensor, *scales: Any) -> None:
-        if any_outside is not None:
-            if any_outside(slots.data_ptr(), count, stride, num_slots):
-                _refuse_slots(slots, num_slots)
-        elif debug_enabled() and bool(((slots < -1) | (slots >= num_slots)).any()):
-            _refuse_slots(slots, num_slots)
+        if (slots.is_cpu or debug_enabled()) and bool(((slots < -1) | (slots >= num_slots)).any()):
+            raise outside_the_pool(slots, num_slots)
         write(k, v, k_pages, v_pages, slots, *scales)
 
     return checked
-
-
-@functools.cache
-def _slots_in_compiled_code() -> Callable[..., bool]:
-    # Imported late: `import quire` must stay light, and Numba is not.
-    from quire.kernels.compile import machine_code
-    from quire.kernels.slots import any_outside
-
-    return machine_code(any_outside, 0, 0, 0, 0)
-
-
-def _refuse_slots(slots: torch.Tensor, num_slots: int) -> NoReturn:
-    raise ArgumentError(
-        f"slot_mapping must lie between −1 and {num_slots - 1}; got values from {int(slots.min())} to "
-        f"{int(slots.max())}. Fix: use the slots that PageTable.append returned for this pool"
-    )
 
 
 _bound: dict[Hashable, BoundCall] = {}  # by all that is checked of a call
@@ -199,7 +176,8 @@ def _bind(
     """Check a call, then bind its kernel."""
     _check(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
     spec = checks.infer_spec(k, k_pages, v_pages)
-    kernels = load_backend(resolve_backend(backend, k.device), spec, k.device)
+    name = resolve_backend(backend, k.device)
+    kernels = load_backend(name, spec, k.device)
     if len(_bound) >= _MOST_LAYOUTS:
         _bound.clear()
     sizes = k_pages.shape[:3]
@@ -208,7 +186,9 @@ def _bind(
         write = taking_given(kernels.bind_write(k, v, k_pages, v_pages, slot_mapping, *scales, True), sizes)
     else:
         write = kernels.bind_write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, False)
-    write = _bound[layout] = _with_slots_checked(write, slot_mapping, sizes[1] * sizes[2])
+    if name != "cpu":
+        write = _with_slots_checked(write, sizes[1] * sizes[2])
+    _bound[layout] = write
     return write
 
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import LAYOUTS, empty_pages, guarded_copy
 
+from quire.errors import ArgumentError
 from quire.kernels import cpu, reference
-from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES
+from quire.spec import COMPUTE_DTYPES, LARGEST, QUANTIZED_DTYPES
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -170,3 +171,94 @@ def test_any_write_is_the_references_to_the_bit(data):
     )
     hidden = torch.rand(len(slots)) < draw(st.sampled_from([0.0, 0.3, 1.0]))
     assert_like_the_reference(k, v, k_pages, v_pages, slots.masked_fill(hidden, -1), *scales)
+
+
+# --- slots outside the pool ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [-2, -5, 15, 600, 10**6, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("place", [0, 8])
+def test_a_slot_outside_the_pool_is_refused_and_nothing_is_written(wrong, place):
+    k, v, k_pages, v_pages, slots, *_ = case(F32, F32, 16)  # 15 slots
+    slots[4], slots[place] = -1, wrong
+    with pytest.raises(
+        ArgumentError, match=r"slot_mapping must lie between −1 and 14; got values from .*\d"
+    ) as error:
+        write_kv(k, v, k_pages, v_pages, slots, None, None)
+    assert str(wrong) in str(error.value)
+    assert (k_pages == 3).all()
+    assert (v_pages == 3).all()
+
+
+def test_slots_of_one_layout_are_looked_at_in_every_call_and_through_their_stride():
+    k, v, k_pages, v_pages, slots, *_ = case(F32, F32, 16)
+    pairs = torch.full((9, 2), 10**6)  # what lies between is nobody's slot
+    pairs[:, 0] = slots
+    write = cpu.bind_write(k, v, k_pages, v_pages, pairs[:, 0], None, None)
+    write(k, v, k_pages, v_pages, pairs[:, 0], None, None)
+    assert torch.equal(k_pages.flatten(1, 2)[:, slots].transpose(0, 1), k)
+    pairs[8, 0] = 15
+    with pytest.raises(ArgumentError, match="slot_mapping"):
+        write(k, v, k_pages, v_pages, pairs[:, 0], None, None)
+    same = torch.tensor(5).expand(9)
+    with pytest.raises(ArgumentError, match="slot_mapping"):
+        write_kv(k, v, k_pages, v_pages, torch.tensor(15).expand(9), None, None)
+    write_kv(k[:1].expand(9, 2, 16), v, k_pages, v_pages, same, None, None)
+    assert torch.equal(k_pages.flatten(1, 2)[:, 5], k[0])
+
+
+# --- given scales ----------------------------------------------------------------------------------------
+
+
+def given_scales(values, sizes):
+    """The forms in which scales come: one number, one a head, one a token; K's and V's strides differ."""
+    heads = sizes[0]
+    per_head = torch.tensor(values)[:heads]
+    yield per_head[:1].view(1, 1, 1).expand(sizes), per_head.view(heads, 1, 1).expand(sizes)
+    every = per_head.view(heads, 1, 1).expand(sizes).contiguous()
+    yield every, per_head.view(heads, 1, 1).expand(sizes)
+
+
+def quantized_by(rows, scale, dtype):
+    """The formula, in torch."""
+    largest = LARGEST[dtype]
+    scaled = (rows.float() / scale).clamp(-largest, largest)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "pages_dtype", "head_dim"), QUANTIZED, ids=str)
+def test_given_scales_divide_and_what_is_too_large_is_the_largest_number(dtype, pages_dtype, head_dim):
+    sizes = 2, 5, 3
+    k, v, k_pages, v_pages, slots, *_ = case(dtype, pages_dtype, head_dim)
+    k[0, 0, 0] = math.inf
+    v[1, 0, 0] = -math.inf
+    slots[7] = -1
+    tokens = [token for token in range(9) if token != 7]
+    for k_scale, v_scale in given_scales([0.37, 1e-3], sizes):
+        before = k_scale.clone(), v_scale.clone()
+        tensors = k, v, k_pages, v_pages, slots, k_scale, v_scale
+        cpu.bind_write(*tensors, given=True)(*tensors)
+        for rows, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
+            wanted = quantized_by(rows[tokens], scale[:, 0, 0, None], pages_dtype)
+            written = pages.flatten(1, 2)[:, slots[tokens]].transpose(0, 1)
+            assert torch.equal(bits(written), bits(wanted))
+            assert written.float().abs().max() == LARGEST[pages_dtype]
+        assert torch.equal(k_scale, before[0])
+        assert torch.equal(v_scale, before[1])
+
+
+@pytest.mark.parametrize(("dtype", "pages_dtype", "head_dim"), QUANTIZED, ids=str)
+def test_a_given_scale_of_zero_or_nan_stores_zeros_and_a_nan_is_stored_as_one_where_there_is_one(
+    dtype, pages_dtype, head_dim
+):
+    sizes = 2, 5, 3
+    k, v, k_pages, v_pages, slots, *_ = case(dtype, pages_dtype, head_dim)
+    k[:, :, -1] = v[:, :, 0] = math.nan
+    one, none = torch.ones(()).expand(sizes), torch.tensor([0.0, math.nan]).view(2, 1, 1).expand(sizes)
+    tensors = k, v, k_pages, v_pages, slots, one, none
+    cpu.bind_write(*tensors, given=True)(*tensors)
+    assert (v_pages.flatten(1, 2)[:, slots].float() == 0).all()
+    strange = k_pages.flatten(1, 2)[:, slots, -1].float()
+    assert (strange == 0).all() if pages_dtype == torch.int8 else strange.isnan().all()
+    if head_dim > 1:
+        assert k_pages.flatten(1, 2)[:, slots, :-1].float().isfinite().all()

@@ -6,10 +6,15 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import pytest
 import torch
 from processes import run_python
-from support import Shape, make_batch, plan_for
+from support import Shape, attend, make_batch, plan_for
+
+from quire.kernels.compile import part
+from quire.kernels.cpu import threads as launch
+from quire.kernels.cpu.simd import memory
 
 SHAPE = Shape(torch.float32, 16, 3)  # compiled by other modules too
 own_worker = pytest.mark.xdist_group("decode-float32-same-d16-g3")
@@ -33,6 +38,84 @@ def compute():
 def threads_here():
     return len(os.listdir("/proc/self/task"))
 """
+
+
+# --- loops and shares ------------------------------------------------------------------------------------
+
+
+@part
+def _count_visit(index, base, stride):
+    at = base + index * stride
+    memory.store_i64(at, memory.load_i64(at) + 1)
+
+
+@numba.njit(nogil=True)
+def _visit_all(threads, count, base, stride):
+    launch.parallel_for(_count_visit, threads, count, (base, stride))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 1000])
+def test_a_parallel_loop_visits_every_index_once(threads, count):
+    visits = torch.zeros(count + 1, dtype=torch.int64)
+    _visit_all(threads, count, visits.data_ptr(), 8)
+    assert visits.tolist() == [1] * count + [0]
+
+
+def test_kernels_run_on_torchs_threads(set_threads):
+    assert launch.HAS_OPENMP, "torch's OpenMP runtime was not found: kernels would run on one thread"
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        assert launch.num_threads() == threads
+
+
+@own_worker
+@pytest.mark.parametrize(("seq_lens", "q_lens"), [([700, 3, 90], None), ([300, 90, 7], [20, 90, 1])])
+def test_the_same_input_gives_the_same_bits_run_after_run_on_any_threads(seq_lens, q_lens, set_threads):
+    batch = make_batch(SHAPE, seq_lens, q_lens)
+    plan = plan_for(batch, 5)
+    first = plan.run(*batch.pages, return_state=True)
+    for threads in (1, 2, 2, 4, 1):
+        set_threads(threads)
+        again = plan.run(*batch.pages, return_state=True)
+        assert torch.equal(again.out, first.out)
+        assert torch.equal(again.lse, first.lse)
+
+
+@own_worker
+@pytest.mark.parametrize("q_lens", [[1, 1], [40, 40]])
+def test_workers_side_by_side_keep_out_of_one_anothers_scratch(q_lens, set_threads):
+    batch = make_batch(SHAPE, [3000, 3000], q_lens)  # long enough for both to be at it at once
+    plan = plan_for(batch, 2)
+    set_threads(1)
+    alone = plan.run(*batch.pages)
+    set_threads(2)
+    for _ in range(10):
+        assert torch.equal(plan.run(*batch.pages), alone)
+
+
+@own_worker
+def test_calls_from_several_python_threads_at_once_do_not_disturb_one_another(set_threads):
+    set_threads(2)
+    batches = [make_batch(SHAPE, [40 * i + 1, 500, 3], [1, 20, 1], seed=i) for i in range(6)]
+    wanted = [attend(batch).out for batch in batches]
+
+    def repeat(i):
+        return [attend(batches[i]).out for _ in range(15)]
+
+    with ThreadPoolExecutor(6) as pool:
+        for i, outs in enumerate(pool.map(repeat, range(6))):
+            for out in outs:
+                torch.testing.assert_close(out, wanted[i], atol=1e-6, rtol=0)
+
+
+@own_worker
+def test_a_kernel_is_compiled_once_however_many_tensors_it_meets():
+    attend(make_batch(SHAPE, [3, 50], [1, 5]))
+    before = len(launch._entries)
+    for seed in range(3):
+        attend(make_batch(SHAPE, [3, 50], [1, 5], seed=seed, layout="nhd"))
+    assert len(launch._entries) == before
 
 
 # --- how many threads ------------------------------------------------------------------------------------
@@ -67,15 +150,37 @@ def test_a_process_that_may_use_one_core_runs_on_one_thread(monkeypatch):
     assert run_python(f"{bound}\n{STEP}\n{COUNT}") == [1, 1]
 
 
+def test_without_openmp_the_same_machine_code_runs_on_one_thread(tmp_path):
+    """Linked against nothing that it calls, and found on disk where a process with OpenMP left it."""
+    code = (
+        STEP
+        + """
+import ctypes
+if hidden:
+    class Hidden:
+        def __init__(self, name): raise OSError("no OpenMP here")
+    ctypes.CDLL = Hidden
+from quire.kernels.cpu import threads
+from quire.kernels.cpu.attend.decode import decode
+torch.set_num_threads(2)
+print(json.dumps([threads.num_threads(), compute(), sum(decode.stats.cache_hits.values())]))
+"""
+    )
+    there, here = (
+        run_python(f"hidden = {hidden}\n{code}", NUMBA_CACHE_DIR=str(tmp_path)) for hidden in (False, True)
+    )
+    assert (there[0], here[0]) == (2, 1)
+    assert (there[2], here[2]) == (0, 1)
+    torch.testing.assert_close(torch.tensor(here[1]), torch.tensor(there[1]), atol=1e-6, rtol=0)
+
+
 @own_worker
 def test_threads_set_in_one_python_thread_count_for_those_started_later(set_threads):
-    from quire.kernels.cpu.threads import num_threads
-
     with ThreadPoolExecutor(1) as other:
-        assert other.submit(num_threads).result() == torch.get_num_threads()
+        assert other.submit(launch.num_threads).result() == torch.get_num_threads()
         other.submit(set_threads, 3).result()
     with ThreadPoolExecutor(1) as younger:
-        assert younger.submit(num_threads).result() == 3
+        assert younger.submit(launch.num_threads).result() == 3
 
 
 # --- several Python threads ------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The CPU backend: paged attention in Numba, written in the words of ``simd``.
 
 backend.py   what ``kernels`` asks of a backend
-threads.py   compiling, and running on torch's own threads
+threads.py   kernels on torch's own threads; ``kernels.compile`` compiles them
 attend/      decode, prefill, merge
-simd/        the words they are written in
+simd/        the vector operations ("words") they are written in
 store.py     keys and values into their slots
 linear.py    linear layers of a few tokens
 """

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quire.kernels.call import AttentionCall, BoundCall
+from quire.kernels.call import AttentionCall, BoundCall, outside_the_pool
+from quire.kernels.compile import compiled
 from quire.kernels.cpu.attend import decode as decoding
 from quire.kernels.cpu.attend import prefill as prefilling
 from quire.kernels.cpu.attend import scores
@@ -18,8 +19,8 @@ from quire.kernels.cpu.attend.merge import merge
 from quire.kernels.cpu.attend.notes import describe_machine, describe_tile
 from quire.kernels.cpu.attend.products import BLOCK
 from quire.kernels.cpu.attend.rows import ITEM_BYTES, Call, Step
-from quire.kernels.cpu.store import Write, write
-from quire.kernels.cpu.threads import addresses, num_threads, run
+from quire.kernels.cpu.store import Layout, Write, write
+from quire.kernels.cpu.threads import num_threads, run
 from quire.planning.work_list import StepPlan, TileShape, Tiling, WorkList
 from quire.spec import PAGE_ALIGNMENT_BYTES, AttentionSpec
 
@@ -88,9 +89,15 @@ def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
 def _apart(nbytes: int) -> int:
     """Bytes from one worker's scratch to the next: whole cache lines and an odd number of them.
 
-    At a power of two the same row of every worker would fight for the same set of a shared cache.
+    At a power of two the same row of every worker would be in the same set of a shared cache.
     """
     return (-(-nbytes // PAGE_ALIGNMENT_BYTES) | 1) * PAGE_ALIGNMENT_BYTES
+
+
+@compiled
+def addresses(page_table: Any, numbers: Any, lists: Any) -> tuple[int, int, int]:
+    """Where a plan's arrays lie: one call, where NumPy takes one per array at four times the price."""
+    return page_table.ctypes.data, numbers.ctypes.data, lists.ctypes.data
 
 
 class _Launch:
@@ -106,7 +113,7 @@ class _Launch:
         kernel, work = self._kernel, self._work
         threads, scratch = num_threads(), borrow_scratch(self._nbytes)
         step = self._step
-        if step is None or step.scratch != scratch:  # it mostly lies where it did for the layer before
+        if step is None or step.scratch != scratch:  # mostly it is where it was for the layer before
             step = self._step = self._in_scratch(scratch)
         run(kernel.function, kernel.config, threads, work.num_workers, step, call)
         if work.num_merges:
@@ -216,22 +223,29 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def bind_write(*like: Any) -> Callable[..., None]:
-    """``write_kv`` for tensors of the layout of these."""
-    k, v, k_pages, v_pages, _, k_scale, v_scale, _ = like
+def bind_write(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, given: bool = False,
+) -> Callable[..., None]:  # fmt: skip
+    """``write_kv`` for tensors of the layout of these; ``given`` scales are read, through any strides.
+
+    What it returns raises ArgumentError, and writes nothing, where a slot is neither in the pool nor −1.
+    """
     tokens, heads, head_dim = k.shape
+    _, num_pages, page_size, _ = k_pages.shape
     config = Config(DTYPE_CODES[k.dtype], DTYPE_CODES[k_pages.dtype], head_dim)
-    page_size = k_pages.shape[2]
+    slot_bytes, num_slots = slot_mapping.stride(0) * 8, num_pages * page_size
+    layout = Layout(tokens, heads, slot_bytes, num_slots, page_size, int(given))
     k_strides, v_strides = _write_strides(k, k_pages, k_scale), _write_strides(v, v_pages, v_scale)
 
     def write_tokens(
         k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
         k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
     ) -> None:  # fmt: skip
-        slots = slot_mapping.contiguous()
         k_write = Write(k.data_ptr(), k_pages.data_ptr(), _address(k_scale), *k_strides)
         v_write = Write(v.data_ptr(), v_pages.data_ptr(), _address(v_scale), *v_strides)
-        run(write, config, num_threads(), tokens, heads, slots.data_ptr(), page_size, k_write, v_write)
+        if not run(write, config, num_threads(), layout, slot_mapping.data_ptr(), k_write, v_write):
+            raise outside_the_pool(slot_mapping, num_slots)
 
     return write_tokens
 

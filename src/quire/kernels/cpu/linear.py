@@ -2,12 +2,12 @@
 
     out[t, n] = Σ_k x[t, k] · w[n, k] + b[n]
 
-A decode step multiplies a handful of tokens with all weights of a model, so it is bound by reading them. A
-matrix product made for many rows packs its operands first, which is as much work as this product itself; here
-a tile of 16 dot products, ``tokens`` × ``rows`` of w, runs along k with lanes on k: two rows of w serve eight
-tokens, and w stays as the model has it. The tokens of a tile are interleaved once, [k / 16][token][16] in float32,
-so that one pointer walks them, and while one tile is computed the rows of the next are prefetched. Where the CPU
-multiplies bfloat16 pairs (``pairs``), bfloat16 stays as it is, [k / 32][token][16 pairs], for half the multiplications.
+A decode step multiplies a few tokens with all weights of a model, so it is bound by reading them. A matrix product
+for many rows packs its operands first, which costs as much as this product itself; here a tile of 16 dot products,
+``tokens`` × ``rows`` of w, runs along k with lanes on k: two rows of w serve eight tokens, and w stays as the model has
+it. The tokens of a tile are interleaved once, [k / 16][token][16] in float32, so that they are read in order, and while
+one tile is computed the rows of the next are prefetched. Where the CPU multiplies bfloat16 pairs (``pairs``), bfloat16
+stays as it is, [k / 32][token][16 pairs], for half the multiplications.
 
 Source: the register tile is the usual one of matrix products (Goto, van de Geijn, 10.1145/1356052.1356053), with
 the packing of the large operand left out.
@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from quire.kernels.compile import compile_time, compiled, part
 from quire.kernels.cpu.attend.config import DTYPE_CODES
 from quire.kernels.cpu.attend.products import add_product
 from quire.kernels.cpu.backend import borrow_scratch
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import BF16, BYTES, F32, load, load_head, prefetch, store, store_head
 from quire.kernels.cpu.simd.pairs import PAIRED, has_pair_products, load_pairs
-from quire.kernels.cpu.simd.vectors import LANES, add, fma, splat, sum_rows, tile
-from quire.kernels.cpu.threads import compile_time, kernel, num_threads, parallel_for, part, run
+from quire.kernels.cpu.simd.vectors import add, fma, splat, sum_rows, tile
+from quire.kernels.cpu.threads import num_threads, parallel_for, run
 
 MAX_TOKENS = 8  # of one tile
 LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token
@@ -71,7 +73,7 @@ class Product(NamedTuple):
     scratch_bytes: int  # of one worker
 
 
-@kernel
+@compiled
 def multiply(cfg: Any, threads: int, workers: int, product: Product) -> None:
     """Run every worker's share of the weight's rows."""
     parallel_for(multiply_share, threads, workers, (cfg, workers, product))

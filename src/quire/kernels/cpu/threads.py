@@ -1,102 +1,37 @@
-"""How a CPU kernel is specialised, compiled, cached on disk and run on all cores.
+"""How compiled functions run on all cores: on the OpenMP threads that torch already keeps.
 
-A kernel is an ordinary module-level Numba function whose first argument is a ``Config``: a value that is all
-type, so that ``config.head_dim`` is a compile-time number and loops over it unroll. It is compiled once per
-Config and found on disk by later processes; the cache key holds a digest of this package's sources, so that
-an edited or upgraded kernel is never mistaken for an old one.
-
-Workers run on the OpenMP threads that torch already keeps: a second pool would fight with the first for the
-same cores, each spinning while the other works. Whatever sets torch's number of threads sets the kernels'.
+A second pool would compete with the first for the same cores, because idle OpenMP threads spin. Whatever sets torch's
+number of threads sets the number of threads that kernels run on.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.imputils import impl_ret_untracked, lower_getattr_generic
-from numba.core.typing.templates import AttributeTemplate, infer_getattr
-from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
+from numba.extending import intrinsic
 
-from quire.kernels import compile as compiler
-from quire.kernels.compile import OPTIONS, compiled, machine_code
-from quire.kernels.cpu.attend.config import Config
-
-AnyConfig = TypeVar("AnyConfig", bound=tuple[int, ...])
-
-
-@functools.cache
-def _sources_digest() -> str:
-    digest = hashlib.sha256()
-    for path in (*sorted(Path(__file__).parent.rglob("*.py")), Path(compiler.__file__)):
-        digest.update(path.read_bytes())
-    digest.update(repr((sorted(OPTIONS.items()), HAS_OPENMP)).encode())
-    return digest.hexdigest()
-
-
-class ConfigType(types.Type):
-    """The Numba type of one Config."""
-
-    def __init__(self, config: tuple[int, ...], sources: str) -> None:
-        self.config = config
-        super().__init__(f"quire_{type(config).__name__}{tuple(config)}@{sources}")
-
-
-@register_model(ConfigType)
-class _ConfigModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, fe_type: ConfigType) -> None:
-        super().__init__(manager, fe_type, ir.IntType(8))
-
-
-def compile_time(config_class: type[AnyConfig]) -> type[AnyConfig]:
-    """Make a NamedTuple's values Configs: all type, every field and property a number known to the compiler."""
-    typeof_impl.register(config_class)(lambda value, context: ConfigType(value, _sources_digest()))
-    return config_class
-
-
-compile_time(Config)
-
-
-@unbox(ConfigType)
-def _unbox_config(typ: ConfigType, value: Any, context: Any) -> Any:
-    return NativeValue(context.context.get_constant(types.int8, 0))
-
-
-@infer_getattr
-class _ConfigAttributes(AttributeTemplate):
-    key = ConfigType
-
-    def generic_resolve(self, config: ConfigType, field: str) -> Any:
-        return types.literal(getattr(config.config, field))
-
-
-@lower_getattr_generic(ConfigType)
-def _lower_config_field(context: Any, builder: Any, typ: ConfigType, value: Any, field: str) -> Any:
-    constant = context.get_constant(types.int64, getattr(typ.config, field))
-    return impl_ret_untracked(context, builder, types.int64, constant)
-
-
-# --- threads ---------------------------------------------------------------------------------------------
+from quire.kernels.compile import machine_code
 
 
 def _find_openmp() -> bool:
-    """Make torch's own OpenMP runtime visible to the kernels; False where it has none we can call."""
+    """Tell LLVM where torch's own OpenMP runtime is; False where none is found, and kernels run on one thread."""
     wanted = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
-    for candidate in [*map(str, libraries), None]:  # None: what the process has loaded already
+    for candidate in (
+        None,
+        *map(str, libraries),
+    ):  # None: the process's scope, where torch's own calls look first
         try:
             library = ctypes.CDLL(candidate)
             symbols = {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in wanted}
@@ -105,6 +40,8 @@ def _find_openmp() -> bool:
         for name, address in symbols.items():
             llvm.add_symbol(name, address)
         return True
+    for name in wanted:  # the machine code is the same, and calls them for more than one thread alone
+        llvm.add_symbol(name, ctypes.cast(ctypes.pythonapi.Py_FatalError, ctypes.c_void_p).value)
     return False
 
 
@@ -117,7 +54,7 @@ def num_threads() -> int:
 
 
 def _is_forked() -> bool:
-    """Whether this process began as another's copy, perhaps before Quire was imported; known on Linux only."""
+    """Whether this process is a fork, perhaps one made before Quire was imported; known on Linux only."""
     try:
         flags = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6]
     except (OSError, IndexError):
@@ -127,27 +64,28 @@ def _is_forked() -> bool:
 
 
 _forked = _is_forked()
-_stand_in: ThreadPoolExecutor | None = None
+_younger_thread: ThreadPoolExecutor | None = None
 
 
 def _after_fork() -> None:
-    global _forked, _stand_in
-    _forked, _stand_in = True, None
+    global _forked, _younger_thread
+    _forked, _younger_thread = True, None
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _run_on_stand_in(entry: Callable[..., None], *args: Any) -> None:
-    """Run on a thread that began after the fork.
+def _run_on_younger_thread(entry: Callable[..., Any], *args: Any) -> Any:
+    """Run on a thread that was started after the fork.
 
-    A forked child's main thread is the copy of one that may have led a team of OpenMP threads. The team was not
-    copied, but OpenMP believes in it and would wait for it for ever; a younger thread founds its own.
+    OpenMP remembers a team of threads for each thread that led one. A forked child's main thread keeps that memory, but
+    the team's threads do not exist in the child, so that OpenMP would wait for them for ever. A thread that was started
+    after the fork has no team yet.
     """
-    global _stand_in
-    if _stand_in is None:
-        _stand_in = ThreadPoolExecutor(1, "quire-kernels")
-    _stand_in.submit(entry, *args).result()
+    global _younger_thread
+    if _younger_thread is None:
+        _younger_thread = ThreadPoolExecutor(1, "quire-kernels")
+    return _younger_thread.submit(entry, *args).result()
 
 
 @intrinsic
@@ -155,7 +93,7 @@ def parallel_for(typingctx: Any, body: Any, threads: Any, count: Any, arguments:
     """Call ``body(i, *arguments)`` for i in range(count) on ``threads`` OpenMP threads.
 
     Emits what a C compiler makes of ``#pragma omp parallel``: the arguments go into a struct on the stack,
-    and each thread walks i = its number, its number + threads, ….
+    and each thread takes i = its number, its number + threads, ….
     """
     body_args = (types.int64, *arguments.types)
     body_signature = typingctx.resolve_function_type(body, body_args, {})
@@ -181,11 +119,7 @@ def parallel_for(typingctx: Any, body: Any, threads: Any, count: Any, arguments:
 
 def _emit_fork(builder: Any, thread_main: Any, packed: Any, threads: Any) -> None:
     zero, one = ir.Constant(ir.IntType(64), 0), ir.Constant(ir.IntType(64), 1)
-    if not HAS_OPENMP:
-        builder.call(thread_main, [packed, zero, one])
-        return
-    i32 = ir.IntType(32)
-    module = builder.module
+    i32, module = ir.IntType(32), builder.module
     fork_type = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, cgutils.voidptr_t, i32, i32])
     number_type = ir.FunctionType(i32, [])
     trampoline = ir.Function(
@@ -233,35 +167,18 @@ def _emit_thread_main(
     return function
 
 
-# --- compiling -------------------------------------------------------------------------------------------
-
-kernel = compiled  # a kernel that Python calls: compiled on first use, kept on disk, run without the GIL
+_entries: dict[tuple[Any, tuple[int, ...]], Callable[..., Any]] = {}
 
 
-def part(function: Callable[..., Any]) -> Any:
-    """Mark a piece that only kernels call: compiled into them, without a door to Python or disk of its own."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
-
-
-@kernel
-def addresses(page_table: Any, numbers: Any, lists: Any) -> tuple[int, int, int]:
-    """Where a plan's arrays lie: one call, where NumPy takes one per array at four times the price."""
-    return page_table.ctypes.data, numbers.ctypes.data, lists.ctypes.data
-
-
-_compiled: dict[tuple[Any, tuple[int, ...]], Callable[..., None]] = {}
-
-
-def run(function: Any, config: tuple[int, ...], threads: int, *args: Any) -> None:
+def run(function: Any, config: tuple[int, ...], threads: int, *args: Any) -> Any:
     """Run a kernel's machine code for a Config on so many threads, compiling it first if need be.
 
     A kernel's other arguments have one type each (ints, and tuples of ints and floats), so the Config alone
     says which code.
     """
-    entry = _compiled.get((function, config))
+    entry = _entries.get((function, config))
     if entry is None:
-        entry = _compiled[function, config] = machine_code(function, config, threads, *args)
+        entry = _entries[function, config] = machine_code(function, config, threads, *args)
     if _forked and threads > 1 and threading.current_thread() is threading.main_thread():
-        _run_on_stand_in(entry, config, threads, *args)
-    else:
-        entry(config, threads, *args)
+        return _run_on_younger_thread(entry, config, threads, *args)
+    return entry(config, threads, *args)

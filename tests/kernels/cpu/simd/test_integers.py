@@ -6,8 +6,9 @@ import torch
 from lanes import applied, applied_to_four
 
 from quire.kernels.cpu.simd import integers
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, store
-from quire.kernels.cpu.simd.vectors import LANES, tile
+from quire.kernels.cpu.simd.vectors import tile
 
 where_it_is_used = pytest.mark.skipif(
     not integers.has_byte_products(), reason="this CPU multiplies no bytes, or none that pay"

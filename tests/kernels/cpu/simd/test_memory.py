@@ -8,8 +8,8 @@ import torch
 from support import guarded_copy
 
 from quire.kernels.cpu.simd import memory
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32
-from quire.kernels.cpu.simd.vectors import LANES
 
 DTYPES = {
     torch.float32: memory.F32,

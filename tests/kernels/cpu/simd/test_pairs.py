@@ -7,8 +7,8 @@ from lanes import applied
 
 from quire.kernels.cpu.attend import config
 from quire.kernels.cpu.simd import pairs
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, store
-from quire.kernels.cpu.simd.vectors import LANES
 
 where_it_is_used = pytest.mark.skipif(
     not pairs.has_pair_products(), reason="this CPU multiplies pairs no faster than single numbers"
@@ -69,11 +69,11 @@ def test_rows_are_zipped_into_pairs_of_the_same_column():
 
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8])
 def test_turning_moves_lanes_around(lanes):
-    turn, v = pairs.turn, torch.arange(float(LANES))
+    rotate, v = pairs.rotate, torch.arange(float(LANES))
 
     @numba.njit
     def turned(x):
-        return turn(x, lanes)
+        return rotate(x, lanes)
 
     assert torch.equal(applied(turned, v), v.roll(-lanes))
 

@@ -9,8 +9,8 @@ import torch
 from lanes import applied, applied_to_four
 
 from quire.kernels.cpu.simd import vectors as simd
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, store
-from quire.kernels.cpu.simd.vectors import LANES
 
 
 def ulps(got, wanted):
@@ -148,4 +148,4 @@ def test_sum_rows_leaves_the_sum_of_vector_i_in_lane_i():
 
 def test_eight_int64_of_four_vectors_come_in_turn():
     source = torch.arange(32, dtype=torch.int64) * 2**40 - 7
-    assert torch.equal(applied_to_four(simd.in_turn, source), source.view(4, 8).T.flatten())
+    assert torch.equal(applied_to_four(simd.interleave, source), source.view(4, 8).T.flatten())

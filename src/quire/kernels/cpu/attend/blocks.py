@@ -1,9 +1,8 @@
 """Where a block of decode's tokens lies: the addresses of its rows, their scales, and their places in the block.
 
-A whole block lies in turn: its first token, its 17th, its 33rd and its 49th, then its second, and so on. Read in that
-order, four places keep more of the memory's channels busy than one place after the other does. Rows of 8 bits that
-meet bfloat16 queries lie as they come, which is faster by a seventh: they are half as long, and their scales lie in
-their order.
+The rows of a whole block are interleaved: its first token, its 17th, its 33rd and its 49th, then its second, and so on.
+Reading from four places at once keeps more of the memory's channels busy. Rows of 8 bits that meet bfloat16 queries
+stay in order, which is faster by a seventh: they are half as long, and their scales lie in order too.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from quire.kernels.compile import part
 from quire.kernels.cpu.attend.products import (
     BLOCK,
     CACHE_LINE,
@@ -22,22 +22,28 @@ from quire.kernels.cpu.attend.products import (
     V_ROWS,
     V_SCALES,
 )
-from quire.kernels.cpu.attend.rows import ZERO, Call, Step, load_scales, locate_tokens
+from quire.kernels.cpu.attend.rows import (
+    ZERO,
+    Call,
+    Step,
+    load_scales,
+    locate_tokens,
+)
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, load_i32, load_i64, prefetch, store, store_f32, store_i64
-from quire.kernels.cpu.simd.vectors import LANES, in_turn, tile
-from quire.kernels.cpu.threads import part
+from quire.kernels.cpu.simd.vectors import interleave, tile
 
 
 @part
 def locate_block(
     cfg: Any, step: Step, call: Call, sequence: int, kv_head: int, begin: int, end: int, block: int
 ) -> None:
-    """Addresses of a block's K and V rows, in turn where it is whole, else padded with the last one."""
+    """Addresses of a block's K and V rows: interleaved where it is whole, else padded with the last one."""
     locate_tokens(step, call, sequence, kv_head, begin, end, block + K_ROWS, block + V_ROWS)
     streams = streams_of(cfg, end - begin)
     if streams == STREAMS:
-        put_in_turn(block + K_ROWS)
-        put_in_turn(block + V_ROWS)
+        interleave_rows(block + K_ROWS)
+        interleave_rows(block + V_ROWS)
     if call.alibi_slopes:
         length = (end - begin) // streams
         for i in range(streams):
@@ -54,25 +60,25 @@ def locate_block(
 
 
 @part
-def put_in_turn(rows: int) -> None:
-    """Addresses of 64 rows as they come, in the order 0, 16, 32, 48, 1, …."""
+def interleave_rows(rows: int) -> None:
+    """Interleave the addresses of 64 rows: 0, 16, 32, 48, 1, …."""
     quarter = BLOCK // STREAMS * 8
-    turns = tile(8)
+    mixed = tile(8)
     for half in range(2):
         at = rows + half * LANES * 4
         a, b = load(F32, at), load(F32, at + quarter)
         c, d = load(F32, at + 2 * quarter), load(F32, at + 3 * quarter)
-        turns[half * 4] = in_turn(a, b, c, d, 0)
-        turns[half * 4 + 1] = in_turn(a, b, c, d, 1)
-        turns[half * 4 + 2] = in_turn(a, b, c, d, 2)
-        turns[half * 4 + 3] = in_turn(a, b, c, d, 3)
+        mixed[half * 4] = interleave(a, b, c, d, 0)
+        mixed[half * 4 + 1] = interleave(a, b, c, d, 1)
+        mixed[half * 4 + 2] = interleave(a, b, c, d, 2)
+        mixed[half * 4 + 3] = interleave(a, b, c, d, 3)
     for i in range(8):
-        store(F32, rows + i * LANES * 4, turns[i])
+        store(F32, rows + i * LANES * 4, mixed[i])
 
 
 @part
 def streams_of(cfg: Any, count: int) -> int:
-    """From how many places so many tokens are read in turn; a short block is read as it comes."""
+    """From how many places a block of ``count`` tokens is interleaved; a short block is read in order."""
     return STREAMS if count == BLOCK and not cfg.converts else 1
 
 
@@ -82,7 +88,7 @@ def scale_block(
 ) -> None:
     """A block's scales in the order of its rows.
 
-    Behind the last token's lie zeros: what is multiplied along with it weighs nothing.
+    Behind the last token's lie zeros: padding that is multiplied along with it has no weight.
     """
     head, streams = kv_head * call.scale_head, streams_of(cfg, end - begin)
     length, apart = (end - begin) // streams, streams * 4
@@ -98,7 +104,7 @@ def scale_block(
 
 @part
 def prefetch_scales(step: Step, sequence: int, begin: int, end: int, base: int, call: Call) -> None:
-    """Ask for the scales of every page that tokens begin … end − 1 lie on."""
+    """Prefetch the scales of every page that tokens begin … end − 1 lie on."""
     table, floats = step.page_table + sequence * step.page_table_row, CACHE_LINE // 4
     for page in range(begin // step.page_size, (end + step.page_size - 1) // step.page_size):
         scales = base + load_i32(table + page * 4) * call.scale_page

@@ -1,9 +1,9 @@
-"""Decode's two products over int8 pages as they lie, where the CPU multiplies bytes (``integers``).
+"""Decode's two products over int8 pages as integers, where the CPU multiplies bytes (``integers``).
 
 A query becomes integers of 16 bits, in steps of a power of two of its own, and meets keys in two products: of its high
 bytes and of its low ones. A bfloat16 has 8 bits, so that only elements 2^7 times smaller than the largest lose any.
-What they lose, times the largest number among a block's keys, is what a score can be off by; where that may be more
-than SLACK, the block's keys are converted and multiplied as bfloat16 instead (``products``).
+What they lose, times the largest number among a block's keys, bounds the error of a score. Where the bound exceeds
+SLACK, the block's keys are converted to bfloat16 instead (``products``).
 
 Weights become integers of 16 bits too, shares of the block's largest (off by 2^−17 of it at most, where bfloat16 is
 off by 2^−9 of each), and meet the values of four tokens at once. The sums of integers are exact.
@@ -15,20 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from quire.kernels.compile import part
 from quire.kernels.cpu.attend.products import (
-    BLOCK,
     CORRECTION,
     K_ROWS,
     K_SCALES,
     MAX_HEADS,
     OFFSET,
     Q_ROWS,
-    SOON,
     STEP,
     UNIT,
     V_ROWS,
-    ask_for_line,
-    ask_for_row,
+    prefetch_for_scores,
+    prefetch_for_values,
 )
 from quire.kernels.cpu.attend.rows import ZERO, Call
 from quire.kernels.cpu.simd.integers import (
@@ -50,10 +49,10 @@ from quire.kernels.cpu.simd.integers import (
     zip_words_high,
     zip_words_low,
 )
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import BF16, BYTES, F32, load, load_f32, load_i64, store, store_f32
 from quire.kernels.cpu.simd.pairs import LINE, load_pair
 from quire.kernels.cpu.simd.vectors import (
-    LANES,
     add,
     at_least,
     div,
@@ -69,9 +68,8 @@ from quire.kernels.cpu.simd.vectors import (
     sub,
     tile,
 )
-from quire.kernels.cpu.threads import part
 
-# As much as a score, and with it lse, may be off by: a sixteenth of what rounding a weight to bfloat16 costs.
+# Largest error of a score, and so of lse: a sixteenth of the error of a weight rounded to bfloat16.
 SLACK = np.float32(2.0**-13)
 ROUND = np.float32(12582912.0)  # 1.5·2^23: adding it leaves a number of 16 bits, rounded, in the lowest ones
 MOST = np.float32(65535.0)
@@ -84,7 +82,7 @@ TINY = np.float32(2.0**-110)  # 65535 divided by it is finite, and a 65535th of 
 def split_query(cfg: Any, source: int, q_row: int, state: int, g: int) -> Any:
     """Lay head g's query as bytes behind its row of scratch, high ones first.
 
-    Returns what its elements lose by that, summed; infinity if they are no numbers.
+    Returns the sum of its elements' rounding errors; infinity where one is NaN.
     """
     largest = splat(ZERO)
     for i in range(cfg.vectors):
@@ -101,7 +99,7 @@ def split_query(cfg: Any, source: int, q_row: int, state: int, g: int) -> Any:
     offsets = tile(LANES)
     for j in range(LANES):
         offsets[j] = splat(ZERO)
-    for i in range(cfg.lines):  # what keys bring in that are counted from 0: 128 times the high bytes' sum
+    for i in range(cfg.lines):  # 128 times the high bytes' sum: what adding 128 to every key adds to a score
         offsets[0] = multiply_bytes(flip_signs(splat(ZERO)), load(F32, high + i * LINE), offsets[0])
     offset = first_lane(shift_up(sum_integer_rows(offsets)))
     for t in range(cfg.tokens):
@@ -138,7 +136,7 @@ def score_bytes(
     cfg: Any, count: int, here: int, upcoming: int, state: int, scale: float, scores: int
 ) -> None:
     """scores[t, g] = q_g · k_t, as ``score_block``: (256 · high_g + low_g) · k_t, times the step."""
-    k_rows, v_rows, q_rows = here + K_ROWS, here + V_ROWS, state + Q_ROWS
+    k_rows, q_rows = here + K_ROWS, state + Q_ROWS
     factor, offset = mul(load(F32, state + STEP), splat(scale)), load(F32, state + OFFSET)
     for first in range(0, count, cfg.tokens):
         products = tile(LANES)
@@ -146,9 +144,7 @@ def score_bytes(
             products[j] = splat(ZERO)
         for i in range(cfg.lines):
             for t in range(cfg.tokens):
-                ask_for_line(upcoming + K_ROWS, first + t, i * LINE)
-                ask_for_line(v_rows, first + t, i * LINE)
-                ask_for_line(k_rows, first + t + SOON, i * LINE)
+                prefetch_for_scores(here, upcoming, first + t, i * LINE, True)
                 k = flip_signs(load_bytes(load_i64(k_rows + (first + t) * 8) + i * LINE))
                 for g in range(cfg.heads):
                     q = load(F32, high_bytes(cfg, q_rows + g * cfg.row_bytes) + i * LINE)
@@ -168,35 +164,33 @@ def score_bytes(
 
 
 @part
-def weigh_in_bytes(cfg: Any, vectors: int, state: int, scores: int) -> None:
-    """Weights become shares of the largest in 65535ths, bytes of four tokens together; UNIT is what one is worth.
+def quantize_weights(cfg: Any, vectors: int, state: int, scores: int) -> None:
+    """Weights become multiples of a 65535th of the largest, as bytes of four tokens together; UNIT is that 65535th.
 
-    That is NaN where a weight is no number, or less than 0.
+    UNIT is NaN where a weight is NaN, infinite or negative.
     """
-    largest, spoilt = splat(ZERO), splat(ZERO)
+    largest, invalid = splat(ZERO), splat(ZERO)
     for j in range(vectors):
         weights = load(F32, scores + j * LANES * 4)
         largest = maximum(largest, weights)
-        # 0 for finite weights of 0 and more, which are all that integers can say here.
-        spoilt = add(spoilt, sub(magnitude(weights), weights))
+        # 0 for finite weights of at least 0: integers hold no others.
+        invalid = add(invalid, sub(magnitude(weights), weights))
     largest = maximum(fold_max(largest, cfg.padded_heads), splat(TINY))
     shares = div(splat(MOST), largest)
     for j in range(vectors):
         at = scores + j * LANES * 4
         store_weights(at, add(mul(load(F32, at), shares), splat(ROUND)), cfg.padded_heads)
-    sound = at_least(splat(ZERO), fold_sum(spoilt, cfg.padded_heads))
+    sound = at_least(splat(ZERO), fold_sum(invalid, cfg.padded_heads))
     store(F32, state + UNIT, select(sound, mul(largest, splat(np.float32(1.0) / MOST)), splat(NAN)))
 
 
 @part
 def load_four(cfg: Any, v_rows: int, t: int, i: int) -> Any:
-    """Vector i of the values of four tokens: four of 64 to a lane, in the order that ``put_bytes_in_order`` undoes."""
+    """Vector i of the values of four tokens: four of 64 to a lane, in the order that ``restore_byte_order`` undoes."""
     offset = i // 4 * LINE
-    a, b = load_bytes(load_i64(v_rows + t * 8) + offset), load_bytes(load_i64(v_rows + (t + 1) * 8) + offset)
-    c, d = (
-        load_bytes(load_i64(v_rows + (t + 2) * 8) + offset),
-        load_bytes(load_i64(v_rows + (t + 3) * 8) + offset),
-    )
+    rows = v_rows + t * 8
+    a, b = load_bytes(load_i64(rows) + offset), load_bytes(load_i64(rows + 8) + offset)
+    c, d = load_bytes(load_i64(rows + 16) + offset), load_bytes(load_i64(rows + 24) + offset)
     ab, cd = (zip_rows_high(a, b), zip_rows_high(c, d)) if i & 2 else (zip_rows_low(a, b), zip_rows_low(c, d))
     return zip_words_high(ab, cd) if i & 1 else zip_words_low(ab, cd)
 
@@ -205,20 +199,13 @@ def load_four(cfg: Any, v_rows: int, t: int, i: int) -> Any:
 def accumulate_bytes(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
     """acc_g = correction_g · acc_g + unit_g · Σ_t (256 · high[t, g] + low[t, g]) v_t, as ``accumulate_values``."""
     v_rows, accs = here + V_ROWS, state + Q_ROWS + MAX_HEADS * cfg.row_bytes
-    strips = cfg.vectors // cfg.strip
     for first in range(0, cfg.vectors, cfg.strip):
         sums = tile(cfg.strip_tile)
         values = tile(cfg.strip)
         for j in range(cfg.strip_tile):
             sums[j] = splat(ZERO)
         for t in range(0, count, cfg.at_once):
-            for ahead in range(cfg.at_once):
-                step = first // cfg.strip * BLOCK + t + ahead
-                if step % strips == 0:
-                    ask_for_row(cfg, upcoming + V_ROWS, step // strips)
-                    ask_for_row(cfg, upcoming + K_ROWS, step // strips)
-                if first == 0:
-                    ask_for_row(cfg, v_rows, min(t + ahead + SOON, BLOCK - 1))
+            prefetch_for_values(cfg, here, upcoming, first, t, True)
             for i in range(cfg.strip):
                 values[i] = load_four(cfg, v_rows, t, first + i)
             weights = scores + t // cfg.tokens * LANES * 4 + t % cfg.tokens * cfg.padded_heads
@@ -237,7 +224,7 @@ def accumulate_bytes(cfg: Any, count: int, here: int, upcoming: int, state: int,
 
 
 @part
-def put_bytes_in_order(cfg: Any, row: int) -> None:
+def restore_byte_order(cfg: Any, row: int) -> None:
     """Undo ``load_four``'s order in a row of float32 scratch."""
     for i in range(cfg.lines):
         at = row + i * LINE * 4

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import torch
 
+from quire.kernels.compile import compile_time
 from quire.kernels.cpu.simd.integers import has_byte_products
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import BF16, BYTES, E4M3, E5M2, F16, F32, INT8
 from quire.kernels.cpu.simd.pairs import EIGHT_BITS, LINE, PAIRED, has_pair_products
-from quire.kernels.cpu.simd.vectors import LANES
+from quire.spec import LARGEST
 
 DTYPE_CODES = {
     torch.float32: F32,
@@ -21,6 +23,7 @@ DTYPE_CODES = {
 }
 
 
+@compile_time
 class Config(NamedTuple):
     """What a kernel is specialised for. Every field and property is a compile-time number inside the kernel."""
 
@@ -41,30 +44,30 @@ class Config(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Whether decode multiplies bfloat16 pairs: where that is fast, and queries and pages hold nothing finer."""
+        """Whether decode multiplies bfloat16 pairs: where the CPU is fast at it and bfloat16 is exact."""
         exact = self.q_dtype == BF16 and self.kv_dtype in (BF16, *EIGHT_BITS)
         read_at_once = PAIRED if self.kv_dtype == BF16 else LINE
         return int(exact and self.head_dim % read_at_once == 0 and has_pair_products())
 
     @property
     def converts(self) -> int:
-        """Whether decode makes bfloat16 pairs of a block's rows before it multiplies them; ``integers``: if it must."""
+        """Whether decode converts a block's rows to bfloat16 pairs; with ``integers``, only blocks that need it."""
         return int(self.pairs and self.kv_dtype != BF16)
 
     @property
     def integers(self) -> int:
-        """Whether decode multiplies int8 pages as they lie. Rows beyond 512 could overflow a score's 32 bits."""
+        """Whether decode multiplies int8 pages as integers. Rows beyond 512 could overflow a score's 32 bits."""
         fits = self.kv_dtype == INT8 and self.head_dim <= 512
         return int(self.pairs and fits and has_byte_products())
 
     @property
     def lines(self) -> int:
-        """Whole lines of bytes in a row, where decode multiplies bytes; 0 elsewhere, so that no code comes of it."""
+        """Whole lines of bytes in a row where decode multiplies bytes; 0 elsewhere, so that its loops are empty."""
         return self.head_dim // LINE if self.integers else 0
 
     @property
     def prefill_pairs(self) -> int:
-        """Whether prefill multiplies pairs: keys have to be bfloat16 as they lie."""
+        """Whether prefill multiplies pairs: pages have to be bfloat16 themselves."""
         return int(self.pairs and self.kv_dtype == BF16)
 
     @property
@@ -96,8 +99,8 @@ class Config(NamedTuple):
 
     @property
     def kv_largest(self) -> int:
-        """The largest value of a quantised page's dtype."""
-        return {INT8: 127, E4M3: 448, E5M2: 57344}.get(self.kv_dtype, 0)
+        """The largest value of a quantised page's dtype; 0 where pages are not quantised."""
+        return next((int(LARGEST[dtype]) for dtype in LARGEST if DTYPE_CODES[dtype] == self.kv_dtype), 0)
 
     @property
     def row_bytes(self) -> int:

@@ -10,8 +10,8 @@ The kernel is bound by reading K and V: per token of 2·head_dim elements it spe
 multiply-adds, and everything else is arranged so that those keep up with memory. Scores of a block lie
 token-major, [token][head] with heads padded to a power of two, so that a tile of 16 dot products ends up in
 the 16 lanes of one vector (``sum_rows``). A block's tokens are taken in the order of ``blocks``. While one block is
-computed, the next one's rows are asked for, more than once (``products.ask_for_line``): pages lie anywhere, so the
-hardware cannot guess them.
+computed, the next one's rows are prefetched (``products.prefetch_line``): pages lie anywhere, so the hardware cannot
+predict them.
 
 Sources: PagedAttention, arXiv:2309.06180 §4.1; online softmax, arXiv:1805.02867; FlashDecoding.
 """
@@ -22,14 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from quire.kernels.compile import compiled, part
 from quire.kernels.cpu.attend.blocks import locate_block, scale_block
 from quire.kernels.cpu.attend.byte_products import (
     accumulate_bytes,
     bytes_suffice,
-    put_bytes_in_order,
+    quantize_weights,
+    restore_byte_order,
     score_bytes,
     split_query,
-    weigh_in_bytes,
 )
 from quire.kernels.cpu.attend.products import (
     BLOCK,
@@ -50,21 +51,15 @@ from quire.kernels.cpu.attend.products import (
     accumulate_values,
     convert_block,
     load_part,
-    put_in_order,
+    restore_order,
     score_block,
 )
 from quire.kernels.cpu.attend.rows import (
+    ITEM_AT,
     ITEM_BYTES,
-    KV_BEGIN,
-    KV_END,
-    KV_HEAD,
     LOG2_E,
     LOWEST,
     MINUS_INFINITY,
-    PARTIAL,
-    Q_BEGIN,
-    Q_POSITION,
-    SEQUENCE,
     ZERO,
     Call,
     Step,
@@ -73,6 +68,7 @@ from quire.kernels.cpu.attend.rows import (
     query_scale,
     share_of,
 )
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import (
     BF16,
     BYTES,
@@ -85,9 +81,8 @@ from quire.kernels.cpu.simd.memory import (
     store,
     store_f32,
 )
-from quire.kernels.cpu.simd.pairs import pair_up, turn
+from quire.kernels.cpu.simd.pairs import pair_up, rotate
 from quire.kernels.cpu.simd.vectors import (
-    LANES,
     add,
     exp2,
     fma,
@@ -100,7 +95,7 @@ from quire.kernels.cpu.simd.vectors import (
     sub,
     tanh,
 )
-from quire.kernels.cpu.threads import kernel, parallel_for, part
+from quire.kernels.cpu.threads import parallel_for
 
 
 def scratch_bytes(head_dim: int, tiles: int) -> int:
@@ -114,7 +109,7 @@ def scratch_bytes(head_dim: int, tiles: int) -> int:
     )
 
 
-@kernel
+@compiled
 def decode(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> None:
     """Run every worker's share."""
     parallel_for(attend_share, threads, workers, (cfg, step, call))
@@ -132,24 +127,24 @@ def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
 
 
 @part
-def keys_of(call: Call, item: int) -> tuple[int, int]:
+def visible_keys(call: Call, item: int) -> tuple[int, int]:
     """The range of tokens that an item's query sees."""
-    begin, end = load_i64(item + KV_BEGIN), load_i64(item + KV_END)
-    token, position = load_i64(item + Q_BEGIN), load_i64(item + Q_POSITION)
+    begin, end = load_i64(item + ITEM_AT.kv_begin), load_i64(item + ITEM_AT.kv_end)
+    token, position = load_i64(item + ITEM_AT.q_begin), load_i64(item + ITEM_AT.q_position)
     if (
         call.tree_mask
         and begin < end == position + 1
         and load_u8(call.tree_mask + token * call.tree_mask_row) == 0
     ):
-        end -= 1  # the mask may hide a query's own key, the only new one here
+        end -= 1  # the mask hides the query's own key, the only new one of a decode step
     return begin, end
 
 
 @part
 def locate_first_block(cfg: Any, step: Step, call: Call, item: int, block: int) -> None:
     """``locate_block`` for the first tokens of an item."""
-    begin, end = keys_of(call, item)
-    sequence, kv_head = load_i64(item + SEQUENCE), load_i64(item + KV_HEAD)
+    begin, end = visible_keys(call, item)
+    sequence, kv_head = load_i64(item + ITEM_AT.sequence), load_i64(item + ITEM_AT.kv_head)
     locate_block(cfg, step, call, sequence, kv_head, begin, min(begin + BLOCK, end), block)
 
 
@@ -161,10 +156,10 @@ def attend_item(
 
     Its first block is located ``here``, and the next item's is at the end: returns that place and the other one.
     """
-    sequence, kv_head = load_i64(item + SEQUENCE), load_i64(item + KV_HEAD)
-    token = load_i64(item + Q_BEGIN)
-    position, partial = load_i64(item + Q_POSITION), load_i64(item + PARTIAL)
-    begin, end = keys_of(call, item)
+    sequence, kv_head = load_i64(item + ITEM_AT.sequence), load_i64(item + ITEM_AT.kv_head)
+    token = load_i64(item + ITEM_AT.q_begin)
+    position, partial = load_i64(item + ITEM_AT.q_position), load_i64(item + ITEM_AT.partial)
+    begin, end = visible_keys(call, item)
     scores = scratch + 2 * BLOCK_SCRATCH
     states = scores + BLOCK * LANES * 4
     tiles = (step.group + cfg.heads - 1) // cfg.heads
@@ -221,7 +216,7 @@ def tile_bytes(row_bytes: int) -> int:
 
 @part
 def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, state: int) -> Any:
-    """Load the tile's queries and empty its softmax state; returns what the worst of them loses as bytes."""
+    """Load the tile's queries and empty its softmax state; returns the largest loss of a query as bytes."""
     scale = query_scale(call)
     store(F32, state + M, splat(LOWEST))
     store(F32, state + L, splat(ZERO))
@@ -230,7 +225,7 @@ def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, numbe
     loss = ZERO
     for g in range(cfg.heads):
         q_row = state + Q_ROWS + g * cfg.row_bytes
-        in_group = min(number * cfg.heads + g, step.group - 1)  # a last tile repeats its last head, unread
+        in_group = min(number * cfg.heads + g, step.group - 1)  # a last tile repeats its last head
         head = kv_head * step.group + in_group
         source = call.q + token * call.q_token + head * call.q_head
         load_query(cfg, source, scale, q_row)
@@ -247,7 +242,7 @@ def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, numbe
 
 @part
 def load_query(cfg: Any, source: int, factor: float, target: int) -> None:
-    """One row of q as keys are loaded: times a factor and as float32, unless in pairs."""
+    """Load one row of q as keys are loaded: in pairs, or times a factor as float32."""
     for i in range(cfg.parts):
         values = load_part(cfg, cfg.q_dtype, source, i)
         store(F32, target + i * LANES * 4, values if cfg.pairs else mul(values, splat(factor)))
@@ -309,10 +304,10 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
             scale = load(F32, here + V_SCALES + j * cfg.tokens * 4)
             p = mul(p, repeat(scale, cfg.padded_heads))
         if cfg.pairs and not cfg.integers:
-            p = pair_up(p, turn(p, cfg.padded_heads))
+            p = pair_up(p, rotate(p, cfg.padded_heads))
         store(F32, scores + j * LANES * 4, p)
     if cfg.integers:
-        weigh_in_bytes(cfg, vectors, state, scores)
+        quantize_weights(cfg, vectors, state, scores)
     store(F32, state + M, highest)
     store(F32, state + L, total)
     store(F32, state + CORRECTION, correction)
@@ -328,9 +323,9 @@ def finish_tile(
         in_group = number * cfg.heads + g
         acc = state + Q_ROWS + (MAX_HEADS + g) * cfg.row_bytes
         if cfg.integers:
-            put_bytes_in_order(cfg, acc)
+            restore_byte_order(cfg, acc)
         else:
-            put_in_order(cfg, acc)
+            restore_order(cfg, acc)
         m, l = load_f32(state + M + g * 4), load_f32(state + L + g * 4)
         if partial < 0:
             finish_row(cfg, call, token, kv_head * step.group + in_group, acc, m, l)

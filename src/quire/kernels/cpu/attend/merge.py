@@ -1,11 +1,11 @@
-"""Merge: fold the partial states that split tiles left in the workspace.
+"""Merge: combine the partial states of split tiles.
 
 Over the parts i of a row, each a state (m_i, l_i, acc_i) of the online softmax over its own keys:
 
     m = max_i m_i,   w_i = 2^(m_i − m),   l = Σ w_i · l_i,   acc = Σ w_i · acc_i,   then out = acc / l as ever.
 
-A part without keys has l_i = 0 and acc_i = 0. Where only one part has keys its w_i is 1, so the row comes out
-with the bits that it has unsplit.
+A part without keys has l_i = 0 and acc_i = 0. Where only one part has keys its w_i is 1, and the row has the bits that
+it has unsplit.
 
 Source: FlashDecoding; arXiv:2501.01005 §2.2.
 """
@@ -16,24 +16,27 @@ from typing import Any
 
 import numpy as np
 
-from quire.kernels.cpu.attend.rows import LOWEST, ZERO, Call, Step, finish_row
+from quire.kernels.compile import compiled, part
+from quire.kernels.cpu.attend.rows import LOWEST, MERGE_AT, MERGE_BYTES, ZERO, Call, Step, finish_row
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, load_f32, load_i64, store
-from quire.kernels.cpu.simd.vectors import LANES, fma, splat
-from quire.kernels.cpu.threads import kernel, parallel_for, part
+from quire.kernels.cpu.simd.vectors import fma, splat
+from quire.kernels.cpu.threads import parallel_for
 
 
-@kernel
+@compiled
 def merge(cfg: Any, threads: int, merges: int, step: Step, call: Call) -> None:
-    """Fold every split tile."""
+    """Merge every split tile."""
     parallel_for(merge_tile, threads, merges, (cfg, step, call))
 
 
 @part
 def merge_tile(number: int, cfg: Any, step: Step, call: Call) -> None:
-    """Fold the parts of one tile, row by row, into the first part's place, and write the results."""
-    entry = step.merges + number * 40
-    kv_head, first_token, q_len = load_i64(entry), load_i64(entry + 8), load_i64(entry + 16)
-    first, count = load_i64(entry + 24), load_i64(entry + 32)
+    """Merge the parts of one tile, row by row, in the place of the first, and write the results."""
+    entry = step.merges + number * MERGE_BYTES
+    kv_head, first_token = load_i64(entry + MERGE_AT.kv_head), load_i64(entry + MERGE_AT.q_begin)
+    q_len = load_i64(entry + MERGE_AT.q_len)
+    first, count = load_i64(entry + MERGE_AT.first_partial), load_i64(entry + MERGE_AT.num_partials)
     for row in range(q_len * step.group):
         highest = LOWEST
         for state in range(first, first + count):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba.core.registry import cpu_target
 
-from quire.kernels.cpu.simd.vectors import LANES
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.planning.work_list import TileShape
 
 

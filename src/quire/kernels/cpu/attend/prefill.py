@@ -19,18 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from quire.kernels.compile import compiled, part
 from quire.kernels.cpu.attend.rows import (
+    ITEM_AT,
     ITEM_BYTES,
-    KV_BEGIN,
-    KV_END,
-    KV_HEAD,
     LOG2_E,
     LOWEST,
-    PARTIAL,
-    Q_BEGIN,
-    Q_LEN,
-    Q_POSITION,
-    SEQUENCE,
     ZERO,
     Call,
     Step,
@@ -69,10 +63,11 @@ from quire.kernels.cpu.attend.tiles import (
     accumulate_values,
     score_block,
 )
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import BF16, F32, load, load_f32, load_i64, store, store_f32, store_i64
 from quire.kernels.cpu.simd.pairs import load_pairs, zip_pairs_high, zip_pairs_low
-from quire.kernels.cpu.simd.vectors import LANES, splat, tile, transpose
-from quire.kernels.cpu.threads import kernel, parallel_for, part
+from quire.kernels.cpu.simd.vectors import splat, tile, transpose
+from quire.kernels.cpu.threads import parallel_for
 
 
 def scratch_bytes(head_dim: int) -> int:
@@ -80,7 +75,7 @@ def scratch_bytes(head_dim: int) -> int:
     return MATRICES + -(-head_dim // LANES) * LANES * 4 * (2 * ROWS + 2 * BLOCK)
 
 
-@kernel
+@compiled
 def prefill(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> None:
     """Run every worker's share."""
     parallel_for(attend_share, threads, workers, (cfg, step, call))
@@ -106,9 +101,10 @@ def attend_heads(
     cfg: Any, step: Step, call: Call, item: int, first_head: int, heads: int, scratch: int
 ) -> None:
     """The tile's tokens × ``heads`` heads of the group from ``first_head`` on; row = token × heads + head."""
-    sequence, kv_head = load_i64(item + SEQUENCE), load_i64(item + KV_HEAD)
-    token, q_len, position = load_i64(item + Q_BEGIN), load_i64(item + Q_LEN), load_i64(item + Q_POSITION)
-    begin, end, partial = load_i64(item + KV_BEGIN), load_i64(item + KV_END), load_i64(item + PARTIAL)
+    sequence, kv_head = load_i64(item + ITEM_AT.sequence), load_i64(item + ITEM_AT.kv_head)
+    token, q_len = load_i64(item + ITEM_AT.q_begin), load_i64(item + ITEM_AT.q_len)
+    position, partial = load_i64(item + ITEM_AT.q_position), load_i64(item + ITEM_AT.partial)
+    begin, end = load_i64(item + ITEM_AT.kv_begin), load_i64(item + ITEM_AT.kv_end)
     rows, head = q_len * heads, kv_head * step.group + first_head
     seq_len = load_i64(step.seq_lens + sequence * 8)
     queries = scratch + MATRICES
@@ -122,8 +118,8 @@ def attend_heads(
     all_first = position + q_len - 1 - step.window_left if step.window_left >= 0 else 0
     all_end = min(seq_len, position + 1) if step.causal else seq_len
     while begin < end:
-        # Blocks end where all sequences' blocks end, wherever the range begins: a row's keys then meet in the
-        # same blocks whatever tile it is in, and those it cannot see change no bit of it.
+        # Blocks end at multiples of BLOCK tokens of the sequence, wherever the range begins. A row's keys are then in
+        # the same blocks whatever tile it is in, and keys that it cannot see change no bit of it.
         count = min(BLOCK - begin % BLOCK, end - begin)
         load_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
         score_block(cfg, rows, count, queries, scratch + K_ROWS, query_scale(call), scratch + SCORES)
@@ -179,7 +175,7 @@ def load_queries(
     """Lay out Qᵀ, in pairs or scaled so that scores come out in base 2, and empty the accumulators."""
     for offset in range(0, ROWS * cfg.row_bytes, LANES * 4):
         store(F32, acc + offset, splat(ZERO))
-    for row in range(rows):  # acc holds the rows as they lie, for a moment
+    for row in range(rows):  # acc holds the rows, not transposed yet
         source = call.q + (token + row // heads) * call.q_token + (head + row % heads) * call.q_head
         if cfg.prefill_pairs:
             for i in range(cfg.parts):
@@ -241,8 +237,8 @@ def convert_block(
 def pair_values(cfg: Any, odd: int, count: int, values: int, v_rows: int) -> None:
     """Zip rows of neighbouring tokens, an even one and the next, and let the block's addresses point there.
 
-    Pairs lie where all sequences' pairs lie, wherever the block begins, so that a row's sums are taken in one order.
-    A token without partner, before which the block begins (``odd``) or ends, is its own, of weight zero.
+    Pairs begin at even tokens of the sequence, wherever the block begins, so that a row's sums are taken in one order.
+    A first token that is odd (``odd``), or a last one that is even, is paired with itself, with weight zero.
     """
     for pair in range((odd + count + 1) // 2):
         first, second = max(2 * pair - odd, 0), min(2 * pair - odd + 1, count - 1)

@@ -1,7 +1,7 @@
 """Decode's two products over one block of tokens, for all query heads of a tile: scores, and weighted values.
 
-K and V stream through registers once and serve every head; the next block's rows are asked for on the way. A row of
-bfloat16 is taken apart into even and odd elements, which costs a shift and a mask for 32 of them, where widening them
+K and V stream through registers once and serve every head, while the next block's rows are prefetched. A row of
+bfloat16 is split into even and odd elements, which costs a shift and a mask for 32 of them, where widening them
 in order costs four operations: q and acc lie in that order too, vector by vector (``load_part``).
 
 Where the CPU multiplies bfloat16 pairs (``pairs``), neither is needed, and there are half the multiplications: queries
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from quire.kernels.compile import part
 from quire.kernels.cpu.attend.rows import ZERO
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import (
     BF16,
     BYTES,
@@ -36,17 +38,16 @@ from quire.kernels.cpu.simd.pairs import (
     zip_pairs_high,
     zip_pairs_low,
 )
-from quire.kernels.cpu.simd.vectors import LANES, fma, mul, splat, sum_rows, tile, zip_high, zip_low
-from quire.kernels.cpu.threads import part
+from quire.kernels.cpu.simd.vectors import fma, mul, splat, sum_rows, tile, zip_high, zip_low
 
 BLOCK = 64  # tokens per block: 32 KiB of bf16 K and V at head_dim 128
 MAX_HEADS = 16  # query heads per tile: as many as one vector has lanes
 CACHE_LINE = 64
-STREAMS = 4  # places of a block to read from in turn: hardware prefetching runs ahead in each
-SOON = 24  # tokens from a line's last request to its use
+STREAMS = 4  # places of a block that its tokens are interleaved from: hardware prefetching runs ahead in each
+DISTANCE = 24  # tokens from a line's last prefetch to its use
 
 # Scratch of one block: byte addresses of its K and V rows, their scales where pages are quantised, and for ALiBi
-# where its tokens lie in it. Whole vectors of numbers are read; what comes SOON behind the last keys are values.
+# where its tokens lie in it. Whole vectors of numbers are read; DISTANCE behind the last keys lie values.
 K_ROWS, V_ROWS, K_SCALES = 0, BLOCK * 8, BLOCK * 16
 V_SCALES = K_SCALES + (BLOCK + LANES) * 4
 PLACES = V_SCALES + (BLOCK + LANES) * 4
@@ -61,7 +62,7 @@ Q_ROWS = 448
 
 @part
 def load_part(cfg: Any, dtype: Any, row: int, i: int) -> Any:
-    """Vector i of a row: pairs, or single numbers in the order that the pages' dtype is taken apart in."""
+    """Vector i of a row: pairs, or single numbers in the order that the pages' dtype is split into."""
     if cfg.pairs:
         return load_pairs(BF16, row + i * PAIRED * BYTES[BF16])
     if cfg.kv_dtype == BF16 and (i | 1) < cfg.vectors:
@@ -100,7 +101,7 @@ def add_product(cfg: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @part
-def put_in_order(cfg: Any, row: int) -> None:
+def restore_order(cfg: Any, row: int) -> None:
     """Undo ``load_part``'s order in a row of float32 scratch."""
     if cfg.kv_dtype == BF16 and not cfg.pairs:
         for i in range(0, cfg.vectors - 1, 2):
@@ -111,34 +112,59 @@ def put_in_order(cfg: Any, row: int) -> None:
 
 
 @part
-def ask_for_line(rows: int, t: int, offset: int) -> None:
-    """Ask for what lies at an offset of row t.
+def prefetch_line(rows: int, t: int, offset: int) -> None:
+    """Prefetch the cache line that begins at an offset of row t.
 
-    One line at a time, between the multiplications: a burst fills the few buffers that a core has for lines under
-    way, and what finds them full seems to be dropped. So each line is asked for three times: a block ahead, half a
-    block ahead, and SOON.
+    One line at a time, between the multiplications: a core has few buffers for lines under way, and a prefetch that
+    finds them full seems to be dropped. So each line is prefetched three times: a block ahead, half a block ahead, and
+    DISTANCE tokens ahead.
     """
     if offset % CACHE_LINE == 0:
         prefetch(load_i64(rows + t * 8) + offset)
 
 
 @part
-def ask_for_row(cfg: Any, rows: int, t: int) -> None:
-    """Ask for all of row t."""
+def prefetch_row(cfg: Any, rows: int, t: int) -> None:
+    """Prefetch all of row t."""
     row = load_i64(rows + t * 8)
     for offset in range(0, cfg.head_dim * BYTES[cfg.kv_dtype], CACHE_LINE):
         prefetch(row + offset)
 
 
 @part
+def prefetch_for_scores(here: int, upcoming: int, t: int, offset: int, keys_too: Any) -> None:
+    """While token t's keys are read: the next block's keys, this block's values, and this block's later keys."""
+    prefetch_line(upcoming + K_ROWS, t, offset)
+    prefetch_line(here + V_ROWS, t, offset)
+    if keys_too:
+        prefetch_line(here + K_ROWS, t + DISTANCE, offset)
+
+
+@part
+def prefetch_for_values(cfg: Any, here: int, upcoming: int, first: int, t: int, values_too: Any) -> None:
+    """While values of ``at_once`` tokens from t on are read for the strip of output vectors that begins at ``first``.
+
+    The last strip ends with all rows of the next block prefetched; the first one prefetches this block's later values.
+    """
+    strips = cfg.vectors // cfg.strip
+    for token in range(t, t + cfg.at_once):
+        step = first // cfg.strip * BLOCK + token
+        if step % strips == 0:
+            prefetch_row(cfg, upcoming + V_ROWS, step // strips)
+            prefetch_row(cfg, upcoming + K_ROWS, step // strips)
+        if first == 0 and values_too:
+            prefetch_row(cfg, here + V_ROWS, min(token + DISTANCE, BLOCK - 1))
+
+
+@part
 def score_block(
     cfg: Any, count: int, here: int, upcoming: int, state: int, scale: float, scores: int
 ) -> None:
-    """scores[t, g] = q_g · k_t, 16 at a time, asking for the next block's keys on the way.
+    """scores[t, g] = q_g · k_t, 16 at a time.
 
-    Queries in pairs are as they came; ``scale`` is then for the scores, where else it is in the queries.
+    ``scale`` is for queries in pairs, which were loaded as they are; it multiplies the scores.
     """
-    k_rows, v_rows, q_rows = here + K_ROWS, here + V_ROWS, state + Q_ROWS
+    k_rows, q_rows = here + K_ROWS, state + Q_ROWS
     step_bytes = LANES * BYTES[cfg.kv_dtype]
     for first in range(0, count, cfg.tokens):
         products = tile(LANES)
@@ -146,10 +172,7 @@ def score_block(
             products[j] = splat(ZERO)
         for i in range(cfg.parts):
             for t in range(cfg.tokens):
-                ask_for_line(upcoming + K_ROWS, first + t, i * cfg.part_bytes)
-                ask_for_line(v_rows, first + t, i * cfg.part_bytes)
-                if not cfg.converts:
-                    ask_for_line(k_rows, first + t + SOON, i * cfg.part_bytes)
+                prefetch_for_scores(here, upcoming, first + t, i * cfg.part_bytes, not cfg.converts)
                 k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + (first + t) * 8), i)
                 for g in range(cfg.heads):
                     q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
@@ -172,13 +195,9 @@ def score_block(
 
 @part
 def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
-    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers.
-
-    Asks for the next block's rows on the way, for all of them by the end of the last strip.
-    """
+    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers."""
     v_rows, step_bytes = here + V_ROWS, LANES * BYTES[cfg.kv_dtype]
     accs = state + Q_ROWS + MAX_HEADS * cfg.row_bytes
-    strips = cfg.vectors // cfg.strip
     for first in range(0, cfg.vectors, cfg.strip):
         sums = tile(cfg.strip_tile)
         values = tile(cfg.strip)
@@ -189,13 +208,7 @@ def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int
                 sums[g * cfg.strip + i] = mul(correction, load(F32, at))
         for t in range(0, count, cfg.at_once):
             row, next_row = load_i64(v_rows + t * 8), load_i64(v_rows + (t + cfg.at_once - 1) * 8)
-            for ahead in range(cfg.at_once):
-                step = first // cfg.strip * BLOCK + t + ahead
-                if step % strips == 0:
-                    ask_for_row(cfg, upcoming + V_ROWS, step // strips)
-                    ask_for_row(cfg, upcoming + K_ROWS, step // strips)
-                if first == 0 and not cfg.converts:
-                    ask_for_row(cfg, v_rows, min(t + ahead + SOON, BLOCK - 1))
+            prefetch_for_values(cfg, here, upcoming, first, t, not cfg.converts)
             for i in range(cfg.strip):
                 values[i] = load_values(cfg, row, next_row, first + i)
             for g in range(cfg.heads):

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from quire.kernels.compile import part
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import (
     BYTES,
     F32,
@@ -24,25 +26,25 @@ from quire.kernels.cpu.simd.memory import (
     store_i64,
     store_steps,
 )
-from quire.kernels.cpu.simd.vectors import LANES, add, mul, splat
-from quire.kernels.cpu.threads import part
+from quire.kernels.cpu.simd.vectors import add, mul, splat
+from quire.planning.work_list import ITEM, MERGE, Item, Merge
 
 LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.6931471805599453)
 MINUS_INFINITY = np.float32(-np.inf)
-LOWEST = np.float32(np.finfo(np.float32).min)  # a maximum to start from: −inf − −inf would be NaN
+LOWEST = np.float32(np.finfo(np.float32).min)  # where a maximum starts: −inf minus −inf would be NaN
 ZERO = np.float32(0.0)
-# Of an item, by work.ITEM_COLUMNS: where each of its int64 lies, and all together.
-SEQUENCE, KV_HEAD, Q_BEGIN, Q_LEN, Q_POSITION, KV_BEGIN, KV_END, PARTIAL = range(0, 64, 8)
-ITEM_BYTES = 64
+# Where each column's int64 lies in an item or a merge, and how long these are, in bytes.
+ITEM_AT, ITEM_BYTES = Item._make(8 * column for column in ITEM), 8 * len(ITEM)
+MERGE_AT, MERGE_BYTES = Merge._make(8 * column for column in MERGE), 8 * len(MERGE)
 
 
 class Step(NamedTuple):
     """One kernel's part of a plan: addresses of int64 arrays and of scratch memory."""
 
-    items: int  # [num_items, 8], work.ITEM_COLUMNS
+    items: int  # [num_items, 8], work_list.Item
     worker_indptr: int  # [num_workers + 1]
-    merges: int  # [num_merges, 5], work.MERGE_COLUMNS
+    merges: int  # [num_merges, 5], work_list.Merge
     page_table: int  # int32 [batch, max_pages]
     page_table_row: int  # bytes from one row to the next
     seq_lens: int  # [batch]
@@ -83,7 +85,7 @@ class Call(NamedTuple):
     out_token: int
     out_head: int
     lse_token: int
-    scale_head: int
+    scale_head: int  # of k_scale and v_scale; 0 where one scale is given for all heads, pages or slots
     scale_page: int
     scale_slot: int
     tree_mask_row: int
@@ -124,7 +126,7 @@ def load_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> N
 def store_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> None:
     """Write one row of float32 scratch, times a factor, as head_dim elements.
 
-    Adding zero makes −0 into 0: a tiny sum that vanished is −0 or 0 by how many masked keys came after it.
+    Adding zero turns −0 into 0: whether a sum that underflowed is −0 or 0 depends on how many masked keys followed.
     """
     for i in range(cfg.vectors):
         values = mul(add(load(F32, source + i * LANES * 4), splat(ZERO)), splat(factor))
@@ -139,9 +141,11 @@ def store_row(cfg: Any, dtype: Any, source: int, factor: float, target: int) -> 
 def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, l: float) -> None:
     """Write a whole row's result: out = acc / (l + sink's share), lse = ln 2 · (m + log2 l).
 
-    A row that saw no key has l = 0: out is zero and lse −inf, whatever the sink.
+    A row that saw no key has l = 0: out is zero, and lse is the sink's logit as it was given, or −inf without one.
     """
     factor, lse = ZERO, MINUS_INFINITY
+    if call.sinks:
+        lse = load_f32(call.sinks + head * 4)
     if l > ZERO or l != l:
         weight = np.float32(1.0)
         if call.sinks:
@@ -159,7 +163,7 @@ def finish_row(cfg: Any, call: Call, token: int, head: int, acc: int, m: float, 
 
 @part
 def finish_partial(cfg: Any, step: Step, partial: int, row: int, acc: int, m: float, l: float) -> None:
-    """Leave a split row's state in the workspace as it is, so that folding it with nothing changes no bit."""
+    """Store a split row's state undivided, so that merging it with empty states changes no bit."""
     at = partial * step.partial_rows + row
     for i in range(0, cfg.row_bytes, LANES * 4):
         store(F32, step.partial_out + at * cfg.row_bytes + i, load(F32, acc + i))

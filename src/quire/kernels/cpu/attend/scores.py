@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from quire.kernels.compile import part
 from quire.kernels.cpu.attend.rows import LOG2_E, MINUS_INFINITY, ZERO, Call, Step
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, load_i64, load_u8, store, store_f32
 from quire.kernels.cpu.simd.pairs import pair_up
 from quire.kernels.cpu.simd.vectors import (
-    LANES,
     add,
     at_least,
     both,
@@ -25,7 +26,6 @@ from quire.kernels.cpu.simd.vectors import (
     sub,
     tanh,
 )
-from quire.kernels.cpu.threads import part
 
 BLOCK = 64  # tokens per block: K and V as float32 are 64 KiB at head_dim 128
 ROWS = 96  # query rows per tile: six vectors across lanes, sixteen blocks of six down
@@ -69,21 +69,11 @@ def hide_keys(rows: int, begin: int, position: int, count: int, scratch: int) ->
 
 @part
 def hide_by_tree(
-    step: Step,
-    call: Call,
-    sequence: int,
-    token: int,
-    heads: int,
-    rows: int,
-    begin: int,
-    count: int,
-    scratch: int,
-) -> None:
+    step: Step, call: Call, sequence: int, token: int, heads: int, rows: int, begin: int, count: int, scratch: int
+) -> None:  # fmt: skip
     """−inf where the tree mask hides one of this step's own keys from a row."""
-    q_begin, q_end = (
-        load_i64(step.cu_seqlens_q + sequence * 8),
-        load_i64(step.cu_seqlens_q + sequence * 8 + 8),
-    )
+    starts = step.cu_seqlens_q + sequence * 8
+    q_begin, q_end = load_i64(starts), load_i64(starts + 8)
     first_new = load_i64(step.seq_lens + sequence * 8) - (q_end - q_begin)
     for t in range(max(0, first_new - begin), count):
         for row in range(rows):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from quire.kernels.compile import part
 from quire.kernels.cpu.attend.rows import ZERO
 from quire.kernels.cpu.attend.scores import BLOCK, CORRECTION, ROW_BYTES, SCORES
+from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, load_f32, load_i64, store
 from quire.kernels.cpu.simd.pairs import load_pair, multiply_pairs
-from quire.kernels.cpu.simd.vectors import LANES, add, fma, mul, splat, tile
-from quire.kernels.cpu.threads import part
+from quire.kernels.cpu.simd.vectors import add, fma, mul, splat, tile
 
 SCORE_TOKENS, SCORE_VECTORS = 8, 3  # register tile of S: tokens × vectors of rows
 SEGMENT = 64  # steps along head_dim, at a time

@@ -1,7 +1,7 @@
 """Words for products of bytes, four multiply-adds a lane, with 32-bit integers as sums.
 
-A vector of bytes is 64 of them, a vector of sums 16 integers of 32 bits; both are kept, loaded and stored as 16 lanes
-of 32 bits. Sums are exact modulo 2^32. One factor's bytes count from 0 to 255, the other's from −128 to 127.
+A vector of bytes is 64 of them, a vector of sums 16 integers of 32 bits; both are loaded and stored as 16 lanes of
+32 bits. Sums are exact modulo 2^32. One factor's bytes count from 0 to 255, the other's from −128 to 127.
 
     load_bytes(address)               64 neighbouring bytes, from any address
     multiply_bytes(u, s, c)           c + u₀·s₀ + u₁·s₁ + u₂·s₂ + u₃·s₃
@@ -25,18 +25,27 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from quire.kernels.cpu.simd.llvm import (
+    LANES,
+    call,
+    every_lane,
+    floats,
+    i8,
+    i16,
+    i32,
+    ints,
+    pointer,
+    shuffle,
+    vector_of,
+)
 from quire.kernels.cpu.simd.pairs import has_pair_products
-from quire.kernels.cpu.simd.vectors import LANES, sum_by_pairs, vector, word
+from quire.kernels.cpu.simd.vectors import sum_by_pairs, vector, word
 
-_f32, _i8, _i16, _i32 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
-_bytes, _halves = ir.VectorType(_i8, 4 * LANES), ir.VectorType(_i16, 2 * LANES)
-_vector, _ints, _sixteen = ir.VectorType(_f32, LANES), ir.VectorType(_i32, LANES), ir.VectorType(_i8, LANES)
+_bytes, _halves, _sixteen = vector_of(i8, 4 * LANES), vector_of(i16, 2 * LANES), vector_of(i8)
 QUARTERS = 4  # of a vector, 16 bytes each
 
 
@@ -49,36 +58,23 @@ def has_byte_products() -> bool:
 
 def _word(arity: int, emit: Callable[..., Any]) -> Any:
     """An intrinsic of vectors whose code is ``emit(builder, *llvm_values)``, a vector of any elements."""
-    return word(vector, lambda builder, *values: builder.bitcast(emit(builder, *values), _vector), arity)
-
-
-def _all(element: Any, value: int) -> Any:
-    return ir.Constant(ir.VectorType(element, LANES), [value] * LANES)
-
-
-def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_i32, len(order)), order))
-
-
-def _pointer(builder: Any, address: Any, type_: Any) -> Any:
-    return builder.inttoptr(address, type_.as_pointer())
+    return word(vector, lambda builder, *values: builder.bitcast(emit(builder, *values), floats), arity)
 
 
 def _emit_products(builder: Any, unsigned: Any, signed: Any, sums: Any) -> Any:
     if not has_byte_products():
         return sums  # compiled, never run
-    signature = ir.FunctionType(_ints, [_ints] * 3)
-    products = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512.vpdpbusd.512")
-    return builder.call(products, [builder.bitcast(x, _ints) for x in (sums, unsigned, signed)])
+    operands = [builder.bitcast(x, ints) for x in (sums, unsigned, signed)]
+    return call(builder, "llvm.x86.avx512.vpdpbusd.512", ints, operands)
 
 
 multiply_bytes = _word(3, _emit_products)
-flip_signs = _word(1, lambda b, v: b.xor(b.bitcast(v, _ints), _all(_i32, 0x80808080)))
-shift_up = _word(1, lambda b, v: b.shl(b.bitcast(v, _ints), _all(_i32, 8)))
-add_integers = _word(2, lambda b, v, w: b.add(b.bitcast(v, _ints), b.bitcast(w, _ints)))
-subtract_integers = _word(2, lambda b, v, w: b.sub(b.bitcast(v, _ints), b.bitcast(w, _ints)))
-power_below = _word(1, lambda b, v: b.and_(b.bitcast(v, _ints), _all(_i32, 0x7F800000)))
-to_floats = _word(1, lambda b, v: b.sitofp(b.bitcast(v, _ints), _vector))
+flip_signs = _word(1, lambda b, v: b.xor(b.bitcast(v, ints), every_lane(i32, 0x80808080)))
+shift_up = _word(1, lambda b, v: b.shl(b.bitcast(v, ints), every_lane(i32, 8)))
+add_integers = _word(2, lambda b, v, w: b.add(b.bitcast(v, ints), b.bitcast(w, ints)))
+subtract_integers = _word(2, lambda b, v, w: b.sub(b.bitcast(v, ints), b.bitcast(w, ints)))
+power_below = _word(1, lambda b, v: b.and_(b.bitcast(v, ints), every_lane(i32, 0x7F800000)))
+to_floats = _word(1, lambda b, v: b.sitofp(b.bitcast(v, ints), floats))
 
 
 @intrinsic
@@ -87,8 +83,8 @@ def sum_integer_rows(typingctx: Any, registers: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         def add(a: Any, b: Any) -> Any:
-            total = builder.add(builder.bitcast(a, _ints), builder.bitcast(b, _ints))
-            return builder.bitcast(total, _vector)
+            total = builder.add(builder.bitcast(a, ints), builder.bitcast(b, ints))
+            return builder.bitcast(total, floats)
 
         return sum_by_pairs(builder, args[0], add)
 
@@ -100,7 +96,7 @@ def load_bytes(typingctx: Any, address: Any) -> Any:
     """64 neighbouring bytes: a page's row may begin at any."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.load(_pointer(builder, args[0], _bytes), align=1), _vector)
+        return builder.bitcast(builder.load(pointer(builder, args[0], _bytes), align=1), floats)
 
     return vector(types.int64), codegen
 
@@ -109,8 +105,8 @@ def _store_byte(shift: int) -> Any:
     @intrinsic
     def store_byte(typingctx: Any, address: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            moved = builder.lshr(builder.bitcast(args[1], _ints), _all(_i32, shift))
-            builder.store(builder.trunc(moved, _sixteen), _pointer(builder, args[0], _sixteen), align=1)
+            moved = builder.lshr(builder.bitcast(args[1], ints), every_lane(i32, shift))
+            builder.store(builder.trunc(moved, _sixteen), pointer(builder, args[0], _sixteen), align=1)
             return context.get_dummy_value()
 
         return types.void(types.int64, value), codegen
@@ -121,7 +117,7 @@ def _store_byte(shift: int) -> Any:
 store_low, store_high = _store_byte(0), _store_byte(8)
 
 
-def _zipped(size: int, first: int) -> list[int]:
+def _zipped_quarters(size: int, first: int) -> list[int]:
     """a₀ b₀ a₁ b₁ … within each quarter of two vectors of ``size``, from a quarter's element ``first`` on."""
     quarter = size // QUARTERS
     return [
@@ -131,7 +127,9 @@ def _zipped(size: int, first: int) -> list[int]:
 
 def _zip(type_: Any, size: int, first: int) -> Any:
     def emit(builder: Any, a: Any, b: Any) -> Any:
-        return _shuffle(builder, builder.bitcast(a, type_), builder.bitcast(b, type_), _zipped(size, first))
+        return shuffle(
+            builder, builder.bitcast(a, type_), builder.bitcast(b, type_), _zipped_quarters(size, first)
+        )
 
     return _word(2, emit)
 
@@ -148,8 +146,8 @@ def gather_quarters(typingctx: Any, a: Any, b: Any, c: Any, d: Any, quarter: Any
         size = LANES // QUARTERS
         first = quarter.literal_value * size
         half = [*range(first, first + size), *range(LANES + first, LANES + first + size)]
-        ab, cd = _shuffle(builder, args[0], args[1], half), _shuffle(builder, args[2], args[3], half)
-        return _shuffle(builder, ab, cd, list(range(LANES)))
+        ab, cd = shuffle(builder, args[0], args[1], half), shuffle(builder, args[2], args[3], half)
+        return shuffle(builder, ab, cd, list(range(LANES)))
 
     return vector(a, b, c, d, quarter), codegen
 
@@ -163,8 +161,8 @@ def store_weights(typingctx: Any, address: Any, weights: Any, heads: Any) -> Any
         lanes = [(group * 4 + t) * n + head for group in range(4 // n) for head in range(n) for t in range(4)]
         order = [lane * 4 + byte for byte in (1, 0) for lane in lanes]
         raw = builder.bitcast(args[1], _bytes)
-        chosen = _shuffle(builder, raw, raw, order)
-        builder.store(chosen, _pointer(builder, args[0], chosen.type), align=1)
+        chosen = shuffle(builder, raw, raw, order)
+        builder.store(chosen, pointer(builder, args[0], chosen.type), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, weights, heads), codegen

@@ -1,6 +1,6 @@
 """Words for products of bfloat16 pairs, two multiply-adds a lane, and pages of 8 bits read as such pairs.
 
-A vector of pairs is 16 lanes of two neighbouring bfloat16 numbers each; it is kept, loaded and stored as 16 lanes of
+A vector of pairs is 16 lanes of two neighbouring bfloat16 numbers each; it is loaded and stored as 16 lanes of
 32 bits. Products of bfloat16 numbers are exact in float32, and their sums are float32.
 
     load_pairs(dtype, address)  load_second_pairs(dtype, address)   32 elements as bfloat16, and the 32 behind them
@@ -8,7 +8,7 @@ A vector of pairs is 16 lanes of two neighbouring bfloat16 numbers each; it is k
     multiply_pairs(a, b, c)                               c + a₀·b₀ + a₁·b₁
     pair_up(v, w)                                         pairs of v's and w's lanes, rounded to nearest even
     zip_pairs_low(a, b)  zip_pairs_high(a, b)             a₀ b₀ a₁ b₁ … of 32 elements each: first and second half
-    turn(v, n)                                            lane i of the result is lane i + n of v, around
+    rotate(v, n)                                          lane i of the result is lane i + n of v, around
 """
 
 from __future__ import annotations
@@ -23,16 +23,32 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from quire.kernels.cpu.simd.llvm import (
+    LANES,
+    broadcast,
+    call,
+    every_lane,
+    f32,
+    floats,
+    i1,
+    i8,
+    i16,
+    i32,
+    i64,
+    ints,
+    pointer,
+    shuffle,
+    vector_of,
+    zipped,
+)
 from quire.kernels.cpu.simd.memory import BF16, BYTES, E4M3, E5M2, INT8, narrow
-from quire.kernels.cpu.simd.vectors import LANES, vector
+from quire.kernels.cpu.simd.vectors import vector
 
 PAIRED = 2 * LANES  # elements in a vector of pairs
 LINE = 64  # elements of 8 bits that are read at once
 EIGHT_BITS = (INT8, E4M3, E5M2)
 
-_f32, _i8, _i16, _i32 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
-_pairs, _line = ir.VectorType(_i16, PAIRED), ir.VectorType(_i8, LINE)
-_vector, _ints = ir.VectorType(_f32, LANES), ir.VectorType(_i32, LANES)
+_pairs, _line = vector_of(i16, PAIRED), vector_of(i8, LINE)
 
 
 class _BFloat(ir.Type):
@@ -58,23 +74,8 @@ def has_pair_products() -> bool:
     return cpu in ("znver4", "znver5") and not {"-avx512bf16", "-avx512vbmi"} & set(features.split(","))
 
 
-def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
-    signature = ir.FunctionType(result, [arg.type for arg in args])
-    function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
-    return builder.call(function, args)
-
-
-def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_i32, len(order)), order))
-
-
-def _zipped(size: int, first: int) -> list[int]:
-    """a₀ b₀ a₁ b₁ … of two vectors of ``size``, from element ``first`` on."""
-    return [first + i // 2 + i % 2 * size for i in range(size)]
-
-
 def _load(builder: Any, address: Any, result: Any, align: int) -> Any:
-    return builder.load(builder.inttoptr(address, result.as_pointer()), align=align)
+    return builder.load(pointer(builder, address, result), align=align)
 
 
 @intrinsic
@@ -82,22 +83,19 @@ def load_pair(typingctx: Any, address: Any) -> Any:
     """Two neighbouring bfloat16 elements in every lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pair = builder.insert_element(
-            ir.Constant(_vector, ir.Undefined), _load(builder, args[0], _f32, 2), _i32(0)
-        )
-        return _shuffle(builder, pair, pair, [0] * LANES)
+        return broadcast(builder, _load(builder, args[0], f32, 2))
 
     return vector(types.int64), codegen
 
 
 def _first_of_pairs(builder: Any, pairs: Any) -> Any:
-    bits = builder.shl(builder.bitcast(pairs, _ints), ir.Constant(_ints, [16] * LANES))
-    return builder.bitcast(bits, _vector)
+    bits = builder.shl(builder.bitcast(pairs, ints), every_lane(i32, 16))
+    return builder.bitcast(bits, floats)
 
 
 def _second_of_pairs(builder: Any, pairs: Any) -> Any:
-    bits = builder.and_(builder.bitcast(pairs, _ints), ir.Constant(_ints, [0xFFFF0000] * LANES))
-    return builder.bitcast(bits, _vector)
+    bits = builder.and_(builder.bitcast(pairs, ints), every_lane(i32, 0xFFFF0000))
+    return builder.bitcast(bits, floats)
 
 
 @intrinsic
@@ -107,12 +105,12 @@ def multiply_pairs(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a, b, c = args
         if has_pair_products():
-            halves = ir.VectorType(_BFloat(), PAIRED)
+            halves = vector_of(_BFloat(), PAIRED)
             a, b = builder.bitcast(a, halves), builder.bitcast(b, halves)
-            return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _vector, [c, a, b])
+            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats, [c, a, b])
         fma = f"llvm.fmuladd.v{LANES}f32"
-        c = _call(builder, fma, _vector, [_first_of_pairs(builder, a), _first_of_pairs(builder, b), c])
-        return _call(builder, fma, _vector, [_second_of_pairs(builder, a), _second_of_pairs(builder, b), c])
+        c = call(builder, fma, floats, [_first_of_pairs(builder, a), _first_of_pairs(builder, b), c])
+        return call(builder, fma, floats, [_second_of_pairs(builder, a), _second_of_pairs(builder, b), c])
 
     return vector(a, b, c), codegen
 
@@ -121,8 +119,8 @@ def _round(builder: Any, values: Any) -> Any:
     """The bits of 16 bfloat16 numbers."""
     if not has_pair_products():
         return narrow(builder, BF16, values)
-    rounded = builder.fptrunc(values, ir.VectorType(_BFloat(), LANES))
-    return builder.bitcast(rounded, ir.VectorType(_i16, LANES))
+    rounded = builder.fptrunc(values, vector_of(_BFloat()))
+    return builder.bitcast(rounded, vector_of(i16))
 
 
 @intrinsic
@@ -131,9 +129,8 @@ def pair_up(typingctx: Any, even: Any, odd: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a, b = (_round(builder, x) for x in args)
-        return builder.bitcast(
-            _shuffle(builder, a, b, [i // 2 + i % 2 * LANES for i in range(PAIRED)]), _vector
-        )
+        order = [i // 2 + i % 2 * LANES for i in range(PAIRED)]
+        return builder.bitcast(shuffle(builder, a, b, order), floats)
 
     return vector(even, odd), codegen
 
@@ -143,7 +140,7 @@ def _zip(first: int) -> Any:
     def zip_half(typingctx: Any, a: Any, b: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             a, b = (builder.bitcast(x, _pairs) for x in args)
-            return builder.bitcast(_shuffle(builder, a, b, _zipped(PAIRED, first)), _vector)
+            return builder.bitcast(shuffle(builder, a, b, zipped(PAIRED, first)), floats)
 
         return vector(a, b), codegen
 
@@ -154,11 +151,11 @@ zip_pairs_low, zip_pairs_high = _zip(0), _zip(LANES)
 
 
 @intrinsic(prefer_literal=True)
-def turn(typingctx: Any, value: Any, lanes: Any) -> Any:
+def rotate(typingctx: Any, value: Any, lanes: Any) -> Any:
     """Lane i of the result is lane i + ``lanes`` of the vector, around."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _shuffle(builder, args[0], args[0], [(i + lanes.literal_value) % LANES for i in range(LANES)])
+        return shuffle(builder, args[0], args[0], [(i + lanes.literal_value) % LANES for i in range(LANES)])
 
     return vector(value, lanes), codegen
 
@@ -178,18 +175,18 @@ def _tables(dtype: int) -> tuple[list[int], list[int]]:
 
 def _look_up(builder: Any, table: list[int], index: Any) -> Any:
     halves = [ir.Constant(_line, table[i : i + LINE]) for i in (0, LINE)]
-    return _call(builder, "llvm.x86.avx512.vpermi2var.qi.512", _line, [halves[0], index, halves[1]])
+    return call(builder, "llvm.x86.avx512.vpermi2var.qi.512", _line, [halves[0], index, halves[1]])
 
 
 def _widen_line(builder: Any, dtype: int, raw: Any, first: int) -> Any:
     """32 of 64 elements of 8 bits: the bytes of their sizes are looked up, the sign is kept."""
     size = raw
     if dtype == INT8:
-        size = _call(builder, f"llvm.abs.v{LINE}i8", _line, [raw, ir.IntType(1)(0)])
-        size = _call(builder, f"llvm.umin.v{LINE}i8", _line, [size, ir.Constant(_line, [127] * LINE)])
+        size = call(builder, f"llvm.abs.v{LINE}i8", _line, [raw, i1(0)])
+        size = call(builder, f"llvm.umin.v{LINE}i8", _line, [size, every_lane(i8, 127, LINE)])
     low, high = (_look_up(builder, table, size) for table in _tables(dtype))
-    high = builder.or_(high, builder.and_(raw, ir.Constant(_line, [128] * LINE)))
-    return builder.bitcast(_shuffle(builder, low, high, _zipped(LINE, first)), _vector)
+    high = builder.or_(high, builder.and_(raw, every_lane(i8, 128, LINE)))
+    return builder.bitcast(shuffle(builder, low, high, zipped(LINE, first)), floats)
 
 
 def _load_half(first: int) -> Any:
@@ -199,12 +196,10 @@ def _load_half(first: int) -> Any:
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             if code == BF16:
-                return _load(
-                    builder, builder.add(args[1], ir.Constant(args[1].type, first * BYTES[BF16])), _vector, 2
-                )
+                return _load(builder, builder.add(args[1], i64(first * BYTES[BF16])), floats, 2)
             if code in EIGHT_BITS and has_pair_products():
                 return _widen_line(builder, code, _load(builder, args[1], _line, 1), first)
-            return ir.Constant(_vector, ir.Undefined)  # compiled, never run
+            return ir.Constant(floats, ir.Undefined)  # compiled, never run
 
         return vector(dtype, types.int64), codegen
 

@@ -8,7 +8,7 @@ AVX-512 register, two of AVX or four of NEON. ``memory`` holds the words that lo
     arithmetic  add  sub  mul  div  fma(a, b, c) = a·b + c  maximum  magnitude  exp2  tanh
     masks       at_least(a, b)  less_than(a, b)  both(m, n)  select(m, a, b) = a where m else b
     across      first_lane(v)  repeat(v, n)  zip_low(a, b)  zip_high(a, b)  fold_sum(v, n)  fold_max(v, n)
-                sum_rows(tile)  transpose(tile)  in_turn(a, b, c, d, i)
+                sum_rows(tile)  transpose(tile)  interleave(a, b, c, d, i)
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-LANES = 16
-
-_f32, _i1, _i32 = ir.FloatType(), ir.IntType(1), ir.IntType(32)
-
-
-def _vector(element: Any) -> Any:
-    return ir.VectorType(element, LANES)
-
-
-def _all(element: Any, value: Any) -> Any:
-    return ir.Constant(_vector(element), [value] * LANES)
+from quire.kernels.cpu.simd.llvm import (
+    LANES,
+    broadcast,
+    call,
+    every_lane,
+    f32,
+    floats,
+    i1,
+    i32,
+    ints,
+    shuffle,
+    vector_of,
+    zipped,
+)
 
 
 class LaneType(types.Type):
@@ -57,13 +60,13 @@ vector, mask = LaneType("f32"), LaneType("mask")
 @register_model(LaneType)
 class _LaneModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: LaneType) -> None:
-        super().__init__(manager, fe_type, _vector(_f32 if fe_type.kind == "f32" else _i1))
+        super().__init__(manager, fe_type, vector_of(f32 if fe_type.kind == "f32" else i1))
 
 
 @register_model(TileType)
 class _TileModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: TileType) -> None:
-        super().__init__(manager, fe_type, ir.ArrayType(_vector(_f32), fe_type.size).as_pointer())
+        super().__init__(manager, fe_type, ir.ArrayType(floats, fe_type.size).as_pointer())
 
 
 def word(result: Any, emit: Callable[..., Any], arity: int) -> Any:
@@ -85,11 +88,6 @@ def word(result: Any, emit: Callable[..., Any], arity: int) -> Any:
     return intrinsic(forms[arity])
 
 
-def _call(builder: Any, name: str, result: Any, args: list[Any], **flags: Any) -> Any:
-    signature = ir.FunctionType(result, [arg.type for arg in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args, **flags)
-
-
 # --- registers -------------------------------------------------------------------------------------------
 
 
@@ -98,7 +96,7 @@ def tile(typingctx: Any, size: Any) -> Any:
     """A register tile of ``size`` vectors, a compile-time number; read and written with ``[i]``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        registers = cgutils.alloca_once(builder, ir.ArrayType(_vector(_f32), size.literal_value))
+        registers = cgutils.alloca_once(builder, ir.ArrayType(floats, size.literal_value))
         registers.align = 64
         return registers
 
@@ -139,15 +137,9 @@ def _tile_setitem(registers, index, value):  # type: ignore[no-untyped-def]
 # --- arithmetic ------------------------------------------------------------------------------------------
 
 
-def _broadcast(builder: Any, scalar: Any) -> Any:
-    undefined = ir.Constant(_vector(scalar.type), ir.Undefined)
-    first = builder.insert_element(undefined, scalar, ir.Constant(_i32, 0))
-    return builder.shuffle_vector(first, undefined, _all(_i32, 0))
-
-
 def _emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """One rounding where the CPU can; where it cannot, two, rather than a library's exact but endless code."""
-    return _call(builder, f"llvm.fmuladd.v{LANES}f32", _vector(_f32), [a, b, c])
+    return call(builder, f"llvm.fmuladd.v{LANES}f32", floats, [a, b, c])
 
 
 def _emit_maximum(builder: Any, a: Any, b: Any) -> Any:
@@ -155,7 +147,7 @@ def _emit_maximum(builder: Any, a: Any, b: Any) -> Any:
 
 
 def _emit_magnitude(builder: Any, x: Any) -> Any:
-    return _call(builder, f"llvm.fabs.v{LANES}f32", _vector(_f32), [x])
+    return call(builder, f"llvm.fabs.v{LANES}f32", floats, [x])
 
 
 # 2^f on [−1/2, 1/2]: our own fit of degree 6 with constant 1, relative error 2e-9 before rounding.
@@ -167,15 +159,15 @@ _ROUND = 12582912.0  # 1.5·2^23: adding it leaves a number rounded to an intege
 
 def _emit_exp2(builder: Any, x: Any) -> Any:
     """2^x for x ≤ 0, zero below 2^−126, NaN for NaN: x = n + f, 2^x = 2^n · p(f)."""
-    shifted = builder.fadd(x, _all(_f32, _ROUND + 127.0))
-    fraction = builder.fsub(x, builder.fsub(shifted, _all(_f32, _ROUND + 127.0)))
-    power = _all(_f32, _EXP2_COEFFICIENTS[0])
+    shifted = builder.fadd(x, every_lane(f32, _ROUND + 127.0))
+    fraction = builder.fsub(x, builder.fsub(shifted, every_lane(f32, _ROUND + 127.0)))
+    power = every_lane(f32, _EXP2_COEFFICIENTS[0])
     for coefficient in _EXP2_COEFFICIENTS[1:]:
-        power = _emit_fma(builder, power, fraction, _all(_f32, coefficient))
-    exponent = builder.shl(builder.bitcast(shifted, _vector(_i32)), _all(_i32, 23))
-    scaled = builder.fmul(power, builder.bitcast(exponent, _vector(_f32)))
-    underflows = builder.fcmp_ordered("<", x, _all(_f32, -126.0))
-    return builder.select(underflows, _all(_f32, 0.0), scaled)
+        power = _emit_fma(builder, power, fraction, every_lane(f32, coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, ints), every_lane(i32, 23))
+    scaled = builder.fmul(power, builder.bitcast(exponent, floats))
+    underflows = builder.fcmp_ordered("<", x, every_lane(f32, -126.0))
+    return builder.select(underflows, every_lane(f32, 0.0), scaled)
 
 
 # tanh on [0, 0.55] as x·p(x²): our own fit, where (1 − e)/(1 + e) would cancel.
@@ -189,19 +181,19 @@ _TWO_LOG2_E = 2.8853900817779268
 def _emit_tanh(builder: Any, x: Any) -> Any:
     """tanh |x| = (1 − e)/(1 + e) with e = 2^(−2·log2(e)·|x|), or a polynomial near zero, with the sign of x."""
     size = _emit_magnitude(builder, x)
-    decay = _emit_exp2(builder, builder.fmul(size, _all(_f32, -_TWO_LOG2_E)))
-    one = _all(_f32, 1.0)
+    decay = _emit_exp2(builder, builder.fmul(size, every_lane(f32, -_TWO_LOG2_E)))
+    one = every_lane(f32, 1.0)
     far = builder.fdiv(builder.fsub(one, decay), builder.fadd(one, decay))
     square = builder.fmul(x, x)
-    near = _all(_f32, _TANH_COEFFICIENTS[0])
+    near = every_lane(f32, _TANH_COEFFICIENTS[0])
     for coefficient in _TANH_COEFFICIENTS[1:]:
-        near = _emit_fma(builder, near, square, _all(_f32, coefficient))
+        near = _emit_fma(builder, near, square, every_lane(f32, coefficient))
     near = builder.fmul(near, size)
-    result = builder.select(builder.fcmp_ordered("<", size, _all(_f32, _TANH_SMALL)), near, far)
-    return _call(builder, f"llvm.copysign.v{LANES}f32", _vector(_f32), [result, x])
+    result = builder.select(builder.fcmp_ordered("<", size, every_lane(f32, _TANH_SMALL)), near, far)
+    return call(builder, f"llvm.copysign.v{LANES}f32", floats, [result, x])
 
 
-splat = word(vector, _broadcast, 1)
+splat = word(vector, broadcast, 1)
 add = word(vector, lambda b, x, y: b.fadd(x, y), 2)
 sub = word(vector, lambda b, x, y: b.fsub(x, y), 2)
 mul = word(vector, lambda b, x, y: b.fmul(x, y), 2)
@@ -220,20 +212,12 @@ select = word(vector, lambda b, m, x, y: b.select(m, x, y), 3)
 # --- across lanes ----------------------------------------------------------------------------------------
 
 
-def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_i32, len(order)), order))
-
-
-def _zipped(first: int) -> list[int]:
-    return [first + i // 2 + i % 2 * LANES for i in range(LANES)]
-
-
 @intrinsic(prefer_literal=True)
 def repeat(typingctx: Any, value: Any, times: Any) -> Any:
     """Each of the first lanes ``times`` times (a power of two): lane i of the result is lane i // times."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _shuffle(builder, args[0], args[0], [i // times.literal_value for i in range(LANES)])
+        return shuffle(builder, args[0], args[0], [i // times.literal_value for i in range(LANES)])
 
     return vector(value, times), codegen
 
@@ -244,7 +228,7 @@ def _fold(combine: Callable[..., Any]) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             folded, step = args[0], period.literal_value
             while step < LANES:
-                turned = _shuffle(builder, folded, folded, [(i + step) % LANES for i in range(LANES)])
+                turned = shuffle(builder, folded, folded, [(i + step) % LANES for i in range(LANES)])
                 folded, step = combine(builder, folded, turned), 2 * step
             return folded
 
@@ -254,10 +238,10 @@ def _fold(combine: Callable[..., Any]) -> Any:
 
 
 # a0 b0 a1 b1 …, its first and its second half.
-zip_low = word(vector, lambda builder, a, b: _shuffle(builder, a, b, _zipped(0)), 2)
-zip_high = word(vector, lambda builder, a, b: _shuffle(builder, a, b, _zipped(LANES // 2)), 2)
+zip_low = word(vector, lambda builder, a, b: shuffle(builder, a, b, zipped(LANES, 0)), 2)
+zip_high = word(vector, lambda builder, a, b: shuffle(builder, a, b, zipped(LANES, LANES // 2)), 2)
 
-first_lane = word(types.float32, lambda builder, v: builder.extract_element(v, _i32(0)), 1)
+first_lane = word(types.float32, lambda builder, v: builder.extract_element(v, i32(0)), 1)
 
 # Combine the lanes that are equal modulo a period (a power of two), leaving the result in each of them.
 fold_sum = _fold(lambda builder, a, b: builder.fadd(a, b))
@@ -265,16 +249,16 @@ fold_max = _fold(_emit_maximum)
 
 
 @intrinsic(prefer_literal=True)
-def in_turn(typingctx: Any, a: Any, b: Any, c: Any, d: Any, number: Any) -> Any:
+def interleave(typingctx: Any, a: Any, b: Any, c: Any, d: Any, number: Any) -> Any:
     """Of vectors of eight int64, elements 2i and 2i + 1 in turn: a₂ᵢ b₂ᵢ c₂ᵢ d₂ᵢ a₂ᵢ₊₁ …."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first, half = 2 * number.literal_value, LANES // 2
         wide = [builder.bitcast(x, ir.VectorType(ir.IntType(64), half)) for x in args[:4]]
         order = [first, half + first, first + 1, half + first + 1]
-        ab = _shuffle(builder, wide[0], wide[1], order)
-        cd = _shuffle(builder, wide[2], wide[3], order)
-        return builder.bitcast(_shuffle(builder, ab, cd, [0, 1, 4, 5, 2, 3, 6, 7]), _vector(_f32))
+        ab = shuffle(builder, wide[0], wide[1], order)
+        cd = shuffle(builder, wide[2], wide[3], order)
+        return builder.bitcast(shuffle(builder, ab, cd, [0, 1, 4, 5, 2, 3, 6, 7]), floats)
 
     return vector(a, b, c, d, number), codegen
 
@@ -293,7 +277,7 @@ def sum_by_pairs(builder: Any, registers: Any, combine: Callable[[Any, Any], Any
         stay = [i if not i & distance else LANES + i for i in range(LANES)]
         move = [i + distance if not i & distance else LANES + i - distance for i in range(LANES)]
         rows = [
-            combine(_shuffle(builder, a, b, stay), _shuffle(builder, a, b, move))
+            combine(shuffle(builder, a, b, stay), shuffle(builder, a, b, move))
             for a, b in zip(rows[:half], rows[half:], strict=True)
         ]
         distance //= 2
@@ -327,7 +311,7 @@ def transpose(typingctx: Any, registers: Any) -> Any:
             for i in range(LANES):
                 if not i & distance:
                     a, b = rows[i], rows[i + distance]
-                    rows[i], rows[i + distance] = _shuffle(builder, a, b, low), _shuffle(builder, a, b, high)
+                    rows[i], rows[i + distance] = shuffle(builder, a, b, low), shuffle(builder, a, b, high)
             distance //= 2
         for row, place in zip(rows, places, strict=True):
             builder.store(row, place)
