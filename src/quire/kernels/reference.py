@@ -159,7 +159,7 @@ def divided(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 def bind_write(*like: Any) -> Callable[..., None]:
     """``write_kv``, with scales given or not."""
-    return functools.partial(write_kv, given=like[-1])
+    return functools.partial(write_kv, given=True) if like[-1] else write_kv
 
 
 def write_kv(
