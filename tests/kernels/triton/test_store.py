@@ -8,7 +8,6 @@ from pairs import every_pair
 from support import LAYOUTS, empty_pages
 
 import quire
-from quire.kernels.triton.store import bind_write
 from quire.kernels import reference
 from quire.kernels.triton.store import bind_write
 from quire.spec import LARGEST, QUANTIZED_DTYPES
