@@ -22,13 +22,7 @@ from quire.kernels.cpu.attend.products import (
     V_ROWS,
     V_SCALES,
 )
-from quire.kernels.cpu.attend.rows import (
-    ZERO,
-    Call,
-    Step,
-    load_scales,
-    locate_tokens,
-)
+from quire.kernels.cpu.attend.rows import ZERO, Call, Step, load_scales, locate_tokens
 from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, load_i32, load_i64, prefetch, store, store_f32, store_i64
 from quire.kernels.cpu.simd.vectors import interleave, tile

@@ -17,7 +17,9 @@ import numpy as np
 
 from quire.kernels.compile import part
 from quire.kernels.cpu.attend.products import (
+    BLOCK,
     CORRECTION,
+    DISTANCE,
     K_ROWS,
     K_SCALES,
     MAX_HEADS,
@@ -26,8 +28,8 @@ from quire.kernels.cpu.attend.products import (
     STEP,
     UNIT,
     V_ROWS,
-    prefetch_for_scores,
-    prefetch_for_values,
+    prefetch_line,
+    prefetch_row,
 )
 from quire.kernels.cpu.attend.rows import ZERO, Call
 from quire.kernels.cpu.simd.integers import (
@@ -136,7 +138,7 @@ def score_bytes(
     cfg: Any, count: int, here: int, upcoming: int, state: int, scale: float, scores: int
 ) -> None:
     """scores[t, g] = q_g · k_t, as ``score_block``: (256 · high_g + low_g) · k_t, times the step."""
-    k_rows, q_rows = here + K_ROWS, state + Q_ROWS
+    k_rows, v_rows, q_rows = here + K_ROWS, here + V_ROWS, state + Q_ROWS
     factor, offset = mul(load(F32, state + STEP), splat(scale)), load(F32, state + OFFSET)
     for first in range(0, count, cfg.tokens):
         products = tile(LANES)
@@ -144,7 +146,9 @@ def score_bytes(
             products[j] = splat(ZERO)
         for i in range(cfg.lines):
             for t in range(cfg.tokens):
-                prefetch_for_scores(here, upcoming, first + t, i * LINE, True)
+                prefetch_line(upcoming + K_ROWS, first + t, i * LINE)
+                prefetch_line(v_rows, first + t, i * LINE)
+                prefetch_line(k_rows, first + t + DISTANCE, i * LINE)
                 k = flip_signs(load_bytes(load_i64(k_rows + (first + t) * 8) + i * LINE))
                 for g in range(cfg.heads):
                     q = load(F32, high_bytes(cfg, q_rows + g * cfg.row_bytes) + i * LINE)
@@ -199,13 +203,20 @@ def load_four(cfg: Any, v_rows: int, t: int, i: int) -> Any:
 def accumulate_bytes(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
     """acc_g = correction_g · acc_g + unit_g · Σ_t (256 · high[t, g] + low[t, g]) v_t, as ``accumulate_values``."""
     v_rows, accs = here + V_ROWS, state + Q_ROWS + MAX_HEADS * cfg.row_bytes
+    strips = cfg.vectors // cfg.strip
     for first in range(0, cfg.vectors, cfg.strip):
         sums = tile(cfg.strip_tile)
         values = tile(cfg.strip)
         for j in range(cfg.strip_tile):
             sums[j] = splat(ZERO)
         for t in range(0, count, cfg.at_once):
-            prefetch_for_values(cfg, here, upcoming, first, t, True)
+            for ahead in range(cfg.at_once):
+                step = first // cfg.strip * BLOCK + t + ahead
+                if step % strips == 0:
+                    prefetch_row(cfg, upcoming + V_ROWS, step // strips)
+                    prefetch_row(cfg, upcoming + K_ROWS, step // strips)
+                if first == 0:
+                    prefetch_row(cfg, v_rows, min(t + ahead + DISTANCE, BLOCK - 1))
             for i in range(cfg.strip):
                 values[i] = load_four(cfg, v_rows, t, first + i)
             weights = scores + t // cfg.tokens * LANES * 4 + t % cfg.tokens * cfg.padded_heads

@@ -132,39 +132,14 @@ def prefetch_row(cfg: Any, rows: int, t: int) -> None:
 
 
 @part
-def prefetch_for_scores(here: int, upcoming: int, t: int, offset: int, keys_too: Any) -> None:
-    """While token t's keys are read: the next block's keys, this block's values, and this block's later keys."""
-    prefetch_line(upcoming + K_ROWS, t, offset)
-    prefetch_line(here + V_ROWS, t, offset)
-    if keys_too:
-        prefetch_line(here + K_ROWS, t + DISTANCE, offset)
-
-
-@part
-def prefetch_for_values(cfg: Any, here: int, upcoming: int, first: int, t: int, values_too: Any) -> None:
-    """While values of ``at_once`` tokens from t on are read for the strip of output vectors that begins at ``first``.
-
-    The last strip ends with all rows of the next block prefetched; the first one prefetches this block's later values.
-    """
-    strips = cfg.vectors // cfg.strip
-    for token in range(t, t + cfg.at_once):
-        step = first // cfg.strip * BLOCK + token
-        if step % strips == 0:
-            prefetch_row(cfg, upcoming + V_ROWS, step // strips)
-            prefetch_row(cfg, upcoming + K_ROWS, step // strips)
-        if first == 0 and values_too:
-            prefetch_row(cfg, here + V_ROWS, min(token + DISTANCE, BLOCK - 1))
-
-
-@part
 def score_block(
     cfg: Any, count: int, here: int, upcoming: int, state: int, scale: float, scores: int
 ) -> None:
-    """scores[t, g] = q_g · k_t, 16 at a time.
+    """scores[t, g] = q_g · k_t, 16 at a time, and prefetch the next block's keys.
 
     ``scale`` is for queries in pairs, which were loaded as they are; it multiplies the scores.
     """
-    k_rows, q_rows = here + K_ROWS, state + Q_ROWS
+    k_rows, v_rows, q_rows = here + K_ROWS, here + V_ROWS, state + Q_ROWS
     step_bytes = LANES * BYTES[cfg.kv_dtype]
     for first in range(0, count, cfg.tokens):
         products = tile(LANES)
@@ -172,7 +147,10 @@ def score_block(
             products[j] = splat(ZERO)
         for i in range(cfg.parts):
             for t in range(cfg.tokens):
-                prefetch_for_scores(here, upcoming, first + t, i * cfg.part_bytes, not cfg.converts)
+                prefetch_line(upcoming + K_ROWS, first + t, i * cfg.part_bytes)
+                prefetch_line(v_rows, first + t, i * cfg.part_bytes)
+                if not cfg.converts:
+                    prefetch_line(k_rows, first + t + DISTANCE, i * cfg.part_bytes)
                 k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + (first + t) * 8), i)
                 for g in range(cfg.heads):
                     q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
@@ -195,9 +173,13 @@ def score_block(
 
 @part
 def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
-    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers."""
+    """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers.
+
+    By the end of the last strip all rows of the next block were prefetched.
+    """
     v_rows, step_bytes = here + V_ROWS, LANES * BYTES[cfg.kv_dtype]
     accs = state + Q_ROWS + MAX_HEADS * cfg.row_bytes
+    strips = cfg.vectors // cfg.strip
     for first in range(0, cfg.vectors, cfg.strip):
         sums = tile(cfg.strip_tile)
         values = tile(cfg.strip)
@@ -208,7 +190,13 @@ def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int
                 sums[g * cfg.strip + i] = mul(correction, load(F32, at))
         for t in range(0, count, cfg.at_once):
             row, next_row = load_i64(v_rows + t * 8), load_i64(v_rows + (t + cfg.at_once - 1) * 8)
-            prefetch_for_values(cfg, here, upcoming, first, t, not cfg.converts)
+            for ahead in range(cfg.at_once):
+                step = first // cfg.strip * BLOCK + t + ahead
+                if step % strips == 0:
+                    prefetch_row(cfg, upcoming + V_ROWS, step // strips)
+                    prefetch_row(cfg, upcoming + K_ROWS, step // strips)
+                if first == 0 and not cfg.converts:
+                    prefetch_row(cfg, v_rows, min(t + ahead + DISTANCE, BLOCK - 1))
             for i in range(cfg.strip):
                 values[i] = load_values(cfg, row, next_row, first + i)
             for g in range(cfg.heads):
