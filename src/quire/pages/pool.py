@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Iterable
 
 import torch
 
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError, OutOfPages
+from quire.pages.huge_pages import back_with_huge_pages
 from quire.spec import AttentionSpec, check_bytes, check_size, existing_device
 
 _BIT_PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per element
-_HUGE_PAGE_BYTES = 1 << 21
 
 
 class KVPool:
@@ -65,7 +63,7 @@ class KVPool:
             self.k_scale = torch.empty(scales, dtype=torch.float32, device=self.device)
             self.v_scale = torch.empty(scales, dtype=torch.float32, device=self.device)
         for tensor in self._tensors():
-            _ask_for_huge_pages(tensor)
+            back_with_huge_pages(tensor)
         if self.debug:
             self.poison(range(num_pages))
 
@@ -180,18 +178,3 @@ class KVPool:
 
 def _as_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(_BIT_PATTERN[tensor.element_size()])
-
-
-def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
-    """Let Linux back host memory, not yet touched, with 2 MiB pages: scattered KV pages miss the TLB less.
-
-    A wish: without it, or where the system knows nothing of it, all works the same, a little slower.
-    """
-    if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    storage = tensor.untyped_storage()
-    begin = -(-storage.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    length = storage.data_ptr() + storage.nbytes() - begin
-    if length >= _HUGE_PAGE_BYTES:
-        advise = ctypes.CDLL(None).madvise
-        advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
