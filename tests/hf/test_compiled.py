@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from quire.errors import UnsupportedError
-from quire.hf.compiled import CompiledLayers
+from quire.hf.compiled import CompiledDecoder
 
 from .families import TOLERANCE, on_pages, random_texts, tiny_model, worst_difference
 from .test_model import prefill
@@ -74,4 +74,4 @@ def test_a_model_without_a_decoder_of_its_own_is_refused():
     model = tiny_model("llama")
     model.get_decoder = lambda: model
     with pytest.raises(UnsupportedError, match="must have a decoder apart from its head"):
-        CompiledLayers(model)
+        CompiledDecoder(model)

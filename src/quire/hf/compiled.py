@@ -1,4 +1,4 @@
-"""The model's layers compiled by torch around Quire's operators.
+"""A model's layers compiled by torch around Quire's operators.
 
 Between two products a layer computes norms, rotations, gates and sums: two dozen small operators, each a pass
 over memory and a trip through Python. Compiled, they are a few loops. Attention and the linear layers stay
@@ -11,8 +11,7 @@ The head stays outside: it runs on the wanted rows only, whose number would be a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +22,14 @@ from quire.errors import UnsupportedError
 LEAST_TOKENS = 2
 
 
-class CompiledLayers:
-    """Lets a model's decoder run compiled for a while; outside, it stays the ordinary module it was.
+class CompiledDecoder:
+    """A compiled `forward` for a model's decoder, all between the token ids and the head.
 
     Compiled on first use, which takes from seconds to a minute; torch keeps the result on disk, by which
     later processes need about half.
 
     Args:
-        model: its decoder, all between the token ids and the head, becomes one graph.
+        model: its decoder becomes one graph, with the `forward` that the decoder has now.
     Raises:
         UnsupportedError: the model has no decoder apart from its head.
     """
@@ -42,6 +41,8 @@ class CompiledLayers:
                 f"to be compiled, a model must have a decoder apart from its head; got "
                 f"{model.config.model_type} without. Fix: compile=False"
             )
+        self.decoder: torch.nn.Module = decoder
+        self._own_forward = vars(decoder).get("forward")
         # A graph of one model must not count against another's, where torch can tell them apart.
         options: dict[str, Any] = (
             {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_OPTIONS else {}
@@ -49,22 +50,31 @@ class CompiledLayers:
         self._compiled: Callable[..., Any] = torch.compile(
             decoder.forward, fullgraph=True, dynamic=True, **options
         )
-        self._attributes = vars(decoder)
 
-    @contextmanager
-    def using(self) -> Iterator[None]:
-        """Within the block the decoder runs compiled."""
-        self._attributes["forward"] = self._run
-        try:
-            yield
-        finally:
-            del self._attributes["forward"]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the decoder's own.
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        Raises:
+            UnsupportedError: the decoder is no single graph, or there is no compiler.
+        """
         try:
             return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise _refusal(error) from error
+
+    def check_current(self) -> None:
+        """Refuse to run a graph of a `forward` that the decoder no longer has.
+
+        Raises:
+            UnsupportedError: someone has replaced it.
+        """
+        forward = vars(self.decoder).get("forward")
+        is_compiled = isinstance(getattr(forward, "__self__", None), CompiledDecoder)
+        if forward is not self._own_forward and not is_compiled:
+            raise UnsupportedError(
+                f"a compiled decoder must keep its forward; got {forward!r} in its place. "
+                "Fix: make a new PagedModel after changing the model"
+            )
 
 
 _COMPILE_OPTIONS = inspect.signature(torch.compile).parameters

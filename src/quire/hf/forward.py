@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from quire.hf.attention import ATTENTION_NAME, AttentionSwitch, RunningStep, running_step
-from quire.hf.cache import PagedCache
-from quire.hf.compiled import LEAST_TOKENS, CompiledLayers
-from quire.hf.linear import LinearSwitch
-from quire.hf.step import Step
+from quire.hf.attention import ATTENTION_NAME, RunningStep, running_step
+from quire.hf.compiled import LEAST_TOKENS
+from quire.hf.switches import Switches
 from quire.kernels import resolve_backend
 
 
@@ -42,35 +39,32 @@ class TokenPast:
 class PackedForward:
     """Calls a model on packed steps, or on one sequence as anyone would, and takes the logits it returns.
 
-    compile: run the steps on pages through CompiledLayers.
+    compile: run the steps on pages with the decoder compiled.
     """
 
     def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
         self.model = model
-        self.switch = AttentionSwitch(model)
-        self.linears = LinearSwitch(model)
-        self.compiled = CompiledLayers(model) if compile else None
+        self.switches = Switches(model, compile=compile)
+        self._compile = compile
         self._can_keep_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         text_config = model.config.get_text_config(decoder=True)
         self._scales_by_index = bool(getattr(text_config, "attn_temperature_tuning", False))
 
-    def paged(self, step: Step, cache: PagedCache, backend: str) -> torch.Tensor:
+    def paged(self, running: RunningStep) -> torch.Tensor:
         """Logits fp32 [rows, vocab] of the step's logits_indices, attention on pages.
 
         Cost: the head runs on the wanted rows only, where the model's forward has `logits_to_keep`.
         """
-        device = self.model.device
+        step, device = running.step, self.model.device
         input_ids, position_ids = step.input_ids, step.position_ids
-        if self.compiled and step.num_tokens < LEAST_TOKENS:
+        if self._compile and step.num_tokens < LEAST_TOKENS:
             input_ids, position_ids = input_ids.repeat(LEAST_TOKENS), position_ids.repeat(LEAST_TOKENS)
         past = TokenPast(position_ids.to(device)) if self._scales_by_index else None
-        own_kernels = resolve_backend(backend, device) == "cpu"
-        with (
-            running_step(RunningStep(step, cache, backend, device)),
-            self.linears.using() if own_kernels else nullcontext(),
-            self.compiled.using() if self.compiled else nullcontext(),
-        ):
-            return self.packed(input_ids, position_ids, step.logits_indices, ATTENTION_NAME, past)
+        kernels = resolve_backend(running.planners.backend, device) == "cpu"
+        with self.switches.lock, running_step(running):  # the planners, too, serve one step at a time
+            return self.packed(
+                input_ids, position_ids, step.logits_indices, ATTENTION_NAME, past, kernels, self._compile
+            )
 
     @torch.inference_mode()
     def packed(
@@ -80,28 +74,31 @@ class PackedForward:
         wanted: torch.Tensor,
         attention: str,
         past: TokenPast | None = None,
+        kernels: bool = False,
+        compiled: bool = False,
     ) -> torch.Tensor:
-        """Logits fp32 [rows, vocab] of the wanted rows of one packed row of tokens."""
+        """Logits fp32 [rows, vocab] of the wanted rows of one packed row of tokens.
+
+        attention, kernels, compiled: as for `Switches.run`.
+        """
         wanted = wanted.to(self.model.device)
-        options: dict[str, Any] = {"position_ids": self._row(position_ids)}
+        inputs = self._inputs(input_ids) | {"position_ids": self._row(position_ids)}
         if self._can_keep_rows:
-            options["logits_to_keep"] = wanted
+            inputs["logits_to_keep"] = wanted
         if past is not None:
-            options["past_key_values"] = past
-        with self.switch.using(attention):
-            logits = self._logits(input_ids, **options)
-        return (logits if self._can_keep_rows else logits[wanted]).float()
+            inputs["past_key_values"] = past
+        logits = self.switches.run(attention, inputs, kernels=kernels, compiled=compiled).logits[0]
+        rows: torch.Tensor = logits if self._can_keep_rows else logits[wanted]
+        return rows.float()
 
     @torch.inference_mode()
     def ordinary(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits fp32 [tokens, vocab] of one whole sequence, without pages and from its ids alone."""
-        with self.switch.using("eager"):
-            return self._logits(input_ids).float()
+        logits: torch.Tensor = self.switches.run("eager", self._inputs(input_ids)).logits[0]
+        return logits.float()
 
-    def _logits(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        output = self.model(input_ids=self._row(input_ids), use_cache=False, return_dict=True, **options)
-        logits: torch.Tensor = output.logits[0]
-        return logits
+    def _inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
+        return {"input_ids": self._row(input_ids), "use_cache": False, "return_dict": True}
 
     def _row(self, values: torch.Tensor) -> torch.Tensor:
         """[1, tokens] on the model's device; a copy, as a compiled graph is bound to the shape of what it views."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable
 
 import torch
@@ -13,9 +12,11 @@ from quire.debug import debug_enabled
 from quire.errors import ArgumentError
 from quire.hf import limits
 from quire.hf.admit import guard
+from quire.hf.attention import RunningStep
 from quire.hf.cache import PagedCache, bytes_per_page, pages_within
 from quire.hf.forward import PackedForward
 from quire.hf.load import load_model
+from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.kernels import resolve_backend
 from quire.pages import PageAllocator
@@ -29,8 +30,9 @@ DEFAULT_GPU_POOL_SHARE = 0.8  # of what the weights leave free; the rest is for 
 class PagedModel:
     """Runs packed steps through a decoder-only model of transformers, attention on pages.
 
-    The model is not changed: outside `forward` it works as before, with the attention it had. During `forward`
-    its config names another attention, so neither may be called from a second thread meanwhile.
+    Outside `forward` the model is the ordinary model it was. During `forward` its config names another attention and
+    its layers have other forwards (switches.py), so `forward` may be called from any number of threads, which take
+    turns by `lock`; whoever calls the model itself beside them holds `lock` meanwhile.
 
     Args:
         model: any decoder-only causal language model, in eval mode, on one device.
@@ -42,6 +44,10 @@ class PagedModel:
         backend: "auto", "cpu", "triton" or "reference".
         compile: run the model's layers compiled by torch, which takes a C++ compiler and, once, the time to
             compile; see docs/experiments.md for what both come to.
+    Attributes:
+        allocator: the one allocator of the pool's pages, for all who run steps on them.
+        lock: an RLock, the same for every PagedModel of this transformers model, and of models that share its configs,
+            linear layers or decoder.
     Raises:
         UnsupportedError: the model would not compute the same on pages, or cannot be compiled as asked; the
             sentence says why (see guard.py, compiled.py).
@@ -83,7 +89,7 @@ class PagedModel:
             budget = _default_pool_bytes(model.device) if memory_bytes is None else memory_bytes
             num_pages = pages_within(budget, self.bytes_per_page)
         self.max_seq_len = limits.max_seq_len(model.config)
-        self._backend = backend
+        self._planners = Planners(backend, model.device)
         if resolve_backend(backend, model.device) == "cpu":
             collapse_to_huge_pages(model.parameters())
         self._cache = PagedCache(
@@ -91,7 +97,7 @@ class PagedModel:
         )
         # One per pool: every engine on this model draws from it.
         self.allocator = PageAllocator(num_pages, on_drop=self.poison if debug_enabled() else None)
-        self.lock = threading.RLock()
+        self.lock = self._forward.switches.lock
 
     @classmethod
     def load(
@@ -138,7 +144,7 @@ class PagedModel:
         Cost: one forward of step.num_tokens tokens; the head runs on the wanted rows only.
         """
         step.check_fits(self.vocab_size, self.max_seq_len)
-        return self._forward.paged(step, self._cache, self._backend)
+        return self._forward.paged(RunningStep(step, self._cache, self._planners))
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages in every layer (copy-on-write); (source, destination) pairs, in order."""

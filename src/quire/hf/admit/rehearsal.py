@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from quire.hf.attention import RunningStep
 from quire.hf.cache import LayerShape, PagedCache
 from quire.hf.forward import PackedForward
+from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.pages import PageAllocator, PageTable
 
@@ -39,9 +41,10 @@ def rehearse(
         shapes, page_size=page_size, num_pages=num_pages, kv_dtype=None, device=forward.model.device
     )
     cache.poison(range(num_pages))
+    planners = Planners(backend, forward.model.device)
     differences = []
     for step, expected in _steps(texts, ordinary, PageTable(PageAllocator(num_pages), page_size)):
-        logits = forward.paged(step, cache, backend)
+        logits = forward.paged(RunningStep(step, cache, planners))
         same_rows = logits.shape == expected.shape
         differences.append((logits - expected).abs().amax(-1) if same_rows else torch.tensor([torch.inf]))
     return torch.cat([d.cpu() for d in differences]), max(float(logits.abs().max()) for logits in ordinary)

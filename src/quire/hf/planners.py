@@ -1,0 +1,64 @@
+"""The plans of a model's steps: one Planner per kind of layer, so that what a GPU reads keeps its address."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.hf.cache import Visibility
+from quire.hf.chunks import split_at_chunks
+from quire.hf.step import Step
+from quire.ops.attention_plan import AttentionPlan
+from quire.ops.planner import Planner
+from quire.planning.checks import Limits
+from quire.spec import AttentionSpec
+
+
+class Planners:
+    """Plans steps of any size for layers of any kind: a kind is a spec and a visibility.
+
+    The limits of a kind's planner start with its first step, rounded up to powers of two. A larger step replaces the
+    planner by one with room for both: on a GPU the addresses change then, between steps, and a few times only. Steps
+    of one token per sequence have a planner of their own, whose launches serve decode alone.
+
+    A plan can be run until the next one of its kind is made, so steps are planned and run one after the other. On a
+    GPU each stream has planners of its own: work that one still has to do is not overwritten from another.
+    """
+
+    def __init__(self, backend: str, device: torch.device) -> None:
+        self.backend, self.device = backend, device
+        self._planners: dict[tuple[AttentionSpec, Visibility, bool, int], Planner] = {}
+
+    def plan(self, step: Step, spec: AttentionSpec, visibility: Visibility) -> AttentionPlan:
+        """Plan a step for the layers of one kind.
+
+        Raises:
+            As `Planner` and `Planner.plan`.
+        Cost: host only, and on a GPU one copy that the host does not wait for.
+        """
+        tables = step.page_table, step.seq_lens, step.cu_seqlens_q
+        if visibility.chunk_size:
+            tables = split_at_chunks(*tables, chunk_size=visibility.chunk_size, page_size=spec.page_size)
+        page_table, _, cu_seqlens_q = tables
+        batch, max_pages = page_table.shape
+        max_q_len = int(cu_seqlens_q.diff().max())
+        sizes = Limits(batch, max_pages * spec.page_size, max_q_len, step.num_tokens)
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        key = (spec, visibility, max_q_len == 1, stream)
+        planner = self._planners.get(key)
+        if planner is None or any(size > limit for size, limit in zip(sizes, planner.limits, strict=True)):
+            limits = sizes if planner is None else map(max, sizes, planner.limits)
+            planner = self._planners[key] = self._with_room_for(Limits(*limits), spec, visibility)
+        return planner.plan(*tables)
+
+    def _with_room_for(self, sizes: Limits, spec: AttentionSpec, visibility: Visibility) -> Planner:
+        batch, seq_len, q_len, tokens = (1 << (size - 1).bit_length() for size in sizes)
+        return Planner(
+            spec,
+            max_batch=batch,
+            max_seq_len=seq_len,
+            max_q_len=q_len,
+            max_tokens=tokens,
+            window_left=visibility.window_left,
+            backend=self.backend,
+            device=self.device,
+        )
