@@ -41,6 +41,20 @@ class RunningStep:
         self.slot_mapping = step.slot_mapping.to(planners.device)
         self._plans: dict[tuple[AttentionSpec, Visibility], AttentionPlan] = {}
 
+    def write(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> None:
+        """Write a layer's keys and values of this step, [tokens, num_kv_heads, dim], into its pages."""
+        layer = self.cache.layers[layer_idx]
+        write_kv(
+            _widen(k, layer.spec.head_dim),
+            _widen(v, layer.spec.head_dim),
+            layer.k,
+            layer.v,
+            self.slot_mapping,
+            k_scale=layer.k_scale,
+            v_scale=layer.v_scale,
+            backend=self.planners.backend,
+        )
+
     def attend(
         self,
         q: torch.Tensor,
@@ -51,7 +65,7 @@ class RunningStep:
         softcap: float,
         layer_idx: int,
     ) -> torch.Tensor:
-        """Write a layer's keys and values of this step into its pages, then attend to them.
+        """Write a layer's keys and values, then attend to its pages.
 
         Args:
             q, k, v: [tokens, heads, dim], the step's tokens.
@@ -59,20 +73,10 @@ class RunningStep:
         Returns:
             [tokens, num_qo_heads, value_dim].
         """
+        self.write(k, v, layer_idx)
         layer = self.cache.layers[layer_idx]
-        q, k, v = (_widen(x, layer.spec.head_dim) for x in (q, k, v))
-        write_kv(
-            k,
-            v,
-            layer.k,
-            layer.v,
-            self.slot_mapping,
-            k_scale=layer.k_scale,
-            v_scale=layer.v_scale,
-            backend=self.planners.backend,
-        )
         out: torch.Tensor = self._plan_for(layer).run(
-            q,
+            _widen(q, layer.spec.head_dim),
             layer.k,
             layer.v,
             softmax_scale=softmax_scale,

@@ -82,7 +82,7 @@ class PackedForward:
         attention, kernels, compiled: as for `Switches.run`.
         """
         wanted = wanted.to(self.model.device)
-        inputs = self._inputs(input_ids) | {"position_ids": self._row(position_ids)}
+        inputs = self._inputs(self._row(input_ids)) | {"position_ids": self._row(position_ids)}
         if self._can_keep_rows:
             inputs["logits_to_keep"] = wanted
         if past is not None:
@@ -93,12 +93,13 @@ class PackedForward:
 
     @torch.inference_mode()
     def ordinary(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits fp32 [tokens, vocab] of one whole sequence, without pages and from its ids alone."""
-        logits: torch.Tensor = self.switches.run("eager", self._inputs(input_ids)).logits[0]
+        """Logits fp32 [batch, tokens, vocab] of whole sequences [batch, tokens], from their ids alone."""
+        inputs = self._inputs(input_ids.to(self.model.device))
+        logits: torch.Tensor = self.switches.run("eager", inputs).logits
         return logits.float()
 
     def _inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
-        return {"input_ids": self._row(input_ids), "use_cache": False, "return_dict": True}
+        return {"input_ids": input_ids, "use_cache": False, "return_dict": True}
 
     def _row(self, values: torch.Tensor) -> torch.Tensor:
         """[1, tokens] on the model's device; a copy, as a compiled graph is bound to the shape of what it views."""

@@ -12,6 +12,7 @@ from quire.debug import debug_enabled
 from quire.errors import ArgumentError
 from quire.hf import limits
 from quire.hf.admit import guard
+from quire.hf.admit.rehearsal import Stage
 from quire.hf.attention import RunningStep
 from quire.hf.cache import PagedCache, bytes_per_page, pages_within
 from quire.hf.forward import PackedForward
@@ -52,7 +53,7 @@ class PagedModel:
         UnsupportedError: the model would not compute the same on pages, or cannot be compiled as asked; the
             sentence says why (see guard.py, compiled.py).
         ArgumentError: sizes that do not fit, or both num_pages and memory_bytes.
-    Cost: six forwards of a few tokens to check the model, and the pool; on the CPU the weights are moved into
+    Cost: eight forwards of at most 70 tokens to check the model, and the pool; on the CPU the weights are moved into
         huge pages, at about 1 GB/s.
     """
 
@@ -79,9 +80,10 @@ class PagedModel:
             memory_bytes = check_bytes("memory_bytes", memory_bytes)
         guard.check_config(model)
         self._forward = PackedForward(model, compile=compile)
-        shapes = guard.layer_shapes(model, self._forward)
+        calls = guard.layer_calls(model, self._forward)
+        shapes = guard.layer_shapes(model, calls)
         self.bytes_per_page = bytes_per_page(shapes, page_size, kv_dtype)
-        guard.check_logits(model, self._forward, shapes, page_size, backend)
+        guard.rehearse(model, Stage(self._forward, calls, shapes, page_size, kv_dtype, backend))
 
         self.model = model
         self.page_size = page_size

@@ -1,10 +1,12 @@
 """Before the first step: refuse, with a sentence, a model that would be silently wrong on pages.
 
     check_config    what the config already says: encoders, training mode, several devices
-    layer_shapes    what each layer asks of attention, by a dry run; refuses what the pages cannot express
-    check_logits    the proof: the same short sequences through the pages and through the model itself
+    layer_calls     what each layer asks of attention, by a dry run
+    layer_shapes    the same, as pages can express it; refuses what they cannot
+    rehearse        the proof, on the pages' own dtype, device and kernels: every layer against its formula in
+                    float64, and the logits of short texts against those of the model itself
 
-The first two name a reason. The third catches what no one has thought of: state kept outside attention, a
+The first three name a reason. The last catches what no one has thought of: state kept outside attention, a
 position counted from the start of the batch, an argument without a rule.
 """
 
@@ -18,14 +20,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedError
 from quire.hf.admit.probe import PROBE_TOKENS, LayerCall, record_layer_calls
-from quire.hf.admit.rehearsal import TEXT_LENGTHS, rehearse
+from quire.hf.admit.rehearsal import TEXT_TOKENS, Outcome, Stage, rehearse_far_out, rehearse_texts
 from quire.hf.cache import LayerShape, Visibility
 from quire.hf.forward import PackedForward
 
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-# Largest |Δlogit| as a share of the largest |logit|. Reduced precision also flips near ties between experts,
-# in a few rows: there the median row decides.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Errors on pages may be so many times those that another rounding makes: half of all rows, and any row. Measured on
+# the families of the tests, in three dtypes, the halves differ by 0.4 to 0.8 times, the largest by at most 1.6.
+_TIMES_MEDIAN, _TIMES_LARGEST = 2.0, 4.0
+# In 16 bits a router's near tie may fall otherwise on pages, and in no row of the other rounding: one row in so many.
+_ROWS_PER_TIE = 8
 
 
 def check_config(model: PreTrainedModel) -> None:
@@ -53,12 +57,11 @@ def check_config(model: PreTrainedModel) -> None:
             )
 
 
-def layer_shapes(model: PreTrainedModel, forward: PackedForward) -> dict[int, LayerShape]:
-    """What each layer asks of attention: layer_idx → shape and visibility.
+def layer_calls(model: PreTrainedModel, forward: PackedForward) -> dict[int, LayerCall]:
+    """What each layer asks of attention, by layer_idx.
 
     Raises:
-        UnsupportedError: a layer that attends twice or never per forward, that is not causal, that changes
-            its mask, or that passes an argument no rule is known for.
+        UnsupportedError: a layer that attends twice or never per forward.
     Cost: one forward of a few tokens.
     """
     try:
@@ -66,42 +69,51 @@ def layer_shapes(model: PreTrainedModel, forward: PackedForward) -> dict[int, La
     except Exception as error:
         raise _refusal(model, "run on plain token ids", f"{type(error).__name__}: {error}") from error
     _check_each_layer_once(model, calls)
-    max_position = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return {
-        call.layer_idx: _layer_shape(model, call, max_position)
-        for call in calls
-        if call.layer_idx is not None
-    }
+    return {call.layer_idx: call for call in calls if call.layer_idx is not None}
 
 
-def check_logits(
-    model: PreTrainedModel,
-    forward: PackedForward,
-    shapes: Mapping[int, LayerShape],
-    page_size: int,
-    backend: str,
-) -> None:
-    """Rehearse two short texts on pages, and compare with the model itself.
+def layer_shapes(model: PreTrainedModel, calls: Mapping[int, LayerCall]) -> dict[int, LayerShape]:
+    """The shape and visibility of each layer, by layer_idx.
 
     Raises:
-        UnsupportedError: the logits differ by more than rounding.
-    Cost: five forwards of at most 13 tokens.
+        UnsupportedError: a layer that is not causal, that changes its mask, or that passes an argument no rule is
+            known for.
     """
-    texts = check_tokens(model.config, sum(TEXT_LENGTHS)).split(TEXT_LENGTHS)  # type: ignore[no-untyped-call]
+    max_position = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return {layer_idx: _layer_shape(model, call, max_position) for layer_idx, call in calls.items()}
+
+
+def rehearse(model: PreTrainedModel, stage: Stage) -> None:
+    """Serve short texts, and attend far out in each kind of layer, as PagedModel will.
+
+    Raises:
+        UnsupportedError: a layer's attention, or the logits, are off by more than rounding.
+    Cost: seven forwards of at most 70 tokens.
+    """
+    texts = check_tokens(model.config, 2 * TEXT_TOKENS).view(2, TEXT_TOKENS)
     try:
-        rows, largest_logit = rehearse(forward, shapes, texts, page_size=page_size, backend=backend)
+        outcome = rehearse_texts(stage, texts)
+        fault = outcome.fault or _logits_fault(outcome, model.dtype) or rehearse_far_out(stage)
     except QuireError:
         raise
     except Exception as error:
         raise _refusal(model, "run on packed steps", f"{type(error).__name__}: {error}") from error
-    difference = float(rows.max() if model.dtype == torch.float32 else rows.median())
-    if not difference <= _TOLERANCE.get(model.dtype, _TOLERANCE[torch.bfloat16]) * largest_logit:
-        raise _refusal(
-            model,
-            "give the same logits on pages as without",
-            f"logits off by {difference:.2g} where the largest is {largest_logit:.2g}, so it counts "
-            "positions along the packed row or keeps something between tokens outside its keys and values",
-        )
+    if fault:
+        raise _refusal(model, "give the same logits on pages as without", fault)
+
+
+def _logits_fault(outcome: Outcome, dtype: torch.dtype) -> str | None:
+    error, noise, rounding = outcome.error, outcome.noise, torch.finfo(dtype).eps * outcome.largest
+    most, any_row = _TIMES_MEDIAN * noise.median() + rounding, _TIMES_LARGEST * noise.max() + rounding
+    wrong_rows = int((~(error <= any_row)).sum())  # also where it is NaN
+    ties = 0 if dtype == torch.float32 else len(error) // _ROWS_PER_TIE
+    if error.median() <= most and wrong_rows <= ties:
+        return None
+    off, bound = (error.median(), most) if wrong_rows <= ties else (error.max(), any_row)
+    return (
+        f"logits off by {off:.2g}, root mean square of a token, where another rounding explains {bound:.2g}, so it "
+        "counts positions along the packed row or keeps something between tokens outside its keys and values"
+    )
 
 
 def check_tokens(config: PretrainedConfig, count: int) -> torch.Tensor:

@@ -107,6 +107,12 @@ class LayerCall:
     options: dict[str, Any]
     unknown: list[str]
 
+    @property
+    def scale(self) -> float:
+        """What the layer multiplies q·k with."""
+        scaling = self.options.get("scaling")
+        return float(self.query[-1] ** -0.5 if scaling is None else scaling)
+
 
 _recording: ContextVar[list[LayerCall] | None] = ContextVar("quire_probe_calls", default=None)
 

@@ -1,75 +1,209 @@
-"""A rehearsal: two short texts through the pages, and through the model as it is without them."""
+"""A rehearsal: short texts through the pages and through the model as it is, and each kind of layer far out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from quire.hf.admit.probe import LayerCall
+from quire.hf.admit.witness import Witness
 from quire.hf.attention import RunningStep
 from quire.hf.cache import LayerShape, PagedCache
 from quire.hf.forward import PackedForward
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.pages import PageAllocator, PageTable
+from quire.spec import KVDtype
 
-# New tokens of each text per step, as they come in practice: two prefills, a decode beside a chunk, two
-# decodes.
-_STEPS = ((9, 4), (1, 5), (1, 1))
-TEXT_LENGTHS = [sum(tokens) for tokens in zip(*_STEPS, strict=True)]
+# New tokens of each text per step, as they come in practice: two prefills, a decode beside a chunk, a chunk beside
+# a decode, two decodes. With 16 tokens per page both texts end in their third.
+_STEPS = ((20, 5), (1, 28), (13, 1), (1, 1))
+TEXT_TOKENS = 35
+# Far out, so many tokens stand before an edge; then come a few that cross it, and one more.
+_BEFORE_EDGE, _FAR_STEPS = 2, (5, 1)
+_FARTHEST_EDGE = 8192  # of a window or chunk: more keys are not attended to in float64
 
 
-def rehearse(
-    forward: PackedForward,
-    shapes: Mapping[int, LayerShape],
-    texts: Sequence[torch.Tensor],
-    *,
-    page_size: int,
-    backend: str,
-) -> tuple[torch.Tensor, float]:
-    """Serve the texts in mixed steps on pages full of NaN, and compare each row with the ordinary model's.
+class Stage(NamedTuple):
+    """What is rehearsed, and on what pages."""
+
+    forward: PackedForward
+    calls: Mapping[int, LayerCall]
+    shapes: Mapping[int, LayerShape]
+    page_size: int
+    kv_dtype: KVDtype | None
+    backend: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where model and pages are."""
+        device: torch.device = self.forward.model.device
+        return device
+
+    def pages(self, num_tokens: Sequence[int], layers: Sequence[int]) -> tuple[PagedCache, PageTable]:
+        """Pages full of NaN for sequences of so many tokens, and the sequences' table."""
+        num_pages = sum(-(-tokens // self.page_size) for tokens in num_tokens)
+        cache = PagedCache(
+            {layer_idx: self.shapes[layer_idx] for layer_idx in layers},
+            page_size=self.page_size,
+            num_pages=num_pages,
+            kv_dtype=self.kv_dtype,
+            device=self.device,
+        )
+        cache.poison(range(num_pages))
+        table = PageTable(PageAllocator(num_pages), self.page_size)
+        for i in range(len(num_tokens)):
+            table.add(i)
+        return cache, table
+
+
+class Outcome(NamedTuple):
+    """What the texts showed.
+
+    error: root mean square of Δlogits to the ordinary model [tokens]; infinite where a step returned other rows.
+    noise: the same between two runs of the ordinary model that differ by a rounding.
+    largest: the largest |logit|.
+    fault: a sentence about a layer that attends wrongly, or None.
+    """
+
+    error: torch.Tensor
+    noise: torch.Tensor
+    largest: float
+    fault: str | None
+
+
+class WitnessedStep(RunningStep):
+    """A step whose layers are judged while they attend."""
+
+    def __init__(self, step: Step, cache: PagedCache, planners: Planners, witness: Witness) -> None:
+        super().__init__(step, cache, planners)
+        self._witness = witness
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> None:
+        """As a RunningStep's."""
+        for i, (begin, end) in enumerate(pairwise(self.step.cu_seqlens_q.tolist())):
+            self._witness.write(layer_idx, i, k[begin:end], v[begin:end])
+        super().write(k, v, layer_idx)
+
+    def attend(self, q: torch.Tensor, *others: Any) -> torch.Tensor:
+        """As a RunningStep's."""
+        return self._witness.attend(self, others[-1], q, super().attend(q, *others))
+
+
+@torch.inference_mode()
+def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
+    """Serve texts in mixed steps, and compare each token's logits with the ordinary model's.
 
     Args:
-        texts: int64 [tokens] each, of TEXT_LENGTHS.
-    Returns:
-        max |Δlogit| of every token [tokens], infinite where rows are missing; and the largest |logit|.
-    Cost: a forward per step and per text, on a pool of a few pages that is dropped again.
+        texts: int64 [2, TEXT_TOKENS].
+    Cost: a forward per step, one per text, and one of both texts; a pool of a few pages.
     """
-    ordinary = [forward.ordinary(text) for text in texts]
-    num_pages = sum(-(-len(text) // page_size) for text in texts)
-    cache = PagedCache(
-        shapes, page_size=page_size, num_pages=num_pages, kv_dtype=None, device=forward.model.device
-    )
-    cache.poison(range(num_pages))
-    planners = Planners(backend, forward.model.device)
-    differences = []
-    for step, expected in _steps(texts, ordinary, PageTable(PageAllocator(num_pages), page_size)):
-        logits = forward.paged(RunningStep(step, cache, planners))
-        same_rows = logits.shape == expected.shape
-        differences.append((logits - expected).abs().amax(-1) if same_rows else torch.tensor([torch.inf]))
-    return torch.cat([d.cpu() for d in differences]), max(float(logits.abs().max()) for logits in ordinary)
-
-
-def _steps(
-    texts: Sequence[torch.Tensor], ordinary: Sequence[torch.Tensor], table: PageTable
-) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Each step, and the logits that its rows should have."""
-    sequences = range(len(texts))
-    for i in sequences:
-        table.add(i)
+    forward, witness = stage.forward, Witness(stage.calls)
+    ordinary = [forward.ordinary(text[None])[0] for text in texts]
+    with _OtherRounding():  # type: ignore[no-untyped-call]
+        noise = forward.ordinary(texts) - torch.stack(ordinary)
+    cache, table = stage.pages([TEXT_TOKENS] * len(texts), list(stage.shapes))
+    planners, errors = Planners(stage.backend, stage.device), []
     for counts in _STEPS:
-        starts = [table.length(i) for i in sequences]
-        slots = [torch.from_numpy(table.append(i, counts[i]).slot_mapping) for i in sequences]
-        new = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        # Not in order: a model must return the rows asked for, not the last so many.
-        rows = torch.arange(sum(counts)).flip(0)
-        step = Step(
-            input_ids=torch.cat([texts[i][new[i]] for i in sequences]),
-            position_ids=torch.cat([torch.arange(len(texts[i]))[new[i]] for i in sequences]),
-            page_table=table.dense(list(sequences)),
-            seq_lens=table.seq_lens(list(sequences)),
-            cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-            slot_mapping=torch.cat(slots),
-            logits_indices=rows,
+        new = [slice(table.length(i), table.length(i) + count) for i, count in enumerate(counts)]
+        step = _next_step(table, counts, torch.cat([text[s] for text, s in zip(texts, new, strict=True)]))
+        logits = forward.paged(WitnessedStep(step, cache, planners, witness))
+        expected = torch.cat([rows[s] for rows, s in zip(ordinary, new, strict=True)])[step.logits_indices]
+        same_rows = logits.shape == expected.shape
+        errors.append(_root_mean_square(logits - expected) if same_rows else noise.new_full([1], torch.inf))
+    return Outcome(
+        torch.cat(errors).cpu(),
+        _root_mean_square(noise).flatten().cpu(),
+        max(float(rows.abs().max()) for rows in ordinary),
+        witness.fault(),
+    )
+
+
+@torch.inference_mode()
+def rehearse_far_out(stage: Stage) -> str | None:
+    """Let each kind of layer attend to random tensors over three pages, and across the edge of its window or chunk.
+
+    Returns:
+        A sentence about a layer that attends wrongly, or None.
+    Cost: no forward; each time the pages of one layer.
+    """
+    # The size that the model asked its mask for is looked at, too: it may have been read wrongly.
+    sizes = {i: call.rule.local_size or 0 for i, call in stage.calls.items() if call.rule is not None}
+    for layer_idx in {(shape, sizes[i]): i for i, shape in stage.shapes.items()}.values():
+        visibility = stage.shapes[layer_idx].visibility
+        edges = {visibility.window_left + 1, visibility.chunk_size, sizes[layer_idx]}
+        near = {edge for edge in edges if 0 < edge <= _FARTHEST_EDGE}
+        for begin in sorted({2 * stage.page_size, *near}):
+            fault = _cross(stage, layer_idx, max(1, begin - _BEFORE_EDGE))
+            if fault:
+                return fault
+    return None
+
+
+def _cross(stage: Stage, layer_idx: int, begin: int) -> str | None:
+    """Attend in one layer after `begin` tokens have been written."""
+    shape, call = stage.shapes[layer_idx], stage.calls[layer_idx]
+    witness, planners = Witness(stage.calls), Planners(stage.backend, stage.device)
+    cache, table = stage.pages([begin + sum(_FAR_STEPS)], [layer_idx])
+    generator = torch.Generator(stage.device).manual_seed(0)
+
+    def draw(tokens: int, heads: int, dim: int) -> torch.Tensor:
+        sizes = (tokens, heads, dim)
+        return torch.randn(sizes, generator=generator, device=stage.device).to(shape.dtype)
+
+    for count in (begin, *_FAR_STEPS):
+        step = WitnessedStep(
+            _next_step(table, [count], torch.zeros(count, dtype=torch.int64)), cache, planners, witness
         )
-        yield step, torch.cat([ordinary[i][new[i]] for i in sequences])[rows]
+        k, v = (draw(count, shape.num_kv_heads, dim) for dim in (shape.key_dim, shape.value_dim))
+        if count == begin:
+            v[: 2 * sum(_FAR_STEPS)] *= max(
+                1.0, begin / 16
+            )  # first out of sight, and else not missed among many
+            step.write(k, v, layer_idx)
+        else:
+            q = draw(count, shape.num_qo_heads, shape.key_dim) / (call.scale * shape.key_dim**0.5)
+            sinks, softcap = call.options.get("s_aux"), call.options.get("softcap")
+            step.attend(q, k, v, sinks, call.scale, softcap or 0.0, layer_idx)
+    return witness.fault()
+
+
+class _OtherRounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Changes what embeddings give by up to a rounding; all that follows is rounded differently then.
+
+    The ordinary model under this mode is as right as without, so its logits show how far right ones may differ:
+    by the model's depth, its dtype, and its router's near ties.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.embedding.default:
+            return out
+        generator = torch.Generator(out.device).manual_seed(0)
+        drawn = torch.rand(out.shape, generator=generator, device=out.device)
+        return (out.float() * (1 + (2 * drawn - 1) * torch.finfo(out.dtype).eps)).to(out.dtype)
+
+
+def _next_step(table: PageTable, counts: Sequence[int], input_ids: torch.Tensor) -> Step:
+    """The next tokens of each sequence of the table, with logits of all of them."""
+    sequences = list(range(len(counts)))
+    starts = [table.length(i) for i in sequences]
+    slots = [torch.from_numpy(table.append(i, counts[i]).slot_mapping) for i in sequences]
+    return Step(
+        input_ids=input_ids,
+        position_ids=torch.cat([torch.arange(s, s + count) for s, count in zip(starts, counts, strict=True)]),
+        page_table=table.dense(sequences),
+        seq_lens=table.seq_lens(sequences),
+        cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+        slot_mapping=torch.cat(slots),
+        # Not in order: a model must return the rows asked for, not the last so many.
+        logits_indices=torch.arange(sum(counts)).flip(0),
+    )
+
+
+def _root_mean_square(differences: torch.Tensor) -> torch.Tensor:
+    return differences.square().mean(-1).sqrt()
