@@ -19,6 +19,7 @@ from quire.errors import (
     QuireError,
     ShapeError,
     UnsupportedError,
+    hf_is_missing,
 )
 from quire.ops.attention import paged_attention
 from quire.ops.attention_plan import AttentionPlan
@@ -65,5 +66,8 @@ _FROM_ENGINE = ("LLM", "RequestOutput", "SamplingParams")  # they load transform
 
 def __getattr__(name: str) -> Any:
     if name in _FROM_ENGINE:
-        return getattr(importlib.import_module("quire.engine"), name)
+        try:
+            return getattr(importlib.import_module("quire.engine"), name)
+        except ModuleNotFoundError as error:
+            raise hf_is_missing(f"quire.{name}", error) from error
     raise AttributeError(f"module 'quire' has no attribute {name!r}")

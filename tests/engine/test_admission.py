@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
-from quire.engine.admission import max_length
+from quire.engine.admission import list_params, list_prompts, max_length
+from quire.engine.core import Engine
 from quire.engine.params import SamplingParams
 from quire.errors import ArgumentError
 
-from .fakes import FakeModel
+from .fakes import EOS, FakeModel, byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,125 @@ def test_what_could_not_finish_with_the_whole_pool_is_refused_with_the_pages_it_
     sentence = f"prompt of {num_prompt_tokens} tokens plus .* a need of {pages} pages .* the pool has 8"
     with pytest.raises(ArgumentError, match=sentence):
         max_length(num_prompt_tokens, SamplingParams(max_tokens=max_tokens), model)
+
+
+IDS = [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "listed"),
+    [
+        ("text", ["text"]),
+        (["a", "b"], ["a", "b"]),
+        (("a", "b"), ["a", "b"]),
+        (IDS, [IDS]),
+        ([IDS, [4]], [IDS, [4]]),
+        (["a", IDS], ["a", IDS]),
+        (range(3), [range(3)]),
+        ([], []),
+        (list(np.array(IDS)), [IDS]),  # NumPy's ints are ints
+        ([list(np.array(IDS))], [IDS]),
+    ],
+)
+def test_prompts_are_text_token_ids_or_lists_of_these(prompts, listed):
+    assert list_prompts(prompts) == listed
+
+
+def encoded(**options):
+    return byte_tokenizer()(["ab", "cd"], **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "got", "fix"),
+    [
+        (3, "int", "tokenizer(text)['input_ids']"),
+        (None, "NoneType", "tokenizer(text)['input_ids']"),
+        (b"text", "bytes", "bytes(prompts).decode()"),
+        ({"a": 1}, "dict", "tokenizer(text)['input_ids']"),
+        ({"input_ids": IDS}, "dict", "prompts['input_ids']"),
+        (encoded(), "BatchEncoding", "prompts['input_ids']"),
+        (encoded(return_tensors="pt"), "BatchEncoding", "prompts['input_ids'].tolist()"),
+        (np.array(IDS), "ndarray", "prompts.tolist()"),
+        (torch.tensor([IDS, IDS]), "Tensor", "prompts.tolist()"),
+        ((p for p in ["a", "b"]), "generator", "list(prompts)"),
+        ({"a", "b"}, "set", "list(prompts)"),
+        ([np.array(IDS)], "a list with ndarray", "[prompt.tolist() for prompt in prompts]"),
+        ([torch.tensor(IDS)] * 2, "a list with Tensor", "[prompt.tolist() for prompt in prompts]"),
+        ([[1], torch.tensor(IDS)], "a list with Tensor", "prompts[1].tolist() as that entry"),
+        ([{"input_ids": IDS}], "a list with dict", "[prompt['input_ids'] for prompt in prompts]"),
+        ([b"a"], "a list with bytes", "[bytes(prompt).decode() for prompt in prompts]"),
+        ([{"role": "user", "content": "hi"}], "a list with dict", "tokenizer.apply_chat_template("),
+        (["ab", 3], "a list with int 3", "one prompt per entry"),
+        ([None], "a list with NoneType", "one prompt per entry"),
+        ([True, False], "a list with bool", "one prompt per entry"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_anything_else_is_refused_with_a_fix_that_works(prompts, got, fix):
+    with pytest.raises(
+        ArgumentError, match="prompts must be text, token ids or a list of these; got"
+    ) as refusal:
+        list_prompts(prompts)
+    sentence = str(refusal.value)
+    assert f"; got {got}" in sentence
+    assert fix in sentence.partition("Fix: ")[2]
+    expression = sentence.partition("Fix: ")[2]
+    if "prompts" in expression and got != "generator":
+        expression = expression.removesuffix(" as that entry")
+        assert list_prompts(eval(expression, {"prompts": prompts}))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "got", "fix"),
+    [
+        (torch.tensor(IDS), "Tensor", "prompt.tolist()"),
+        (np.array(IDS), "ndarray", "prompt.tolist()"),
+        (encoded(), "BatchEncoding", "prompt['input_ids']"),
+        (b"ab", "bytes", "bytes(prompt).decode()"),
+        (5, "int", "tokenizer(text)['input_ids']"),
+        (["a", "b"], "a list with str 'a'", "tokenizer(text)['input_ids']"),
+        ([1, True], "a list with bool True", "tokenizer(text)['input_ids']"),
+        ([1.5], "a list with float 1.5", "tokenizer(text)['input_ids']"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_one_prompt_that_is_neither_text_nor_token_ids_is_refused(prompt, got, fix):
+    engine = Engine(FakeModel(), byte_tokenizer())
+    sentence = "prompt must be text or a list of int token ids; got"
+    with pytest.raises(ArgumentError, match=sentence) as refusal:
+        engine.add_request(prompt)
+    assert f"; got {got}" in str(refusal.value)
+    assert fix in str(refusal.value).partition("Fix: ")[2]
+    assert not engine.has_unfinished
+
+
+def test_ids_of_numpy_are_served_as_ints():
+    model = FakeModel()
+    engine = Engine(model)
+    [output] = engine.generate(list(np.array(IDS)), SamplingParams(max_tokens=3))
+    assert output.token_ids == model.continuation(IDS, 3)
+    assert {type(token) for token in output.prompt_token_ids} == {int}
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        ({"max_tokens": 3}, r"got dict .* Fix: SamplingParams\(\*\*params\)"),
+        (3, r"got int 3\. Fix: params=SamplingParams\("),
+        ("greedy", "got str 'greedy'"),
+        ([SamplingParams(), {"max_tokens": 3}], "got dict"),
+        ([SamplingParams()], "one per prompt, 2; got 1"),
+        (iter([SamplingParams()] * 2), "got list_iterator"),
+    ],
+    ids=str,
+)
+def test_parameters_of_another_kind_or_number_are_refused(params, sentence):
+    with pytest.raises(ArgumentError, match="params must be .*" + sentence):
+        list_params(params, 2)
+    engine = Engine(FakeModel(vocab_size=EOS + 1), byte_tokenizer())
+    for call in (engine.generate, engine.stream):
+        with pytest.raises(ArgumentError, match="params must be"):
+            call(["a", "b"], params)
+    with pytest.raises(ArgumentError, match="params must be"):
+        engine.add_request("a", params if not isinstance(params, list) else params * 2)
+    assert not engine.has_unfinished

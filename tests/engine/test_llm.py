@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from quire.engine.llm import LLM
 from quire.engine.params import SamplingParams
-from quire.errors import ArgumentError, ModelError
+from quire.errors import ArgumentError, DeviceError, ModelError
 from quire.hf import PagedModel
 
 from .conftest import NEW_TOKENS
@@ -137,6 +141,43 @@ def test_streams_that_are_read_in_turns_lose_nothing_to_each_other(model, prompt
     assert tokens == expected[:3]
 
 
+@pytest.mark.parametrize("num_pages", [100, 18])
+def test_two_llms_on_one_paged_model_give_the_tokens_of_generate_in_turns_and_in_threads(
+    model, prompts, expected, num_pages
+):
+    first = make_llm(model, num_pages=num_pages)
+    second = LLM(first.model)
+    streams = [llm.stream(prompt, GREEDY) for llm, prompt in zip([first, second] * 2, prompts, strict=False)]
+    tokens: list[list[int]] = [[], [], [], []]
+    for deltas in itertools.zip_longest(*streams):  # step by step in turns
+        for own, delta in zip(tokens, deltas, strict=True):
+            own += delta.token_ids if delta else []
+    assert tokens == expected[:4]
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(
+            pool.map(
+                lambda llm, some: llm.generate(some, GREEDY), (first, second), (prompts[:3], prompts[3:])
+            )
+        )
+    assert [output.token_ids for half in halves for output in half] == expected
+    assert all_pages_are_free(first)
+
+
+def test_calls_and_streams_of_many_threads_give_the_tokens_of_generate(model, prompts, expected):
+    llm = make_llm(model, num_pages=40, max_batch_tokens=24)
+
+    def ask(i):
+        if i % 2:
+            return llm.generate(prompts[i % 7], GREEDY)[0].token_ids
+        return [token for delta in llm.stream(prompts[i % 7], GREEDY) for token in delta.token_ids]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, range(14))) == expected * 2
+    assert llm.stats.steps < 14 * NEW_TOKENS / 2, "the threads did not share steps"
+    assert all_pages_are_free(llm)
+    assert model.config._attn_implementation != "quire"
+
+
 def test_a_stream_that_is_aborted_ends(model, prompts, expected):
     llm = make_llm(model)
     stream = llm.stream(prompts[0], GREEDY)
@@ -210,6 +251,53 @@ def test_a_transformers_model_is_put_on_pages(model, prompts, expected):
         LLM(llm.model, num_pages=3)
     with pytest.raises(ArgumentError, match="model must be a model folder"):
         LLM(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"memory_bytes": "1GB"}, "memory_bytes must be a number of bytes; got '1GB'"),
+        ({"num_pages": "x"}, "num_pages must be an int of at least 1; got 'x'"),
+        ({"page_size": 0}, "page_size must be an int of at least 1; got 0"),
+    ],
+)
+def test_sizes_of_the_wrong_kind_are_refused_before_any_work(model, options, sentence, monkeypatch):
+    monkeypatch.setattr("quire.hf.model.PackedForward", None)  # whoever calls it fails otherwise
+    with pytest.raises(ArgumentError, match=sentence):
+        LLM(model, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device here")
+def test_a_device_that_is_not_there_is_one_sentence():
+    with pytest.raises(DeviceError, match="device must be one that this torch and machine have; got 'cuda'"):
+        LLM(device="cuda")
+
+
+def test_without_transformers_the_rest_works_and_an_llm_is_one_sentence():
+    code = """
+import sys
+sys.modules["transformers"] = None  # so Python says that there is none
+import quire
+quire.PageAllocator(4).allocate(2)
+try:
+    quire.LLM
+except quire.UnsupportedError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == (
+        "quire.LLM needs transformers, which is not installed. Fix: pip install '.[hf]' in Quire's folder\n"
+    )
+
+
+def test_an_llm_says_what_it_is_and_how_much_is_free(model):
+    llm = make_llm(model, num_pages=20)
+    llm.add_request([1, 2, 3, 4, 5], GREEDY)
+    llm.step()
+    assert repr(llm) == (
+        "LLM(1 running, 0 waiting, PagedModel(LlamaForCausalLM, float32 on cpu, page_size=4, 0.0 MB of pages, "
+        "PageAllocator(num_pages=20: 2 owned, 0 cached, 18 free)))"
+    )
 
 
 def test_no_folder_is_one_clear_sentence(tmp_path):

@@ -21,11 +21,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from quire.errors import QuireError
+from quire.errors import QuireError, hf_is_missing
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-_HF_EXTRA = ("rich", "safetensors", "tokenizers", "transformers", "typer")
 
 
 def main() -> None:
@@ -49,12 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _HF_EXTRA:
-            raise
-        return _say(
-            f"the command line needs {package}, which is not installed. Fix: pip install '.[hf]' in Quire's folder"
-        )
+        return _say(str(hf_is_missing("the command line", error)))
 
 
 def _run(arguments: Sequence[str]) -> int:

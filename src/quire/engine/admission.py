@@ -27,12 +27,13 @@ def list_prompts(prompts: Prompts) -> list[Prompt]:
     if _is_list(prompts):
         if len(prompts) and all(map(is_token_id, prompts)):
             return [prompts]  # type: ignore[list-item]  # one prompt of token ids
-        wrong = [item for item in prompts if not isinstance(item, str) and not _is_list(item)]
+        wrong = [i for i, item in enumerate(prompts) if not isinstance(item, str) and not _is_list(item)]
         if not wrong:
             return list(prompts)  # type: ignore[arg-type]
+        item = prompts[wrong[0]]
         raise ArgumentError(
             "prompts must be text, token ids or a list of these; got a list with "
-            f"{type(wrong[0]).__name__} {wrong[0]!r:.60}. Fix: {_fix_of_item(wrong[0])}"
+            f"{type(item).__name__} {item!r:.60}. Fix: {_fix_of_item(item, wrong[0], len(wrong) == len(prompts))}"
         )
     raise ArgumentError(
         f"prompts must be text, token ids or a list of these; got {type(prompts).__name__}. "
@@ -154,15 +155,15 @@ def _fix(name: str, value: object) -> str:
     return f"list({name})"
 
 
-def _fix_of_item(item: object) -> str:
+def _fix_of_item(item: object, index: int, like_all: bool) -> str:
     if isinstance(item, Mapping) and "content" in item:
         return "tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
-    if is_token_id(item):
+    if not hasattr(item, "__iter__"):
         return "one prompt per entry, text or a list of token ids"
     return (
         f"[{_fix('prompt', item)} for prompt in prompts]"
-        if hasattr(item, "__iter__")
-        else "one prompt per entry"
+        if like_all
+        else f"{_fix(f'prompts[{index}]', item)} as that entry"
     )
 
 
