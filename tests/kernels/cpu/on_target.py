@@ -52,7 +52,7 @@ def judge_store(shape):
         scales = torch.zeros(2, 2, 4, 8)
         scale = (None, None) if shape.kv_dtype is None else scales
         written = rows, -rows, *pages, torch.arange(32), *scale
-        kernels.bind_write(*written)(*written)
+        kernels.bind_write(*written, False)(*written)
         results.append((pages.view(torch.uint8), scales))
     for got, wanted in zip(*results, strict=True):
         assert torch.equal(got, wanted), f"{shape}: write_kv differs from the reference"
