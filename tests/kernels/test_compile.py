@@ -249,10 +249,10 @@ print(json.dumps(compiled))
             return [json.loads(process.communicate()[0]) for process in processes]
 
     first = outputs([start("generic", 0, 3), start("generic", 3, 6), start("generic", 0, 6)])
-    assert 6 <= sum(map(len, first)) <= 12
+    assert 6 <= sum(names.count("part_end") for names in first) <= 12
     assert outputs([start("generic", 0, 6)]) == [[]]
     other = "x86-64" if os.uname().machine == "x86_64" else "cortex-a72"
-    assert outputs([start(other, 0, 1)]) == [["part_end"]]
+    assert "part_end" in outputs([start(other, 0, 1)])[0]
 
 
 def test_a_second_process_finds_every_kernel_on_disk(tmp_path):
@@ -280,7 +280,7 @@ hits = {name: sum(kernel.stats.cache_hits.values()) for name, kernel in kernels.
 print(json.dumps({"compiled": compiled, "hits": hits}))
 """
     )
-    first = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    first = run_python(code, timeout=1800, NUMBA_CACHE_DIR=str(tmp_path))
     assert {"decode", "prefill", "merge", "write"} <= set(first["compiled"])
     assert first["hits"] == {"decode": 0, "prefill": 0, "merge": 0, "write": 0}
     second = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
