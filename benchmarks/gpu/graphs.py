@@ -133,8 +133,9 @@ def check_memory(device: Device, setting: Setting, *, seconds: float, title: str
     """compute-sanitizer's memcheck over one small mixed step, in a process of its own."""
     tool = shutil.which("compute-sanitizer")
     row: Row = {"case": title, "who": setting.backend}
-    if tool is None:
-        return [row | {"status": "unavailable", "note": "compute-sanitizer is not on the PATH"}]
+    missing = "no GPU is used" if setting.device == "cpu" else "compute-sanitizer is not on the PATH"
+    if tool is None or setting.device == "cpu":
+        return [row | {"status": "unavailable", "note": missing}]
     command = [
         tool, "--tool", "memcheck", "--error-exitcode", "9",
         sys.executable, "-m", "benchmarks.gpu.graphs", setting.device, setting.backend,

@@ -180,9 +180,9 @@ class StepPlan:
     """
 
     numbers: Ints  # seq_lens, cu_seqlens_q, page ids and all work, in one array
-    device_table: (
-        torch.Tensor | None
-    )  # a page table on the kernels' device; ``numbers`` then holds no page ids
+    # A page table on the kernels' device: the caller's until the backend has copied it, then the copy. ``numbers``
+    # holds no page ids then.
+    device_table: torch.Tensor | None
     batch: int
     max_pages: int  # columns of the page table
     page_size: int
@@ -237,8 +237,8 @@ class StepPlan:
     @cached_property
     def page_indices(self) -> NDArray[np.int32]:
         """[pages] physical pages of all sequences end to end."""
-        used = np.arange(self.page_table.shape[1]) < self.pages_per_sequence[:, None]
-        indices: NDArray[np.int32] = self.page_table[used]
+        table = self.page_table
+        indices: NDArray[np.int32] = table[np.arange(table.shape[1]) < self.pages_per_sequence[:, None]]
         return indices
 
     @cached_property

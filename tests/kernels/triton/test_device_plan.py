@@ -50,6 +50,24 @@ def reserve(max_batch=6, max_seq_len=512, max_tokens=64):
     return reserved
 
 
+def test_a_table_on_the_device_may_be_refilled_or_dropped_once_it_is_planned():
+    """The plan has a copy, and says of its pages what its kernels read."""
+    batch = make_batch(SHAPE, *LENGTHS, page_size=16)
+    wanted, table = attend(batch, step_of(batch)), batch.page_table.clone()
+    step = step_of(batch, table)
+    prepared = backend.prepare(SHAPE.spec(16), step, batch.q.device)
+    table.fill_(10**6)
+    out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2])
+    call = AttentionCall(*batch.pages, out, lse)
+    backend.bind(prepared, call)(*call.tensors)
+    assert torch.equal(out, wanted[0])
+    assert torch.equal(lse, wanted[1])
+    assert (step.page_indices == step_of(batch).page_indices).all()
+    kept = weakref.ref(table)
+    del table
+    assert kept() is None
+
+
 TABLES = {
     "as it is": lambda table: table.clone(),
     "columns of a larger one": lambda table: torch.nn.functional.pad(table, (3, 40), value=-9)[:, 3:],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 TESTS = Path(__file__).parents[2]
@@ -62,6 +63,7 @@ def said():
     return {(dtype, kv_dtype): words for dtype, kv_dtype, words in lines}
 
 
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton 3.6 needs an older NumPy")
 @pytest.mark.parametrize(("dtype", "kv_dtype"), CASES)
 def test_each_dtype_is_right_or_refused(dtype, kv_dtype, said):
     words = said[dtype, kv_dtype]

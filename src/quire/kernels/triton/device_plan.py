@@ -121,8 +121,9 @@ class DevicePlan:
             pages, end = np.empty((step.batch, 0), np.int32), table.start
             used = -(-step.max_seq_len // step.page_size)
             table.tensor[: step.batch, :used].copy_(step.device_table[:, :used])
+            step.device_table = table.tensor[: step.batch]  # what kernels read: the caller may refill its own
         # Pinned, so that the copy needs no host thread; torch keeps the memory until the copy is done.
-        host = torch.empty(end, dtype=torch.int32, pin_memory=buffer.is_cuda)
+        host = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=buffer.is_cuda)
         packed = host.numpy()
         _pack_step(pages, step.seq_lens, step.page_size, step.cu_seqlens_q, packed, table.start, columns)
         for room, shares in ((self.decode, step.decode), (self.prefill, step.prefill)):

@@ -23,6 +23,6 @@ def rounds_as_a_gpu() -> bool:
 
     Triton's own adds their bits, and cuts where hardware rounds.
     """
-    a, b, out = torch.tensor([[1.0], [0.75 * 2.0**-7], [0.0]], dtype=torch.bfloat16)
+    a, b, out = torch.tensor([[1.0], [0.75 * 2.0**-7], [0.0]], dtype=torch.bfloat16, device="cpu")
     add[(1,)](a, b, out)
     return bool(out == a + b)

@@ -59,9 +59,8 @@ class Form(NamedTuple):
         arguments = (*map(as_bytes, tensors), *numbers, *tail)
         # AMD's compiler knows no launch_pdl, not even None.
         asked = {name: value for name, value in options._asdict().items() if value is not None}
-        with (
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        ):  # code is loaded per device
+        # Code is loaded per device.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             compiled = kernel.warmup(*arguments, grid=(1,), **asked)
             compiled._init_handles()
         return cls(kernel, compiled, tail)
@@ -76,7 +75,7 @@ class Form(NamedTuple):
     ) -> Enqueue:
         """``grid`` programs on the device's current stream, for tensors given anew each time, and for what stays.
 
-        The bound form takes the tensors and, as it would compute them itself, their addresses. ``order`` is that of
+        The bound form takes the tensors and their addresses, which callers have computed already. ``order`` is that of
         the sections' buffer.
         """
         if self.compiled is None:

@@ -4,8 +4,10 @@ A plan is copied to the device on the stream that is current when it is made. It
 parts of split tiles meet in memory beside it. So whatever uses this memory next on another stream must wait for the
 stream that used it last: on the device, never on the host.
 
-A graph is replayed without a word to Python, perhaps after the plan is gone. Memory that a captured launch reads is
-therefore never freed.
+Replaying a graph runs no Python, and the plan may be gone by then. Memory that a captured launch reads is therefore
+never freed.
+
+One thread at a time plans and runs what shares this memory: the wait and the launch behind it are two steps.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class StreamOrder:
     """The order of the uses of one buffer.
 
     Attributes:
-        quiet: the raw stream on which a launch may skip ``before_launch``; None where it may on none.
+        quiet: the raw stream on which a launch may skip ``before_launch``; None: every launch calls before_launch.
     """
 
     quiet: int | None
@@ -66,9 +68,8 @@ class StreamOrder:
             return
         stream = torch.cuda.current_stream(self._index)
         stream.wait_stream(self._stream or torch.cuda.default_stream(self._index))
-        self._buffer.record_stream(
-            stream
-        )  # once freed, it is not given to others before this stream is done with it
+        # Once freed, the buffer is not given to others before this stream is done with it.
+        self._buffer.record_stream(stream)
         self._now_used_on(raw, stream)
 
     def _now_used_on(self, raw: int, stream: torch.cuda.Stream | None) -> None:
