@@ -44,16 +44,20 @@ def write_rows(
 ):  # fmt: skip
     """The finished rows, each to its token and head."""
     result, base_2 = normalise(m, l, acc)
+    natural = base_2 * LN_2
     if sinks is not None:
+        empty = base_2 == NO_SCORE
+        sink = tl.load(sinks + head, mask=valid, other=0.0)
         # The sink is added to the normalised row, as a row folded from parts is one: both get the same bits.
-        one = tl.where(base_2 == NO_SCORE, 0.0, 1.0)
-        m, l, acc = add_sink(base_2, one, result, tl.load(sinks + head, mask=valid, other=0.0))
+        m, l, acc = add_sink(base_2, tl.where(empty, 0.0, 1.0), result, sink)
         result, base_2 = normalise(m, l, acc)
+        # An empty row's lse is its sink to the bit, without the way through base 2, which rounds.
+        natural = tl.where(empty, sink, base_2 * LN_2)
     dim = tl.arange(0, BLOCK_D)
     at = out + (token.to(tl.int64) * out_token + head * out_head)[:, None] + dim[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=valid[:, None] & (dim < HEAD_DIM)[None, :])
     if lse is not None:
-        tl.store(lse + token.to(tl.int64) * lse_token + head, base_2 * LN_2, mask=valid)
+        tl.store(lse + token.to(tl.int64) * lse_token + head, natural, mask=valid)
 
 
 @triton.jit
