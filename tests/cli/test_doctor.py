@@ -26,8 +26,7 @@ def test_a_sound_machine_is_described_with_exit_code_0(capsys):
     assert f"Quire {quire.__version__}" in out
     assert version("torch") in out
     assert "demo_model" in out
-    assert "__pycache__" in out
-    for name in (*BACKENDS, "processor", "GPU", "thread", "transformers", "largest error"):
+    for name in (*BACKENDS, "kernel cache", "processor", "GPU", "thread", "transformers", "largest error"):
         assert name in out
 
 

@@ -155,7 +155,7 @@ def test_without_openmp_the_same_machine_code_runs_on_one_thread(tmp_path):
     code = (
         STEP
         + """
-import ctypes
+import ctypes, numba
 if hidden:
     class Hidden:
         def __init__(self, name): raise OSError("no OpenMP here")

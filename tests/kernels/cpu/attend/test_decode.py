@@ -1,6 +1,5 @@
 """Decode against the float64 reference: one query per sequence, poison wherever no key lies."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -141,10 +140,11 @@ def test_a_sink_far_above_the_scores_leaves_nothing_and_one_far_below_changes_no
     heads = batch.q.shape[1]
     high = attend(batch, sinks=torch.full((heads,), 300.0))
     assert (high.out == 0).all()
-    assert high.lse[:, 0].tolist() == pytest.approx([300.0, -math.inf, 300.0])
+    assert high.lse[:, 0].tolist() == [300.0, 300.0, 300.0]
     without, low = attend(batch), attend(batch, sinks=torch.full((heads,), -300.0))
     assert torch.equal(without.out, low.out)
-    assert torch.equal(without.lse, low.lse)
+    assert torch.equal(without.lse[::2], low.lse[::2])
+    assert (low.lse[1] == -300.0).all()  # the row without keys
 
 
 @few_shapes
