@@ -47,7 +47,9 @@ def _draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tens
 
     # u is uniform in [0, total mass): the token drawn is the first whose cumulative mass exceeds u.
     mass = probabilities.double().cumsum(dim=-1)
-    uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=s.generator) for s in sequences])
+    uniform = torch.cat(
+        [torch.rand(1, dtype=torch.float64, generator=s.generator, device="cpu") for s in sequences]
+    )
     u = uniform.to(mass.device)[:, None] * mass[:, -1:]
     last_possible = (mass < mass[:, -1:]).sum(dim=-1, keepdim=True)  # where rounding must not go beyond
     return torch.searchsorted(mass, u, right=True).minimum(last_possible).squeeze(-1)

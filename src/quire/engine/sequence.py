@@ -88,5 +88,5 @@ class Sequence:
 def _seeded_generator(params: SamplingParams) -> torch.Generator | None:
     if params.temperature == 0:
         return None
-    seed = int(torch.randint(2**63 - 1, ()).item()) if params.seed is None else params.seed
+    seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if params.seed is None else params.seed
     return torch.Generator().manual_seed(seed)

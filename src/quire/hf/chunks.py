@@ -39,15 +39,15 @@ def split_at_chunks(
     last_chunk = (seq_lens - 1) // chunk_size
     segments = torch.where(q_lens > 0, last_chunk - first_chunk + 1, 0)
 
-    owner = torch.repeat_interleave(torch.arange(len(seq_lens)), segments)
+    owner = torch.repeat_interleave(torch.arange(len(seq_lens), device="cpu"), segments)
     first_segment = segments.cumsum(0) - segments
-    chunk = first_chunk[owner] + torch.arange(len(owner)) - first_segment[owner]
+    chunk = first_chunk[owner] + torch.arange(len(owner), device="cpu") - first_segment[owner]
     begin = chunk * chunk_size
     first_query = torch.maximum(begin, (seq_lens - q_lens)[owner])
     end = torch.minimum(begin + chunk_size, seq_lens[owner])
 
     pages_per_chunk = chunk_size // page_size
-    column = begin[:, None] // page_size + torch.arange(pages_per_chunk)
+    column = begin[:, None] // page_size + torch.arange(pages_per_chunk, device="cpu")
     column = column.clamp(max=page_table.shape[1] - 1)
     starts = torch.nn.functional.pad((end - first_query).cumsum(0), (1, 0))
     return page_table[owner[:, None], column], (end - begin).to(torch.int32), starts.to(torch.int32)

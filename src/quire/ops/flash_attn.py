@@ -89,7 +89,7 @@ def flash_attn_with_kvcache(
         v_pages,
         page_table,
         in_cache.to(torch.int32),
-        torch.arange(batch + 1, dtype=torch.int32) * seqlen_q,
+        torch.arange(batch + 1, dtype=torch.int32, device="cpu") * seqlen_q,
         causal=causal,
         softmax_scale=softmax_scale,
         window_left=_window_left(window_size, causal),
@@ -154,7 +154,7 @@ def _page_table(block_table: torch.Tensor | None, batch: int, k_cache: torch.Ten
             f"k_cache must be [batch, max_seqlen, num_kv_heads, head_dim] with batch={batch} when block_table is "
             f"None; got {describe(k_cache)}. Fix: pass block_table for a paged cache"
         )
-    return torch.arange(batch, dtype=torch.int32)[:, None]
+    return torch.arange(batch, dtype=torch.int32, device="cpu")[:, None]
 
 
 def _lengths(cache_seqlens: int | torch.Tensor | None, batch: int, capacity: int) -> torch.Tensor:
@@ -162,7 +162,7 @@ def _lengths(cache_seqlens: int | torch.Tensor | None, batch: int, capacity: int
     if cache_seqlens is None:
         cache_seqlens = capacity
     if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        lengths = torch.full((batch,), cache_seqlens)
+        lengths = torch.full((batch,), cache_seqlens, device="cpu")
     else:
         layout = f"an int or int32 [batch] = [{batch}]"
         lengths = check_tensor("cache_seqlens", cache_seqlens, 1, layout)
@@ -202,5 +202,5 @@ def _new_slots(
         )
     table = page_table.cpu()
     check_page_ids(table.numpy(), lengths.numpy(), page_size, num_pages, name="block_table")
-    positions = in_cache[:, None] + torch.arange(k.shape[1])
+    positions = in_cache[:, None] + torch.arange(k.shape[1], device="cpu")
     return (table.long().gather(1, positions // page_size) * page_size + positions % page_size).flatten()

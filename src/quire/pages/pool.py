@@ -138,7 +138,7 @@ class KVPool:
         for tensor in self._tensors():
             if tensor.dtype.is_floating_point:
                 # Through bits: PyTorch has no index_fill_ for float8.
-                nan = torch.tensor(float("nan"), dtype=tensor.dtype)
+                nan = torch.tensor(float("nan"), dtype=tensor.dtype, device="cpu")
                 _as_bits(tensor).index_fill_(2, index, int(_as_bits(nan).item()))
 
     def __repr__(self) -> str:

@@ -210,7 +210,8 @@ class PageTable:
         Raises:
             ArgumentError: unknown sequence.
         """
-        return torch.tensor([self._sequence(seq_id).length for seq_id in seq_ids], dtype=torch.int32)
+        lengths = [self._sequence(seq_id).length for seq_id in seq_ids]
+        return torch.tensor(lengths, dtype=torch.int32, device="cpu")
 
     def csr(self, seq_ids: Sequence[Hashable]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages of a batch end to end, without padding.

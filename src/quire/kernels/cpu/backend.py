@@ -186,7 +186,7 @@ def borrow_scratch(nbytes: int) -> int:
     """Scratch memory of the calling thread, which runs one kernel at a time; it grows and is kept."""
     buffer: torch.Tensor | None = getattr(_borrowed, "buffer", None)
     if buffer is None or buffer.numel() < nbytes:
-        _borrowed.buffer = buffer = torch.empty(nbytes, dtype=torch.uint8)
+        _borrowed.buffer = buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return buffer.data_ptr()
 
 

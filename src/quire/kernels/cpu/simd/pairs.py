@@ -166,7 +166,7 @@ def rotate(typingctx: Any, value: Any, lanes: Any) -> Any:
 @functools.cache
 def _tables(dtype: int) -> tuple[list[int], list[int]]:
     """The low and the high bytes of bfloat16 for each size that 7 bits can say."""
-    sizes = torch.arange(128, dtype=torch.uint8)
+    sizes = torch.arange(128, dtype=torch.uint8, device="cpu")
     if dtype != INT8:
         sizes = sizes.view({E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}[dtype])
     words = [struct.unpack("<I", struct.pack("<f", size))[0] >> 16 for size in sizes.float().tolist()]
