@@ -284,6 +284,21 @@ def test_one_call_names_its_own_arguments(watched, monkeypatch):
         one_call(batch, q=batch.q[:, :0])
 
 
+@pytest.mark.parametrize("tokens", [10**12, 2**62])
+def test_more_query_tokens_than_there_can_be_are_refused_before_work_is_cut_for_them(tokens):
+    """Work for 10¹² tokens took 40 seconds, and then all memory."""
+    q, pages = torch.randn(3, 4, 16), torch.randn(2, 2, PAGE, 16)
+    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    starts, spec = torch.tensor([0, tokens]), SHAPE.spec(PAGE)
+    with pytest.raises(quire.ShapeError, match=rf"cu_seqlens_q must end with .* q's tokens, 3; got {tokens}"):
+        quire.paged_attention(q, pages, pages, table, lens, starts)
+    with pytest.raises(quire.ArgumentError, match=rf"cu_seqlens_q must end with at most 2\d+ .*; got {tokens}"):
+        quire.plan(table, lens, spec, starts)
+    planner = quire.Planner(spec, max_batch=2, max_seq_len=8, max_q_len=4, device="cpu")
+    with pytest.raises(quire.ArgumentError, match=rf"at most max_q_len=4 .*; got {tokens}\. Fix: "):
+        planner.plan(table, lens, starts)
+
+
 def test_pages_in_another_order_are_told_the_view_that_mends_it():
     batch = mixed()
     pages = {"k_pages": batch.k_pages, "v_pages": batch.v_pages}

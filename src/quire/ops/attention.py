@@ -13,10 +13,11 @@ import torch
 from quire.kernels.call import AttentionCall, Scoring
 from quire.ops import checks
 from quire.ops.attention_plan import make_outputs
-from quire.ops.planner import plan
+from quire.ops.planner import plan_within
 from quire.ops.torch_op import SCORING, is_watched, register
 from quire.planning import checks as step_checks
 from quire.planning.checks import check_host
+from quire.planning.work_list import Ints
 from quire.spec import AttentionSpec
 from quire.state import SoftmaxState
 
@@ -77,11 +78,11 @@ def _value_dim(q: torch.Tensor, v_pages: torch.Tensor) -> int | None:
 def _attend(spec: AttentionSpec, call: AttentionCall, step: tuple[Any, ...], rules: tuple[Any, ...]) -> None:
     """Plan a step and run it on queries and pages that fit together."""
     page_table, seq_lens, cu_seqlens_q = step
-    causal, window_left, batch_invariant, backend = rules
-    planned = plan(
-        page_table, seq_lens, spec, cu_seqlens_q, causal=causal, window_left=window_left,
-        batch_invariant=batch_invariant, backend=backend, device=call.q.device,
-    )  # fmt: skip
+
+    def refuse(lens: Ints, starts: Ints) -> None:
+        checks.check_num_tokens(call.q, int(starts[-1]), cu_seqlens_q)
+
+    planned = plan_within((len(call.q), refuse), page_table, seq_lens, spec, cu_seqlens_q, *rules, call.q.device)
     checks.check_num_tokens(call.q, planned.num_tokens, cu_seqlens_q)
     planned.attend(*call)
 

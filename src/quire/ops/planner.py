@@ -17,7 +17,7 @@ from quire.ops import checks
 from quire.ops.attention_plan import AttentionPlan
 from quire.planning import checks as step_checks
 from quire.planning.checks import describe
-from quire.planning.step import largest_work, plan_step
+from quire.planning.step import TokenLimit, largest_work, plan_step
 from quire.planning.work_list import Capacity, Tiling
 from quire.spec import AttentionSpec, existing_device
 
@@ -62,6 +62,17 @@ def plan(
     Cost: host only, tens of microseconds; lengths on a device are copied to the host, which waits for them.
     Source: PagedAttention, arXiv:2309.06180 §4; Stream-K, arXiv:2301.03598.
     """
+    return plan_within(
+        None, page_table, seq_lens, spec, cu_seqlens_q, causal, window_left, batch_invariant, backend, device
+    )
+
+
+def plan_within(
+    limit: TokenLimit | None, page_table: torch.Tensor, seq_lens: torch.Tensor, spec: AttentionSpec,
+    cu_seqlens_q: torch.Tensor | None, causal: bool, window_left: int, batch_invariant: bool, backend: str,
+    device: torch.device | str | None,
+) -> AttentionPlan:  # fmt: skip
+    """``plan``, for a step within a limit of query tokens."""
     step_checks.check_rules(causal, window_left, batch_invariant, backend)
     _check_spec(spec)
     table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
@@ -69,7 +80,8 @@ def plan(
     name, kernels, tiling = _service(backend, spec, where, batch_invariant)
     if not table.is_cpu:
         table = _within_reach(table, kernels, where)
-    step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, causal, window_left, tiling)
+    rules = causal, window_left, tiling
+    step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, *rules, limit)
     return AttentionPlan(
         spec, name, where, step, step.max_q_len, kernels, kernels.prepare(spec, step, where), {}
     )
@@ -95,7 +107,7 @@ class Planner:
 
     Plan and replay on one stream. Outside of graphs a plan may be run on any stream: launches there wait for the plan's
     copy, and the next plan for those launches, on the device. Memory that a captured launch reads is never freed, as
-    its graph may be replayed when the Planner is gone. Of the tensors that its plans are run on a Planner keeps none.
+    its graph may be replayed when the Planner is gone. A Planner keeps no tensor that its plans were run on.
 
     Args:
         spec: the layers' shape.
@@ -130,6 +142,7 @@ class Planner:
         step_checks.check_rules(causal, window_left, batch_invariant, backend)
         _check_spec(spec)
         self.limits = step_checks.Limits.checked(max_batch, max_seq_len, max_q_len, max_tokens)
+        self._token_limit = self.limits.max_tokens, self.limits.check_lengths
         self.spec, self.causal, self.window_left = spec, causal, window_left
         self.device = existing_device(device)
         self.backend, self._kernels, self._tiling = _service(backend, spec, self.device, batch_invariant)
@@ -157,14 +170,15 @@ class Planner:
         if not table.is_cpu:
             table = _within_reach(table, self._kernels, self.device)
         rules = self.causal, self.window_left, self._tiling
-        step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, *rules)
-        limits.check(step)
+        step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, *rules, self._token_limit)
+        limits.check(step.batch, step.max_seq_len, step.max_q_len, step.num_tokens)
         bound: dict[Hashable, BoundCall] = {}
         if self._reserved is None:
             prepared = self._kernels.prepare(spec, step, self.device)
         else:
             prepared = self._kernels.prepare(spec, step, self.device, self._reserved)
-            if step.device_table is None or not debug_enabled():  # which looks at every step's page ids
+            if step.device_table is None or not debug_enabled():
+                # debug mode checks each step's page ids, so each step binds anew
                 bound = self._bound_for(step.num_tokens)
         if self._latest is not None:
             self._latest.replace()

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from quire.errors import ArgumentError, DeviceError, DtypeError, ShapeError
-from quire.planning.work_list import Ints, StepPlan
+from quire.planning.work_list import Ints
 from quire.spec import check_size
 
 _INTS = (torch.int32, torch.int64)
@@ -36,7 +36,7 @@ def check_tensor(name: str, value: object, ndim: int, layout: str) -> torch.Tens
         )
     if value.dim() != ndim:
         raise ShapeError(
-            f"{name} must be {layout}; got {describe(value)}. Fix: reshape it to {ndim} dimensions"
+            f"{name} must be {layout}; got {describe(value)}. Fix: reshape it to {ndim} dimension{'s' * (ndim > 1)}"
         )
     return value
 
@@ -109,13 +109,17 @@ class Limits(NamedTuple):
         sizes = {name: check_size(name, value) for name, value in given.items()}
         return cls(**{"max_tokens": sizes["max_batch"] * sizes["max_q_len"]} | sizes)
 
-    def check(self, step: StepPlan) -> None:
+    def check_lengths(self, lens: Ints, starts: Ints) -> None:
+        """Refuse a step of these lengths and starts if it is larger."""
+        self.check(len(lens), lens.max(initial=0), (starts[1:] - starts[:-1]).max(initial=0), starts[-1])
+
+    def check(self, batch: int, max_seq_len: int, max_q_len: int, num_tokens: int) -> None:
         """Refuse a step that is larger."""
         sizes = (
-            ("sequences", "max_batch", step.batch, self.max_batch),
-            ("KV tokens in a sequence", "max_seq_len", step.max_seq_len, self.max_seq_len),
-            ("query tokens in a sequence", "max_q_len", step.max_q_len, self.max_q_len),
-            ("query tokens", "max_tokens", step.num_tokens, self.max_tokens),
+            ("sequences", "max_batch", batch, self.max_batch),
+            ("KV tokens in a sequence", "max_seq_len", max_seq_len, self.max_seq_len),
+            ("query tokens in a sequence", "max_q_len", max_q_len, self.max_q_len),
+            ("query tokens", "max_tokens", num_tokens, self.max_tokens),
         )
         for what, name, size, limit in sizes:
             if size > limit:

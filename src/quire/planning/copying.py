@@ -42,9 +42,9 @@ def copy_ints(address: int, nbytes: int, target: Any) -> None:
 
 
 @compiled
-def is_step(seq_lens: Any, starts: Any, capacity: int) -> bool:
-    """Whether lengths lie in 0 … capacity, and starts begin with 0 and never decrease."""
-    fits = starts[0] == 0
+def is_step(seq_lens: Any, starts: Any, capacity: int, most_tokens: int) -> bool:
+    """Whether lengths lie in 0 … capacity, and starts begin with 0, never decrease and end with at most most_tokens."""
+    fits = starts[0] == 0 and starts[len(seq_lens)] <= most_tokens
     for i in range(len(seq_lens)):
         fits = fits and 0 <= seq_lens[i] <= capacity and starts[i] <= starts[i + 1]
     return bool(fits)
@@ -56,7 +56,7 @@ def copy_pages(
 ) -> int:
     """Copy the page ids in use into ``table``, and find the highest, or −1 if there is none.
 
-    Ids are read without their sign, so that a negative one is above 2³¹ and the highest. The entries of a row beyond
+    Ids are read as unsigned: a negative id becomes one of at least 2³¹. The entries of a row beyond
     its sequence's last page are neither read nor written.
 
     Args:

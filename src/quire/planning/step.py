@@ -26,6 +26,10 @@ from quire.errors import ArgumentError, ShapeError
 from quire.planning.checks import check_page_ids
 from quire.planning.work_list import Ints, StepPlan, TileShape, Tiling, WorkBound, WorkList
 
+MAX_TOKENS = 2**31 - 1
+# The most query tokens that a step may have, and what raises the error for the lengths and starts of one with more.
+TokenLimit = tuple[int, Callable[[Ints, Ints], None]]
+
 
 def plan_step(
     page_table: torch.Tensor,
@@ -36,6 +40,7 @@ def plan_step(
     causal: bool,
     window_left: int,
     tiling: Tiling,
+    limit: TokenLimit | None = None,
 ) -> StepPlan:
     """Copy one step and cut it into one equal share per worker and kernel.
 
@@ -44,6 +49,7 @@ def plan_step(
             page table on a device is left there: the backend copies it.
         window_left: keys further back than this many positions are out of sight; −1 for no window.
         tiling: how the backend wants it cut.
+        limit: of query tokens where cu_seqlens_q is given; 2³¹ − 1 when None.
     Raises:
         ArgumentError: lengths that make no step, negative page ids, or tensors without memory.
     Cost: a microsecond per hundred items and per 5,000 page ids; the first plan of a process loads Numba.
@@ -63,9 +69,10 @@ def plan_step(
     numbers, fits, num_tokens, max_q_len, max_seq_len, highest_page, decode, prefill = _arithmetic()(
         _address("seq_lens", seq_lens), seq_lens.element_size(), starts_at, starts_bytes, table_at, row * 4, column * 4,
         batch, max_pages, page_size, tiling, num_kv_heads, causal, window_left,
+        MAX_TOKENS if limit is None or cu_seqlens_q is None else limit[0],
     )  # fmt: skip
     if not fits:
-        _refuse(numbers[:batch], numbers[batch:], page_table, page_size)
+        _refuse(numbers[:batch], numbers[batch:], page_table, page_size, limit)
     step = StepPlan(
         numbers, device_table, batch, max_pages, page_size, causal, window_left, WorkList(numbers, *decode),
         WorkList(numbers, *prefill), tiling.kv_split, num_tokens, max_q_len, max_seq_len, highest_page,
@@ -85,7 +92,9 @@ def _address(name: str, tensor: torch.Tensor) -> int:
     return address
 
 
-def _refuse(lens: Ints, starts: Ints, page_table: torch.Tensor, page_size: int) -> None:
+def _refuse(
+    lens: Ints, starts: Ints, page_table: torch.Tensor, page_size: int, limit: TokenLimit | None
+) -> None:
     """Say which number of a step is wrong."""
     max_pages = page_table.shape[1]
     if len(lens) and lens.min() < 0:
@@ -101,6 +110,13 @@ def _refuse(lens: Ints, starts: Ints, page_table: torch.Tensor, page_size: int) 
     if starts[0] != 0 or (starts[1:] < starts[:-1]).any():
         raise ArgumentError(
             f"cu_seqlens_q must start with 0 and never decrease; got {starts[:8].tolist()}. "
+            "Fix: the cumulative sum of query lengths, with a leading 0"
+        )
+    if limit is not None and starts[-1] > limit[0]:
+        limit[1](lens, starts)
+    if starts[-1] > MAX_TOKENS:
+        raise ArgumentError(
+            f"cu_seqlens_q must end with at most {MAX_TOKENS} query tokens; got {starts[-1]}. "
             "Fix: the cumulative sum of query lengths, with a leading 0"
         )
     check_page_ids(page_table.numpy(), lens, page_size)
@@ -157,4 +173,4 @@ def _arithmetic() -> Callable[..., Any]:
 
     whole = TileShape(0, 0)
     tiling = Tiling(0, whole, whole)
-    return machine_code(cut_step, *[0] * 10, tiling, 0, False, 0)
+    return machine_code(cut_step, *[0] * 10, tiling, 0, False, 0, 0)

@@ -32,19 +32,21 @@ ITEM_WIDTH, MERGE_WIDTH = len(ITEM_COLUMNS), len(MERGE_COLUMNS)
 def cut_step(
     lens_at: int, lens_bytes: int, starts_at: int, starts_bytes: int, table_at: int, row_bytes: int, column_bytes: int,
     batch: int, max_pages: int, page_size: int, tiling: Any, num_kv_heads: int, causal: bool, window_left: int,
+    most_tokens: int,
 ) -> tuple[Any, bool, int, int, int, int, Any, Any]:  # fmt: skip
     """Copy a step's lengths and page ids, and cut the copy by ``share_step``.
 
-    All is one call that hands one array to Python, because each call and each array costs half a microsecond.
+    One call returns one array, because each call and each array costs half a microsecond.
 
     Args:
         lens_at, starts_at: addresses of integers of ``lens_bytes`` and ``starts_bytes``, which are 4 or 8;
             ``starts_at`` is 0 where every sequence has one query.
         table_at: address of the page table, int32 [batch, max_pages], whose strides follow; 0 where it is not here.
         tiling: a ``work_list.Tiling``.
+        most_tokens: the query tokens that a step may have.
     Returns:
-        The array: seq_lens, starts, the page ids in use in a table, and the two work lists. Whether these are a step's;
-        if not, nothing follows starts. Then the number of query tokens, the longest q_len, the most keys, the highest
+        The array: seq_lens, starts, the page ids in use in a table, and the two work lists. Whether
+        the step is valid; if not, the array ends after starts. Then the number of query tokens, the longest q_len, the most keys, the highest
         page id in use or −1, and of each work list the fields of ``work_list.WorkList`` but the array.
     """
     lengths = np.empty(2 * batch + 1, np.int64)
@@ -52,7 +54,7 @@ def cut_step(
     copy_ints(lens_at, lens_bytes, seq_lens)
     copy_ints(starts_at, starts_bytes, starts)
     nothing = 0, 0, 0, 0, 0
-    if not is_step(seq_lens, starts, max_pages * page_size):
+    if not is_step(seq_lens, starts, max_pages * page_size, most_tokens):
         return lengths, False, 0, 0, 0, -1, nothing, nothing
     table_len = batch * max_pages if table_at else 0
     at = len(lengths) + -(-table_len // 2)
