@@ -292,7 +292,9 @@ def test_more_query_tokens_than_there_can_be_are_refused_before_work_is_cut_for_
     starts, spec = torch.tensor([0, tokens]), SHAPE.spec(PAGE)
     with pytest.raises(quire.ShapeError, match=rf"cu_seqlens_q must end with .* q's tokens, 3; got {tokens}"):
         quire.paged_attention(q, pages, pages, table, lens, starts)
-    with pytest.raises(quire.ArgumentError, match=rf"cu_seqlens_q must end with at most 2\d+ .*; got {tokens}"):
+    with pytest.raises(
+        quire.ArgumentError, match=rf"cu_seqlens_q must end with at most 2\d+ .*; got {tokens}"
+    ):
         quire.plan(table, lens, spec, starts)
     planner = quire.Planner(spec, max_batch=2, max_seq_len=8, max_q_len=4, device="cpu")
     with pytest.raises(quire.ArgumentError, match=rf"at most max_q_len=4 .*; got {tokens}\. Fix: "):

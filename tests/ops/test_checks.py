@@ -100,18 +100,20 @@ LAYER = {
     "out: a list": ("out", lambda out: [], ArgumentError),
     "out: two dimensions": ("out", lambda out: out.flatten(1), ShapeError),
     "out: a token short": ("out", lambda out: out[:-1], ShapeError),
-    "out: another dtype": ("out", lambda out: out.half(), ShapeError),
+    "out: another dtype": ("out", lambda out: out.half(), DtypeError),
+    "out: rows that overlap": ("out", lambda out: out.as_strided(out.shape, (DIM, DIM, 1)), ShapeError),
+    "softmax_scale: a bool": ("softmax_scale", lambda _: True, ArgumentError),
     "out: last dim not contiguous": ("out", spread, ShapeError),
     "alibi_slopes: per kv head": ("alibi_slopes", lambda _: torch.ones(KV_HEADS), ShapeError),
-    "alibi_slopes: float64": ("alibi_slopes", lambda _: torch.ones(HEADS).double(), ShapeError),
+    "alibi_slopes: float64": ("alibi_slopes", lambda _: torch.ones(HEADS).double(), DtypeError),
     "alibi_slopes: a matrix": ("alibi_slopes", lambda _: torch.ones(1, HEADS), ShapeError),
     "alibi_slopes: strided": ("alibi_slopes", lambda _: torch.ones(2 * HEADS)[::2], ShapeError),
     "alibi_slopes: one number for all": ("alibi_slopes", lambda _: torch.ones(1).expand(HEADS), ShapeError),
     "alibi_slopes: a list": ("alibi_slopes", lambda _: [1.0] * HEADS, ArgumentError),
     "sinks: one too many": ("sinks", lambda _: torch.ones(HEADS + 1), ShapeError),
-    "sinks: bfloat16": ("sinks", lambda _: torch.ones(HEADS).bfloat16(), ShapeError),
+    "sinks: bfloat16": ("sinks", lambda _: torch.ones(HEADS).bfloat16(), DtypeError),
     "sinks: strided": ("sinks", lambda _: torch.ones(2 * HEADS)[::2], ShapeError),
-    "tree_mask: int": ("tree_mask", lambda _: torch.ones(TOKENS, 2, dtype=torch.int32), ShapeError),
+    "tree_mask: int": ("tree_mask", lambda _: torch.ones(TOKENS, 2, dtype=torch.int32), DtypeError),
     "tree_mask: a row short": ("tree_mask", lambda _: torch.ones(TOKENS - 1, 2).bool(), ShapeError),
     "tree_mask: a column short": ("tree_mask", lambda _: torch.ones(TOKENS, 1).bool(), ShapeError),
     "tree_mask: one dimension": ("tree_mask", lambda _: torch.ones(TOKENS).bool(), ShapeError),
@@ -123,7 +125,7 @@ LAYER = {
 QUANTIZED = {
     "k_scale: missing": ("k_scale", lambda _: None, ArgumentError),
     "v_scale: missing": ("v_scale", lambda _: None, ArgumentError),
-    "k_scale: half": ("k_scale", lambda scale: scale.half(), ShapeError),
+    "k_scale: half": ("k_scale", lambda scale: scale.half(), DtypeError),
     "v_scale: one per page": ("v_scale", lambda scale: scale[..., 0], ShapeError),
     "v_scale: one per head, k_scale per token": ("v_scale", lambda scale: scale[:, 0, 0], ShapeError),
     "k_scale: one per query head": ("k_scale", lambda scale: torch.ones(HEADS), ShapeError),
@@ -260,6 +262,47 @@ def test_a_stores_bad_argument_is_refused_in_a_sentence_and_nothing_is_written(c
     assert_one_sentence(error, wanted, changed)
     assert (store["k_pages"] == 7).all()
     assert (store["v_pages"] == 7).all()
+
+
+def test_computed_scales_must_not_share_memory():
+    """One float for all rows kept the scale of the row that came last."""
+    one = torch.ones(1).expand(KV_HEADS, PAGES, PAGE)
+    store = {**store_arguments(INT8), "k_scale": one, "v_scale": one}
+    with pytest.raises(
+        ShapeError, match=r"k_scale must have memory .*Fix: pass it as \[num_kv_heads\] or \[\]"
+    ):
+        quire.write_kv(**store, backend="reference")
+    assert (store["k_pages"] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_store_refuses_rows_that_require_a_gradient_though_it_took_their_layout(name):
+    store = store_arguments()
+    quire.write_kv(**store, backend="reference")
+    store = {**store_arguments(), name: store[name].clone().requires_grad_()}
+    with pytest.raises(quire.UnsupportedError, match=f"^{name} must not require a gradient"):
+        quire.write_kv(**store, backend="reference")
+    assert (store["k_pages"] == 7).all()
+    with torch.no_grad():
+        quire.write_kv(**store, backend="reference")
+    assert (store["k_pages"][:, 4, 3] != 7).any()
+
+
+def test_a_bool_is_no_scale_where_one_that_is_equal_was_taken():
+    layer, step = layer_arguments(), step_arguments()
+    spec = quire.AttentionSpec(HEADS, KV_HEADS, DIM, PAGE, torch.float32)
+    plan = quire.plan(**step, spec=spec, backend="reference")
+    plan.run(**layer, softmax_scale=1.0)
+    with pytest.raises(ArgumentError, match="softmax_scale must be a number; got True"):
+        plan.run(**layer, softmax_scale=True)
+    with pytest.raises(ArgumentError, match="softcap must be a number; got False"):
+        plan.run(**layer, softmax_scale=1.0, softcap=False)
+
+
+def test_a_store_names_a_backend_that_is_no_name_under_a_dispatch_mode(monkeypatch):
+    monkeypatch.setattr("quire.ops.store.is_watched", lambda tensor: True)
+    with pytest.raises(ArgumentError, match="backend must be a name; got None. Fix: "):
+        quire.write_kv(**store_arguments(), backend=None)
 
 
 @table(QUANTIZED)

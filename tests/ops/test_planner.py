@@ -64,6 +64,26 @@ def test_a_plan_whose_memory_a_later_step_took_is_refused():
     second.run(*batch.pages)
 
 
+def test_a_plan_that_is_replaced_while_it_looks_up_a_call_is_refused_ever_after():
+    """Its look-up stored the call again behind the back of the thread that planned."""
+    plans, batch = planner(), make_batch(SHAPE, [17, 64], page_size=PAGE)
+    plan = plans.plan(*batch.lengths)
+    plan.run(*batch.pages)
+    plan._last = None, None
+
+    class OfTwoThreads(dict):
+        def get(self, layout):
+            found = super().get(layout)
+            plans.plan(*batch.lengths)
+            return found
+
+    plan._bound = OfTwoThreads(plan._bound)
+    plan.run(*batch.pages)
+    for _ in range(2):
+        with pytest.raises(quire.ArgumentError, match="the latest of its Planner"):
+            plan.run(*batch.pages)
+
+
 def test_what_it_keeps_for_numbers_of_tokens_is_bounded(monkeypatch):
     monkeypatch.setattr("quire.ops.planner.KEPT_BOUND", 2)
     plans = planner()

@@ -275,6 +275,33 @@ def test_given_scales_divide_and_are_not_written(backend, kv_dtype, form):
         assert torch.equal(pages.float(), written(stored, slots).float())
 
 
+MIXED = (
+    ("one", "per head"),
+    ("per head", "one in a list"),
+    ("one", "one in a list"),
+    ("per head", "strided"),
+)
+
+
+@both_backends
+@pytest.mark.parametrize("forms", MIXED)
+def test_given_scales_may_have_forms_of_their_own(backend, forms):
+    """They were refused, with a fix that was none."""
+    forms = [{**FORMS, "strided": lambda x: x.repeat_interleave(2)[::2]}[form] for form in forms]
+    scales = [form(torch.tensor(x)) for form, x in zip(forms, ([0.01, 0.04], [0.02, 0.03]), strict=True)]
+    k, v = new_tokens(7)
+    table, lens = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([7], dtype=torch.int32)
+    q = torch.randn(1, 2 * HEADS, DIM)
+    results = []
+    for given in (scales, [scale.expand(HEADS).contiguous() for scale in scales]):
+        pages = [untouched_pages(dtype=torch.int8) for _ in "kv"]
+        given = dict(zip(("k_scale", "v_scale"), given, strict=True))
+        quire.write_kv(k, v, *pages, torch.arange(PAGE, PAGE + 7), backend=backend, **given)
+        results.append((*pages, quire.paged_attention(q, *pages, table, lens, backend=backend, **given)))
+    for mixed, alike in zip(*results, strict=True):
+        assert torch.equal(mixed, alike)
+
+
 @both_backends
 @pytest.mark.parametrize(
     ("kv_dtype", "stored"), [("int8", 0.0), ("fp8_e4m3", math.nan), ("fp8_e5m2", math.nan)]

@@ -19,7 +19,12 @@ UNTOUCHED = np.uint32(777)
 )
 def test_a_step_has_lengths_within_its_table_and_starts_that_grow_to_a_limit(seq_lens, starts, ordered):
     starts = [0, *sorted(starts)][: len(seq_lens) + 1] if ordered else starts[: len(seq_lens) + 1]
-    wanted = starts[0] == 0 and starts[-1] <= 4 and sorted(starts) == starts and all(0 <= n <= 10 for n in seq_lens)
+    wanted = (
+        starts[0] == 0
+        and starts[-1] <= 4
+        and sorted(starts) == starts
+        and all(0 <= n <= 10 for n in seq_lens)
+    )
     arrays = np.array(seq_lens, np.int64), np.array(starts, np.int64)
     assert copying.is_step(*arrays, 10, 4) == copying.is_step.py_func(*arrays, 10, 4) == wanted
 

@@ -82,7 +82,9 @@ def _attend(spec: AttentionSpec, call: AttentionCall, step: tuple[Any, ...], rul
     def refuse(lens: Ints, starts: Ints) -> None:
         checks.check_num_tokens(call.q, int(starts[-1]), cu_seqlens_q)
 
-    planned = plan_within((len(call.q), refuse), page_table, seq_lens, spec, cu_seqlens_q, *rules, call.q.device)
+    planned = plan_within(
+        (len(call.q), refuse), page_table, seq_lens, spec, cu_seqlens_q, *rules, call.q.device
+    )
     checks.check_num_tokens(call.q, planned.num_tokens, cu_seqlens_q)
     planned.attend(*call)
 

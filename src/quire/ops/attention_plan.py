@@ -143,7 +143,7 @@ class AttentionPlan:
     ) -> None:  # fmt: skip
         """Run the kernels on one layer's tensors, checked and bound if none of this layout came before.
 
-        ``scoring`` holds the fields of ``Scoring`` in a plain tuple, which is made faster.
+        ``scoring`` holds the fields of ``Scoring``: a plain tuple, because a NamedTuple takes longer to make.
         """
         # Name by name: a loop over the tuple would take half a microsecond more.
         softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale = scoring
@@ -155,7 +155,7 @@ class AttentionPlan:
                 v_pages.shape, v_pages.stride(), v_pages.dtype, v_pages.device,
                 out.shape, out.stride(), out.dtype, out.device,
                 lse if lse is None else lse.stride(),
-                softmax_scale, softcap,
+                type(softmax_scale), softmax_scale, type(softcap), softcap,  # True is no number, and equal to 1.0
                 alibi_slopes if alibi_slopes is None else layout_of(alibi_slopes),
                 sinks if sinks is None else layout_of(sinks),
                 tree_mask if tree_mask is None else layout_of(tree_mask),
@@ -168,11 +168,12 @@ class AttentionPlan:
                 bound = self._bound.get(layout)
                 if bound is not None and self.step.highest_page >= k_pages.shape[1]:
                     bound = None  # bound by another plan, whose page ids are in the pool
+                elif bound is not None:
+                    self._keep(layout, bound)
         except (AttributeError, TypeError, RuntimeError):
             layout, bound = None, None  # an argument is no tensor or no number: the checks say which
         if bound is None:
             bound = self._bind(layout, AttentionCall(q, k_pages, v_pages, out, lse, Scoring(*scoring)))
-        self._last = layout, bound
         bound(q, k_pages, v_pages, out, lse, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
 
     def _bind(self, layout: Hashable, call: AttentionCall) -> BoundCall:
@@ -190,17 +191,24 @@ class AttentionPlan:
         scoring, sizes, bind = call.scoring, call.k_pages.shape[:3], self._kernels.bind
         bound: BoundCall
         if scoring.k_scale is not None and scoring.v_scale is not None and are_given(scoring.k_scale):
-            k_scale, v_scale = spread(scoring.k_scale, sizes), spread(scoring.v_scale, sizes)
+            k_scale, v_scale = spread(scoring.k_scale, scoring.v_scale, sizes)
             scoring = scoring._replace(k_scale=k_scale, v_scale=v_scale)
             bound = taking_given(bind(self._prepared, call._replace(scoring=scoring)), sizes)
         else:
             bound = bind(self._prepared, call)
-        self._bound[layout] = bound
+        self._keep(layout, bound)
         return bound
+
+    def _keep(self, layout: Hashable, bound: BoundCall) -> None:
+        """For calls of this layout, unless another thread has replaced this plan meanwhile."""
+        self._bound[layout], self._last = bound, (layout, bound)
+        if self._replaced:
+            self.replace()
 
     def replace(self) -> None:
         """A later plan has taken this one's memory."""
-        self._bound, self._last, self._replaced = {}, (None, None), True
+        self._replaced = True  # first: ``_keep`` looks at it last
+        self._bound, self._last = {}, (None, None)
 
 
 def make_outputs(

@@ -13,6 +13,7 @@ import torch
 
 from quire.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from quire.kernels.call import AttentionCall, Scoring
+from quire.ops.scales import are_given
 from quire.planning.checks import check_tensor, describe, given
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec, KVDtype, existing_device
 
@@ -118,12 +119,13 @@ def check_scales(
                 f"{name} must be None for {describe(pages)} pages; got a tensor. Fix: {name}=None"
             )
         heads, num_pages, page_size, _ = pages.shape
-        if scale.dtype != torch.float32 or scale.shape not in (pages.shape[:3], (heads,), (1,), ()):
-            raise ShapeError(
+        wrong_dtype = scale.dtype != torch.float32
+        if wrong_dtype or scale.shape not in (pages.shape[:3], (heads,), (1,), ()):
+            raise (DtypeError if wrong_dtype else ShapeError)(
                 f"{name} must be float32 {[heads, num_pages, page_size]}, or [{heads}] or [] where it is given; "
                 f"got {describe(scale)}. Fix: {name}=pool.{name}[layer]"
             )
-    if k_scale is None or v_scale is None:
+    if k_scale is None or v_scale is None or (are_given(k_scale) and are_given(v_scale)):
         return
     if k_scale.shape != v_scale.shape or k_scale.stride() != v_scale.stride():
         raise ShapeError(
@@ -204,13 +206,19 @@ def check_numbers(scoring: Scoring) -> None:
             raise ArgumentError(f"{name} must be a number; got {value!r}. Fix: {name}={default}")
 
 
-def check_own_memory(name: str, tensor: torch.Tensor) -> None:
-    """A tensor that is written must not overlap itself: an expanded one would keep only the last row."""
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise ShapeError(
-            f"{name} must have memory of its own for every row; got strides {list(tensor.stride())}. "
-            f"Fix: {name}.clone()"
-        )
+def check_own_memory(name: str, tensor: torch.Tensor, fix: str | None = None) -> None:
+    """A tensor that is written must not overlap itself: elements that share memory would keep only the last value.
+
+    Each dimension, from the smallest stride to the largest, must step over all that the dimensions before it reach.
+    """
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach and tensor.numel():
+            raise ShapeError(
+                f"{name} must have memory of its own for every row; got strides {list(tensor.stride())} for shape "
+                f"{list(tensor.shape)}. Fix: {fix or f'{name}.clone()'}"
+            )
+        reach += stride * (size - 1)
 
 
 def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int) -> None:
@@ -220,7 +228,7 @@ def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int) 
     layout = f"float32 [num_qo_heads] = [{num_qo_heads}]"
     check_tensor(name, value, 1, layout)
     if value.dtype != torch.float32 or len(value) != num_qo_heads:
-        raise ShapeError(
+        raise (DtypeError if value.dtype != torch.float32 else ShapeError)(
             f"{name} must be {layout}; got {describe(value)}. Fix: {name}.float(), one per query head"
         )
     check_last_dim_contiguous(name, value)
@@ -233,7 +241,7 @@ def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: 
     layout = f"bool [tokens, max_q_len] = [{num_tokens}, {max_q_len}]"
     check_tensor("tree_mask", tree_mask, 2, layout)
     if tree_mask.dtype != torch.bool or tree_mask.shape[0] != num_tokens or tree_mask.shape[1] < max_q_len:
-        raise ShapeError(
+        raise (DtypeError if tree_mask.dtype != torch.bool else ShapeError)(
             f"tree_mask must be {layout}; got {describe(tree_mask)}. "
             "Fix: row i, column j: may packed query i see the j-th new token of its own sequence"
         )
@@ -293,11 +301,7 @@ def _check_planned_queries(
     spec: AttentionSpec, num_tokens: int, device: torch.device, q: torch.Tensor
 ) -> None:
     check_queries(q)
-    if q.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError(
-            "q must not require a gradient: Quire is for inference; got requires_grad=True. "
-            "Fix: call it under torch.inference_mode()"
-        )
+    check_no_gradient("q", q)
     planned = (num_tokens, spec.num_qo_heads, spec.head_dim)
     if q.shape != planned:
         raise ShapeError(f"q must be {list(planned)} as planned; got {describe(q)}. Fix: plan this step anew")
@@ -306,11 +310,20 @@ def _check_planned_queries(
     check_devices("the plan", device, q=q)
 
 
+def check_no_gradient(name: str, tensor: torch.Tensor) -> None:
+    """No operator here has a backward."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            f"{name} must not require a gradient: Quire is for inference; got requires_grad=True. "
+            "Fix: call it under torch.inference_mode()"
+        )
+
+
 def check_out(out: torch.Tensor, q: torch.Tensor, out_dim: int) -> None:
     """An output given by the caller looks like q, with a value's number of elements."""
     check_tensor("out", out, 3, "[tokens, num_qo_heads, head_dim]")
     if out.shape != (*q.shape[:2], out_dim) or out.dtype != q.dtype:
-        raise ShapeError(
+        raise (DtypeError if out.dtype != q.dtype else ShapeError)(
             f"out must be {q.dtype} {[*q.shape[:2], out_dim]}, like q; got {describe(out)}. Fix: out=None"
         )
     check_own_memory("out", out)

@@ -19,16 +19,20 @@ def are_given(scale: torch.Tensor | None) -> bool:
     return scale is not None and scale.dim() < 3
 
 
-def spread(scale: torch.Tensor, sizes: torch.Size) -> torch.Tensor:
-    """A given scale as one per token and head: a view of ``sizes``."""
-    return scale.view(-1, 1, 1).expand(sizes)
+def spread(
+    k_scale: torch.Tensor, v_scale: torch.Tensor, sizes: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Given scales as one per token and head: views of ``sizes``, alike in their strides."""
+    if k_scale.stride() != v_scale.stride():
+        k_scale, v_scale = (scale.expand(sizes[:1]).contiguous() for scale in (k_scale, v_scale))
+    return k_scale.view(-1, 1, 1).expand(sizes), v_scale.view(-1, 1, 1).expand(sizes)
 
 
 def taking_given(bound: BoundCall, sizes: torch.Size) -> BoundCall:
-    """``bound``, whose last two tensors are k_scale and v_scale, for scales in the form they were given."""
+    """Wrap a bound call so that it takes given scales and spreads them."""
 
     def call(*tensors: Any) -> None:
         *others, k_scale, v_scale = tensors
-        bound(*others, spread(k_scale, sizes), spread(v_scale, sizes))
+        bound(*others, *spread(k_scale, v_scale, sizes))
 
     return call

@@ -14,7 +14,7 @@ from quire.kernels.call import BoundCall, outside_the_pool
 from quire.ops import checks
 from quire.ops.scales import are_given, spread, taking_given
 from quire.ops.torch_op import is_watched, register
-from quire.planning.checks import check_tensor, describe
+from quire.planning.checks import check_backend, check_tensor, describe
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES
 
 
@@ -42,12 +42,14 @@ def write_kv(
             count as −127 (docs/numerics.md).
     Raises:
         ShapeError, DtypeError, DeviceError: arguments that do not fit together.
+        UnsupportedError: k or v requires a gradient.
         ArgumentError: a slot below −1 or outside the pool; nothing is written. On a GPU only with QUIRE_DEBUG=1:
             otherwise such a slot writes nowhere.
     Cost: reads and writes each element once; no host sync.
     Source: the reshape-and-cache step of PagedAttention, arXiv:2309.06180 §4.
     """
     if is_watched(k):
+        check_backend(backend)
         _check_door(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
         torch.ops.quire.write_kv(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, backend)
     else:
@@ -84,6 +86,9 @@ def _check(
         _check_rows(name, rows, pages_name, pages, len(slot_mapping), k)
     checks.check_alike(k_pages, v_pages)
     checks.check_scales(k_pages, v_pages, k_scale, v_scale)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and not are_given(scale):
+            checks.check_own_memory(name, scale, "pass it as [num_kv_heads] or []")
     if slot_mapping.dtype != torch.int64:
         raise DtypeError(
             f"slot_mapping must be int64 [tokens]; got {describe(slot_mapping)}. Fix: slot_mapping.long()"
@@ -97,6 +102,7 @@ def _check_rows(
     layout = "[tokens, num_kv_heads, head_dim]"
     check_tensor(name, rows, 3, layout)
     checks.check_last_dim_contiguous(name, rows)
+    checks.check_no_gradient(name, rows)
     expected = (tokens, pages.shape[0], pages.shape[3])
     if rows.shape != expected:
         fix = "one slot per token, and the pool of this layer's spec"
@@ -137,7 +143,7 @@ def _with_slots_checked(write: BoundCall, num_slots: int) -> BoundCall:
     return checked
 
 
-_bound: dict[Hashable, BoundCall] = {}  # by all that is checked of a call
+_bound: dict[Hashable, BoundCall] = {}  # by layout
 _last: tuple[Hashable, BoundCall | None] = None, None  # tuples are compared faster than they are hashed
 _MOST_LAYOUTS = 1024  # a new number of tokens is a new layout
 
@@ -150,6 +156,7 @@ def _write_kv(
     global _last
     try:
         layout: Hashable = (
+            (k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
             k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k.device, v.device,
             k_pages.shape, k_pages.stride(), k_pages.dtype, v_pages.shape, v_pages.stride(), v_pages.dtype,
             k_pages.device, v_pages.device,
@@ -182,7 +189,7 @@ def _bind(
         _bound.clear()
     sizes = k_pages.shape[:3]
     if k_scale is not None and v_scale is not None and are_given(k_scale):
-        scales = spread(k_scale, sizes), spread(v_scale, sizes)
+        scales = spread(k_scale, v_scale, sizes)
         write = taking_given(kernels.bind_write(k, v, k_pages, v_pages, slot_mapping, *scales, True), sizes)
     else:
         write = kernels.bind_write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, False)

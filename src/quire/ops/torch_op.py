@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from quire.kernels.call import Scoring
 
-# Of the operators that attend: what follows their outputs in the schema.
+# The scoring arguments in the schemas of paged_attention and run_plan.
 _SCHEMA_TYPES: dict[Any, str] = {float: "float", float | None: "float?", torch.Tensor | None: "Tensor?"}
 SCORING = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in get_type_hints(Scoring).items())
 _library = torch.library.Library("quire", "FRAGMENT")  # type: ignore[no-untyped-call]

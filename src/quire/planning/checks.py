@@ -141,6 +141,11 @@ def check_rules(causal: object, window_left: object, batch_invariant: object, ba
         raise ArgumentError(
             f"window_left must be −1 (off) or at least 0; got {window_left!r}. Fix: window_left=-1"
         )
+    check_backend(backend)
+
+
+def check_backend(backend: object) -> None:
+    """A name; whether there is a backend of that name is looked up later."""
     if not isinstance(backend, str):
         raise ArgumentError(f'backend must be a name; got {backend!r}. Fix: backend="auto"')
 
