@@ -31,7 +31,8 @@ EVERY_DOOR = """
             quire.write_kv(*rows, *pages, torch.cat(slots), backend=backend, **scales)
             for queries, step in ((q, ()), (new, (starts,))):
                 arguments = table.dense([0, 1]), lengths
-                a = quire.paged_attention(queries, *pages, *arguments, *step, backend=backend, return_state=True, **scales)
+                rules = {"backend": backend, "return_state": True}
+                a = quire.paged_attention(queries, *pages, *arguments, *step, **rules, **scales)
                 for b in (
                     quire.plan(*arguments, spec, *step, backend=backend),
                     quire.Planner(
@@ -49,7 +50,8 @@ EVERY_DOOR = """
                     )
                 )
             one = [torch.ones(2, 1, 1, 16, device="cpu") * i for i in (1, 2)]
-            results.append(quire.flash_attn_with_kvcache(q[:, None], *[part[:2] for part in cache], *one, cache_seqlens=2))
+            cache = [part[:2] for part in cache]
+            results.append(quire.flash_attn_with_kvcache(q[:, None], *cache, *one, cache_seqlens=2))
         return results
 
     expected = every_door()

@@ -141,6 +141,18 @@ OWN = {
     "cache_seqlens: negative": ("cache_seqlens", lambda c: {"cache_seqlens": -1}),
     "cache_seqlens: one negative": ("cache_seqlens", lambda c: {"cache_seqlens": torch.tensor([8, -1])}),
     "cache_seqlens: too long": ("cache_seqlens", lambda c: {"cache_seqlens": 3 * PAGE + 1}),
+    "cache_seqlens: meta": ("cache_seqlens", lambda c: {"cache_seqlens": torch.ones(2, device="meta").int()}),
+    "cache_seqlens: beyond 64 bits": ("cache_seqlens", lambda c: {"cache_seqlens": 2**70}),
+    "k_cache: strided": ("k_cache", lambda c: {"k_cache": c["k_cache"].repeat_interleave(2, -1)[..., ::2]}),
+    "k_cache: meta": ("k_cache", lambda c: {"k_cache": c["k_cache"].to("meta")}),
+    "v_cache: meta": ("v_cache", lambda c: {"v_cache": c["v_cache"].to("meta")}),
+    "window_size: None": ("window_size", lambda c: {"window_size": None}),
+    "window_size: one number": ("window_size", lambda c: {"window_size": 3}),
+    "window_size: below -1": ("window_size", lambda c: {"window_size": (-5, -1)}),
+    "softcap: negative": ("softcap", lambda c: {"softcap": -1.0}),
+    "softmax_scale: nan": ("softmax_scale", lambda c: {"softmax_scale": float("nan")}),
+    "alibi_slopes: one": ("alibi_slopes", lambda c: {"alibi_slopes": torch.ones(1)}),
+    "causal: None": ("causal", lambda c: {"causal": None}),
     "block_table: int64": ("block_table", lambda c: {"block_table": c["block_table"].long()}),
     "block_table: a list": ("block_table", lambda c: {"block_table": c["block_table"].tolist()}),
     "block_table: one row": ("block_table", lambda c: {"block_table": c["block_table"][:1]}),
@@ -162,6 +174,26 @@ def test_errors_name_its_own_arguments(cache, name, change, appends):
             torch.randn(2, 1, HEADS, DIM), **{**given, **change(given)}, **({"k": new, "v": new} if appends else {})
         )  # fmt: skip
     assert torch.equal(k_cache, before)
+
+
+@pytest.mark.parametrize("refused", [{"window_size": (2, 3)}, {"backend": "triton"}])
+def test_a_call_that_is_refused_appends_nothing(cache, refused):
+    k_cache, v_cache, block_table = cache
+    before, new = k_cache.clone(), torch.randn(2, 1, KV_HEADS, DIM)
+    q, given = torch.randn(2, 1, HEADS, DIM), {"cache_seqlens": 8, "block_table": block_table}
+    with pytest.raises(quire.UnsupportedError):
+        flash_attn_with_kvcache(q, k_cache, v_cache, new, new, **given, **refused)
+    assert torch.equal(k_cache, before)
+
+
+def test_a_cache_that_overlaps_itself_is_read_and_not_appended_to(cache):
+    k_cache, v_cache, block_table = cache
+    q, new = torch.randn(2, 1, HEADS, DIM), torch.randn(2, 1, KV_HEADS, DIM)
+    one, given = k_cache[:1].expand(k_cache.shape), {"cache_seqlens": 8, "block_table": block_table}
+    wanted = flash_attn_with_kvcache(q, one.contiguous(), v_cache, **given)
+    assert torch.equal(flash_attn_with_kvcache(q, one, v_cache, **given), wanted)
+    with pytest.raises(quire.ShapeError, match="^k_cache must have memory of its own"):
+        flash_attn_with_kvcache(q, one, v_cache, new, new, **given)
 
 
 @pytest.mark.parametrize("name", ["k", "v"])

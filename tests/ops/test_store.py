@@ -293,11 +293,11 @@ def test_given_scales_may_have_forms_of_their_own(backend, forms):
     table, lens = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([7], dtype=torch.int32)
     q = torch.randn(1, 2 * HEADS, DIM)
     results = []
-    for given in (scales, [scale.expand(HEADS).contiguous() for scale in scales]):
+    for both in (scales, [scale.expand(HEADS).contiguous() for scale in scales]):
         pages = [untouched_pages(dtype=torch.int8) for _ in "kv"]
-        given = dict(zip(("k_scale", "v_scale"), given, strict=True))
-        quire.write_kv(k, v, *pages, torch.arange(PAGE, PAGE + 7), backend=backend, **given)
-        results.append((*pages, quire.paged_attention(q, *pages, table, lens, backend=backend, **given)))
+        named = dict(zip(("k_scale", "v_scale"), both, strict=True))
+        quire.write_kv(k, v, *pages, torch.arange(PAGE, PAGE + 7), backend=backend, **named)
+        results.append((*pages, quire.paged_attention(q, *pages, table, lens, backend=backend, **named)))
     for mixed, alike in zip(*results, strict=True):
         assert torch.equal(mixed, alike)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from quire.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
-from quire.ops.attention import paged_attention
+from quire.kernels.call import AttentionCall, Scoring
+from quire.ops import checks
+from quire.ops.planner import plan
 from quire.ops.store import write_kv
 from quire.planning.checks import check_host, check_page_ids, check_tensor, describe
 
@@ -76,28 +78,33 @@ def flash_attn_with_kvcache(
         raise ArgumentError(
             "k and v must be given together; got only one of them. Fix: pass both, or neither"
         )
+    rows, scoring, slots = q.flatten(0, 1), Scoring(softmax_scale, softcap, alibi_slopes), None
+    spec, window_left = checks.check_layer(rows, k_pages, v_pages), _window_left(window_size, causal)
     if k is not None and v is not None:
         slots = _new_slots(q, k, v, k_cache, page_table, in_cache)
-        write_kv(k.flatten(0, 1), v.flatten(0, 1), k_pages, v_pages, slots.to(k.device), backend=backend)
         in_cache = in_cache + k.shape[1]
     elif page_table.is_cpu:
         check_page_ids(page_table.numpy(), in_cache.numpy(), page_size, k_cache.shape[0], name="block_table")
-
-    result = paged_attention(
-        q.flatten(0, 1),
-        k_pages,
-        v_pages,
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * seqlen_q
+    planned = plan(
         page_table,
-        in_cache.to(torch.int32),
-        torch.arange(batch + 1, dtype=torch.int32, device="cpu") * seqlen_q,
+        in_cache,
+        spec,
+        starts,
         causal=causal,
-        softmax_scale=softmax_scale,
-        window_left=_window_left(window_size, causal),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_state=return_softmax_lse,
+        window_left=window_left,
         backend=backend,
+        device=q.device,
     )
+    if k is not None and v is not None and slots is not None:
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            checks.check_own_memory(name, cache)
+        # A call that is refused writes nothing.
+        checks.check_call(
+            spec, len(rows), q.device, AttentionCall(rows, k_pages, v_pages, rows, None, scoring)
+        )
+        write_kv(k.flatten(0, 1), v.flatten(0, 1), k_pages, v_pages, slots.to(k.device), backend=backend)
+    result = planned.run(rows, k_pages, v_pages, **scoring._asdict(), return_state=return_softmax_lse)
     if not return_softmax_lse:
         out: torch.Tensor = result.view_as(q)
         return out
@@ -105,6 +112,12 @@ def flash_attn_with_kvcache(
 
 
 def _window_left(window_size: tuple[int, int], causal: bool) -> int:
+    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not pair or any(type(limit) is not int or limit < -1 for limit in window_size):
+        raise ArgumentError(
+            f"window_size must be (left, right), each −1 (off) or an int of at least 0; got {window_size!r}. "
+            "Fix: window_size=(-1, -1)"
+        )
     left, right = window_size
     if right != -1 and not (causal and right == 0):
         raise UnsupportedError(
@@ -119,6 +132,8 @@ def _check_caches(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor)
     heads, head_dim = q.shape[2:]
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, cache, 4, layout)
+        checks.check_devices("q", q.device, **{name: cache})
+        checks.check_last_dim_contiguous(name, cache)
         if cache.dtype != q.dtype:
             raise DtypeError(
                 f"{name} must be {q.dtype} like q; got {describe(cache)}. Fix: {name}.to({q.dtype})"
@@ -161,22 +176,28 @@ def _lengths(cache_seqlens: int | torch.Tensor | None, batch: int, capacity: int
     """int64 [batch] on the host, each from 0 to capacity."""
     if cache_seqlens is None:
         cache_seqlens = capacity
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        lengths = torch.full((batch,), cache_seqlens, device="cpu")
+    layout = f"an int or int32 [batch] = [{batch}]"
+    if type(cache_seqlens) is int:
+        lowest = highest = cache_seqlens
+    elif not isinstance(cache_seqlens, torch.Tensor):
+        raise ArgumentError(
+            f"cache_seqlens must be {layout}; got {describe(cache_seqlens)}. Fix: the tokens in the cache"
+        )
     else:
-        layout = f"an int or int32 [batch] = [{batch}]"
+        check_host(cache_seqlens=cache_seqlens)
         lengths = check_tensor("cache_seqlens", cache_seqlens, 1, layout)
         if lengths.dtype not in (torch.int32, torch.int64) or len(lengths) != batch:
             raise ShapeError(
                 f"cache_seqlens must be {layout}; got {describe(lengths)}. Fix: one length per sequence"
             )
         lengths = lengths.to("cpu", torch.int64)
-    if batch and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
+        lowest, highest = (int(lengths.min()), int(lengths.max())) if batch else (0, 0)
+    if lowest < 0 or highest > capacity:
         raise ArgumentError(
             f"cache_seqlens must be from 0 to the {capacity} tokens that the cache has room for; got values from "
-            f"{int(lengths.min())} to {int(lengths.max())}. Fix: the tokens in the cache before k and v"
+            f"{lowest} to {highest}. Fix: the tokens in the cache before k and v"
         )
-    return lengths
+    return torch.full((batch,), cache_seqlens, device="cpu") if type(cache_seqlens) is int else lengths
 
 
 def _new_slots(
@@ -187,6 +208,7 @@ def _new_slots(
     batch, (num_pages, page_size, heads, head_dim) = len(q), k_cache.shape
     for name, rows in (("k", k), ("v", v)):
         check_tensor(name, rows, 4, "[batch, seqlen_new, num_kv_heads, head_dim]")
+        checks.check_devices("q", q.device, **{name: rows})
         wanted = [batch, k.shape[1], heads, head_dim]
         if list(rows.shape) != wanted or rows.dtype != q.dtype:
             raise ShapeError(
