@@ -159,6 +159,32 @@ def test_an_entry_that_was_cut_short_is_compiled_anew(tmp_path, in_folder):
         assert len(entry.read_bytes()) == len(whole)
 
 
+@pytest.mark.parametrize("place", [0, 40, 0.5, -1])
+def test_a_damaged_entry_is_compiled_anew(place, tmp_path, in_folder):
+    folder = in_folder(tmp_path)
+    function_of_the_package()(1)
+    (entry,) = folder.iterdir()
+    content = bytearray(entry.read_bytes())
+    content[int(len(content) * place) if place == 0.5 else place] ^= 0x55
+    entry.write_bytes(content)
+    anew, found = function_of_the_package(), function_of_the_package()
+    assert (anew(1), hits(anew)) == (2, 0)
+    assert (found(1), hits(found)) == (2, 1), "it was not written again"
+
+
+def test_a_file_that_was_never_finished_is_removed_once_it_is_old(tmp_path, in_folder):
+    folder = in_folder(tmp_path)
+    function_of_the_package()(1)
+    (entry,) = folder.iterdir()
+    old, young = entry.with_name(f"{entry.name}.old"), entry.with_name(f"{entry.name}.young")
+    for path in (old, young):
+        path.write_bytes(b"")
+    os.utime(old, (0, 0))
+    entry.unlink()
+    function_of_the_package()(1)
+    assert set(folder.iterdir()) == {entry, young}
+
+
 def test_functions_of_other_packages_are_not_kept(tmp_path, in_folder):
     folder = in_folder(tmp_path)
 

@@ -20,6 +20,7 @@ import os
 import pickle
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,7 @@ def _lower_config_field(context: Any, builder: Any, typ: ConfigType, value: Any,
 
 
 def scalar_load(element: Any, result: Any, convert: Callable[[Any, Any], Any] | None = None) -> Any:
-    """An intrinsic that reads one element of an LLVM type at a byte address, as ``result`` of Numba's types."""
+    """An intrinsic that reads one element of an LLVM type at an address and returns it as the Numba type ``result``."""
 
     def load_one(typingctx: Any, address: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -139,6 +140,8 @@ load_i32 = scalar_load(ir.IntType(32), types.int64, lambda builder, value: build
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("kernels", "planning")  # where compiled functions are, with all that they import but floor 0
 KEPT_FOLDERS = 8
+_DIGEST = 32  # bytes of the SHA-256 before an entry's content
+_LONGEST_WRITE = 3600.0  # seconds
 
 
 def digest_of(package: Path) -> str | None:
@@ -215,10 +218,14 @@ class _MachineCode(FunctionCache):
         if file is None:
             return None
         try:
-            data = pickle.loads(file.read_bytes())
-        except (OSError, EOFError, pickle.UnpicklingError):  # not there, or cut short by a crash
+            content = file.read_bytes()
+        except OSError:
             return None
-        return CompileResult._rebuild(target_context, *data)
+        if (
+            hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]
+        ):  # damaged: it could end the process
+            return None
+        return CompileResult._rebuild(target_context, *pickle.loads(content[_DIGEST:]))
 
     def save_overload(self, sig: Any, data: Any) -> None:
         file = self._file(sig, data.codegen)
@@ -227,8 +234,12 @@ class _MachineCode(FunctionCache):
         unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
         try:
             _make_folder(file.parent)
-            unfinished.write_bytes(dumps(data._reduce()))
+            content = dumps(data._reduce())
+            unfinished.write_bytes(hashlib.sha256(content).digest() + content)
             unfinished.replace(file)
+            for other in file.parent.glob(f"{file.name}.*"):  # of processes that ended while they wrote
+                if other.stat().st_mtime < time.time() - _LONGEST_WRITE:
+                    other.unlink()
         except OSError:  # nowhere to write, or no room
             with contextlib.suppress(OSError):
                 unfinished.unlink()
