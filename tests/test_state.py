@@ -151,6 +151,18 @@ def test_states_of_other_queries_are_refused(other):
         merge(state(), other)
 
 
+def test_a_pair_is_a_state_if_it_holds_tensors():
+    a, b = state(), state()
+    with pytest.raises(
+        quire.ArgumentError, match=r"^state_a must be two tensors, out and lse; got int, int\. Fix: "
+    ):
+        merge((1, 2), (3, 4))
+    with pytest.raises(quire.ArgumentError, match=r"^state_b must be .*; got Tensor, NoneType\. Fix: "):
+        merge(a, (b.out, None))
+    for got, wanted in zip(merge(tuple(a), tuple(b)), merge(a, b), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_states_whose_own_parts_do_not_fit_are_refused():
     crooked = quire.SoftmaxState(torch.zeros(2, 3, 4), torch.zeros(5))
     with pytest.raises(quire.ShapeError, match="state_a and state_b"):

@@ -34,6 +34,7 @@ def merge(state_a: SoftmaxState, state_b: SoftmaxState) -> SoftmaxState:
         key but has a sink has out 0 and a finite lse, and counts by the formula.
     Raises:
         ShapeError: states of different shapes.
+        ArgumentError: what is not two tensors.
     Source: FlashDecoding; arXiv:2501.01005 §2.2.
     """
     for name, state in (("state_a", state_a), ("state_b", state_b)):
@@ -41,6 +42,12 @@ def merge(state_a: SoftmaxState, state_b: SoftmaxState) -> SoftmaxState:
             raise ArgumentError(
                 f"{name} must be a SoftmaxState; got {type(state).__name__}. Fix: return_state=True"
             )
+        if not all(isinstance(tensor, torch.Tensor) for tensor in state):
+            raise ArgumentError(
+                f"{name} must be two tensors, out and lse; got {', '.join(type(part).__name__ for part in state)}. "
+                "Fix: return_state=True"
+            )
+    state_a, state_b = SoftmaxState(*state_a), SoftmaxState(*state_b)
     shapes = [list(tensor.shape) for tensor in (*state_a, *state_b)]
     if not shapes[0] == shapes[2] or not shapes[0][:-1] == shapes[1] == shapes[3]:
         raise ShapeError(
