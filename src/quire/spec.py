@@ -40,7 +40,7 @@ def check_bytes(name: str, value: object) -> int:
 
 
 def existing_device(device: torch.device | str) -> torch.device:
-    """A device as its tensors will say it: "cuda" with a number, "cpu:0" without.
+    """The device as `tensor.device` reports it: cuda with its index, cpu without.
 
     Raises:
         DeviceError: there is none here.

@@ -301,7 +301,7 @@ def test_a_bool_is_no_scale_where_one_that_is_equal_was_taken():
 
 def test_a_store_names_a_backend_that_is_no_name_under_a_dispatch_mode(monkeypatch):
     monkeypatch.setattr("quire.ops.store.is_watched", lambda tensor: True)
-    with pytest.raises(ArgumentError, match="backend must be a name; got None. Fix: "):
+    with pytest.raises(ArgumentError, match=r"backend must be a name; got None\. Fix: "):
         quire.write_kv(**store_arguments(), backend=None)
 
 

@@ -192,7 +192,7 @@ def test_a_cache_that_overlaps_itself_is_read_and_not_appended_to(cache):
     one, given = k_cache[:1].expand(k_cache.shape), {"cache_seqlens": 8, "block_table": block_table}
     wanted = flash_attn_with_kvcache(q, one.contiguous(), v_cache, **given)
     assert torch.equal(flash_attn_with_kvcache(q, one, v_cache, **given), wanted)
-    with pytest.raises(quire.ShapeError, match="^k_cache must have memory of its own"):
+    with pytest.raises(quire.ShapeError, match=r"^k_cache must have memory of its own"):
         flash_attn_with_kvcache(q, one, v_cache, new, new, **given)
 
 

@@ -105,12 +105,14 @@ class AttentionPlan:
             softmax_scale: 1/√head_dim when None.
             softcap: c > 0 bounds scores to c·tanh(score / c).
             alibi_slopes: float32 [num_qo_heads]; adds −slope·|distance|.
-            sinks: float32 [num_qo_heads]; a logit that takes part in the softmax and has no value.
+            sinks: float32 [num_qo_heads], each finite or −inf; a logit in the softmax that has no value.
+                Values are not checked: with another the rows of its head mean nothing.
             tree_mask: bool [tokens, max_q_len]: may packed query i see the j-th of its sequence's tokens of
                 this step? It only hides: the causal rule holds beside it, so a tree's parents come before
                 their children, and earlier keys stay visible. Distances (window, ALiBi) count slots.
             k_scale, v_scale: where pages are quantised, float32 [num_kv_heads, num_pages, page_size] as ``write_kv``
-                writes them, or the [num_kv_heads] or [] that it was given. None is negative.
+                writes them, or the [num_kv_heads] or [] that it was given. None is negative; a given one is finite.
+                Values are not checked: with others the rows that read them mean nothing.
             out: [tokens, num_qo_heads, head_dim], written instead of a new tensor; value_dim where the spec has one.
             return_state: return a SoftmaxState. Its lse counts the sink, so of several states to be merged
                 only one may have been given the sinks.

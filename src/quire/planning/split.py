@@ -1,8 +1,8 @@
 """Where tiles are split along their keys. Compiled by Numba.
 
-A tile of q query tokens against n KV tokens weighs ``q × (n + ITEM_OVERHEAD)``. With ``kv_split`` every tile comes as
-parts between multiples of it, the same whatever else is in the batch. Where splitting has a price, ``own_parts`` finds
-the ``kv_split`` with which every part has a worker of its own: then no worker pays the price twice.
+A tile of q query tokens against n KV tokens weighs ``q × (n + ITEM_OVERHEAD)``. With ``kv_split``
+every tile is split at multiples of kv_split, whatever else is in the batch. Where splitting has a price, ``own_parts``
+finds the ``kv_split`` with which every part has a worker of its own: then no worker pays the price twice.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def own_parts(step: Sequences, tiles: Tiles) -> int:
     end = 1
     for seq_len in step.seq_lens:
         end = max(end, seq_len)
-    # Blocks to a part. Parts end at multiples of it, so the one that leaves every tile whole must reach their ends.
+    # Blocks to a part; a kv_split that reaches the longest sequence's end splits no tile.
     whole = -(-end // tiles.kv_tokens)
     fewest, most = 1, whole
     while fewest < most:

@@ -45,9 +45,10 @@ def cut_step(
         tiling: a ``work_list.Tiling``.
         most_tokens: the query tokens that a step may have.
     Returns:
-        The array: seq_lens, starts, the page ids in use in a table, and the two work lists. Whether
-        the step is valid; if not, the array ends after starts. Then the number of query tokens, the longest q_len, the most keys, the highest
-        page id in use or −1, and of each work list the fields of ``work_list.WorkList`` but the array.
+        The array: seq_lens, starts, the page ids in use in a table, and the two work lists.
+        Whether the step is valid; if not, the array ends after starts. Then the number of query tokens, the longest
+        q_len, the most keys, the highest page id in use or −1, and of each work list the fields of
+        ``work_list.WorkList`` but the array.
     """
     lengths = np.empty(2 * batch + 1, np.int64)
     seq_lens, starts = lengths[:batch], lengths[batch:]

@@ -1,4 +1,4 @@
-"""The CPU backend: paged attention in Numba, written in the SIMD words of ``simd`` and ``memory``."""
+"""The CPU backend: paged attention in Numba, in the vector operations of ``simd``."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def _find_openmp() -> bool:
         for name, address in symbols.items():
             llvm.add_symbol(name, address)
         return True
-    for name in wanted:  # the machine code is the same, and calls them for more than one thread alone
+    for name in wanted:  # the machine code is the same, and calls them only when it runs on several threads.
         llvm.add_symbol(name, ctypes.cast(ctypes.pythonapi.Py_FatalError, ctypes.c_void_p).value)
     return False
 
