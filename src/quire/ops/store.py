@@ -37,9 +37,9 @@ def write_kv(
         slot_mapping: int64 [tokens], page × page_size + offset; −1 writes nowhere.
         k_scale, v_scale: where pages are quantised. float32 [num_kv_heads, num_pages, page_size] is written: one scale
             per token and head, the largest |x| over the dtype's largest number. float32 [num_kv_heads] or [] is given:
-            each is finite and not negative (values are not checked: others
-            store numbers that mean nothing); values are divided by it, rounded, and clamped to the dtype's largest number; a scale of 0 stores 0, and a
-            NaN is stored as fp8's NaN or as int8's 0. int8 pages hold −127 to 127; a −128 that others wrote may
+            values are divided by it, rounded, and clamped to the dtype's largest number; a scale of 0 stores 0, and a
+            NaN is stored as fp8's NaN or as int8's 0. A given scale must be finite and not negative; that is not
+            checked, and what another stores means nothing. int8 pages hold −127 to 127; a −128 that others wrote may
             count as −127 (docs/numerics.md).
     Raises:
         ShapeError, DtypeError, DeviceError: arguments that do not fit together.
