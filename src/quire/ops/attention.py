@@ -86,7 +86,7 @@ def _attend(spec: AttentionSpec, call: AttentionCall, step: tuple[Any, ...], rul
         (len(call.q), refuse), page_table, seq_lens, spec, cu_seqlens_q, *rules, call.q.device
     )
     checks.check_num_tokens(call.q, planned.num_tokens, cu_seqlens_q)
-    planned.attend(*call)
+    planned.attend(*call, layer_checked=True)
 
 
 def _paged_attention(

@@ -141,11 +141,12 @@ class AttentionPlan:
 
     def attend(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor,
-        lse: torch.Tensor | None, scoring: tuple[Any, ...],
+        lse: torch.Tensor | None, scoring: tuple[Any, ...], layer_checked: bool = False,
     ) -> None:  # fmt: skip
         """Run the kernels on one layer's tensors, checked and bound if none of this layout came before.
 
         ``scoring`` holds the fields of ``Scoring``: a plain tuple, because a NamedTuple takes longer to make.
+        ``layer_checked``: ``checks.check_layer`` made the plan's spec of these q and pages.
         """
         # Name by name: a loop over the tuple would take half a microsecond more.
         softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale = scoring
@@ -175,17 +176,22 @@ class AttentionPlan:
         except (AttributeError, TypeError, RuntimeError):
             layout, bound = None, None  # an argument is no tensor or no number: the checks say which
         if bound is None:
-            bound = self._bind(layout, AttentionCall(q, k_pages, v_pages, out, lse, Scoring(*scoring)))
+            bound = self._bind(
+                layout, AttentionCall(q, k_pages, v_pages, out, lse, Scoring(*scoring)), layer_checked
+            )
         bound(q, k_pages, v_pages, out, lse, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
 
-    def _bind(self, layout: Hashable, call: AttentionCall) -> BoundCall:
+    def _bind(self, layout: Hashable, call: AttentionCall, layer_checked: bool) -> BoundCall:
         """Check a call, then bind its kernels."""
         if self._replaced:
             raise ArgumentError(
                 "a plan must be the latest of its Planner to be run; got one whose memory a later step took. "
                 "Fix: plan and run one step after the other, or plan this one with quire.plan"
             )
-        checks.check_call(self.spec, self.num_tokens, self.device, call)
+        if layer_checked:
+            checks.check_beside_layer(self.spec, call)
+        else:
+            checks.check_call(self.spec, self.num_tokens, self.device, call)
         checks.check_tree_mask(call.scoring.tree_mask, self.num_tokens, self.max_q_len)
         step, num_pages = self.step, call.k_pages.shape[1]
         if step.highest_page >= num_pages or (step.device_table is not None and debug_enabled()):

@@ -258,11 +258,8 @@ def layout_of(tensor: torch.Tensor) -> Hashable:
 
 def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call: AttentionCall) -> None:
     """One layer's arguments against the plan they are run with."""
-    scoring = call.scoring
     _check_planned_queries(spec, num_tokens, device, call.q)
-    check_devices(
-        "q", call.q.device, k_pages=call.k_pages, v_pages=call.v_pages, out=call.out, **_by_name(scoring)
-    )
+    check_devices("q", call.q.device, k_pages=call.k_pages, v_pages=call.v_pages)
     for name, pages, width in (
         ("k_pages", call.k_pages, spec.head_dim), ("v_pages", call.v_pages, spec.out_dim),
     ):  # fmt: skip
@@ -282,6 +279,16 @@ def check_call(spec: AttentionSpec, num_tokens: int, device: torch.device, call:
                 "Fix: give the plan the pool's spec"
             )
     check_alike(call.k_pages, call.v_pages)
+    check_beside_layer(spec, call)
+
+
+def check_beside_layer(spec: AttentionSpec, call: AttentionCall) -> None:
+    """What ``check_layer`` leaves of a call whose queries and pages are those of the spec."""
+    scoring = call.scoring
+    check_no_gradient("q", call.q)
+    check_devices(
+        "q", call.q.device, k_pages=call.k_pages, v_pages=call.v_pages, out=call.out, **_by_name(scoring)
+    )
     check_scales(call.k_pages, call.v_pages, scoring.k_scale, scoring.v_scale)
     check_out(call.out, call.q, spec.out_dim)
     check_head_vector("alibi_slopes", scoring.alibi_slopes, spec.num_qo_heads)
@@ -301,7 +308,6 @@ def _check_planned_queries(
     spec: AttentionSpec, num_tokens: int, device: torch.device, q: torch.Tensor
 ) -> None:
     check_queries(q)
-    check_no_gradient("q", q)
     planned = (num_tokens, spec.num_qo_heads, spec.head_dim)
     if q.shape != planned:
         raise ShapeError(f"q must be {list(planned)} as planned; got {describe(q)}. Fix: plan this step anew")

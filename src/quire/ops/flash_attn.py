@@ -100,9 +100,7 @@ def flash_attn_with_kvcache(
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             checks.check_own_memory(name, cache)
         # A call that is refused writes nothing.
-        checks.check_call(
-            spec, len(rows), q.device, AttentionCall(rows, k_pages, v_pages, rows, None, scoring)
-        )
+        checks.check_beside_layer(spec, AttentionCall(rows, k_pages, v_pages, rows, None, scoring))
         write_kv(k.flatten(0, 1), v.flatten(0, 1), k_pages, v_pages, slots.to(k.device), backend=backend)
     result = planned.run(rows, k_pages, v_pages, **scoring._asdict(), return_state=return_softmax_lse)
     if not return_softmax_lse:
