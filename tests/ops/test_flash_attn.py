@@ -186,6 +186,16 @@ def test_a_call_that_is_refused_appends_nothing(cache, refused):
     assert torch.equal(k_cache, before)
 
 
+def test_queries_may_be_one_row_for_all_where_keys_are_appended(cache):
+    k_cache, v_cache, block_table = cache
+    q, new = torch.randn(1, 1, HEADS, DIM).expand(2, 1, HEADS, DIM), torch.randn(2, 1, KV_HEADS, DIM)
+    got, wanted = (
+        flash_attn_with_kvcache(rows, k_cache, v_cache, new, new, cache_seqlens=8, block_table=block_table)
+        for rows in (q, q.contiguous())
+    )
+    assert torch.equal(got, wanted)
+
+
 def test_a_cache_that_overlaps_itself_is_read_and_not_appended_to(cache):
     k_cache, v_cache, block_table = cache
     q, new = torch.randn(2, 1, HEADS, DIM), torch.randn(2, 1, KV_HEADS, DIM)

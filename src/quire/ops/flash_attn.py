@@ -96,16 +96,18 @@ def flash_attn_with_kvcache(
         backend=backend,
         device=q.device,
     )
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if k is not None and v is not None and slots is not None:
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             checks.check_own_memory(name, cache)
         # A call that is refused writes nothing.
-        checks.check_beside_layer(spec, AttentionCall(rows, k_pages, v_pages, rows, None, scoring))
+        checks.check_beside_layer(spec, AttentionCall(rows, k_pages, v_pages, out, None, scoring))
         write_kv(k.flatten(0, 1), v.flatten(0, 1), k_pages, v_pages, slots.to(k.device), backend=backend)
-    result = planned.run(rows, k_pages, v_pages, **scoring._asdict(), return_state=return_softmax_lse)
+    result = planned.run(
+        rows, k_pages, v_pages, **scoring._asdict(), out=out, return_state=return_softmax_lse
+    )
     if not return_softmax_lse:
-        out: torch.Tensor = result.view_as(q)
-        return out
+        return out.view_as(q)
     return result.out.view_as(q), result.lse.view(batch, seqlen_q, -1).transpose(1, 2)
 
 
