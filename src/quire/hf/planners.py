@@ -21,7 +21,7 @@ class Planners:
     of one token per sequence have a planner of their own, whose launches serve decode alone.
 
     A plan can be run until the next one of its kind is made, so steps are planned and run one after the other. On a
-    GPU each stream has planners of its own: work that one still has to do is not overwritten from another.
+    GPU each stream has planners of its own, so a plan in use on one stream is not overwritten by a step on another.
     """
 
     def __init__(self, backend: str, device: torch.device) -> None:

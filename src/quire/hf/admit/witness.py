@@ -1,8 +1,8 @@
 """Each layer's attention, judged on the very tensors it was given.
 
-Between the logits of two runs lies all that a model rounds: in 16 bits more than a softmax scale that is 2 % off. A
-single call of attention has no such noise. The formula in float64, on the same queries and on the keys and values that
-the pages hold, is what the call should give; the same formula in the model's dtype is how far plain PyTorch is off.
+Logits of two 16-bit runs differ by more than a 2 % error in the softmax scale would cause, so attention is checked
+layer by layer. The formula in float64, on the same queries and on the keys and values that the pages hold, is what a
+layer should give. The same formula in the model's dtype shows how far plain PyTorch is off.
 """
 
 from __future__ import annotations
