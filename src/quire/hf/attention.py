@@ -154,7 +154,7 @@ def _attend_layer_op(
     out[:tokens] = running.attend(
         q[:tokens], k[:tokens], v[:tokens], sinks, softmax_scale, softcap, layer_idx
     )
-    out[tokens:] = 0  # the compiled layers' companion of a single token
+    out[tokens:] = 0  # a compiled model runs a single token as two
 
 
 def _widen(x: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ def load_model(
             "Fix: convert them with save_pretrained, which writes safetensors"
         )
     showed_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar per file of weights is no one's request, least of all in a pipe
+    logging.disable_progress_bar()  # it would be printed for each file of weights
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
