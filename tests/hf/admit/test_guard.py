@@ -119,17 +119,61 @@ def test_a_model_that_returns_the_last_rows_instead_of_those_asked_for_is_refuse
         on_pages(model)
 
 
-class RememberingEmbedding(torch.nn.Embedding):
-    """Adds to each token those before it in the row: state that no attention layer sees."""
-
-    def forward(self, input_ids):
-        return super().forward(input_ids).cumsum(1)
+def with_embedding(model, embed):
+    """The model with an embedding that gives embed(weight, input_ids)."""
+    embedding = model.model.embed_tokens
+    embedding.forward = lambda input_ids: embed(embedding.weight, input_ids)
+    return model
 
 
 def test_state_kept_outside_attention_is_refused():
-    model = tiny_model("llama")
-    remembering = RememberingEmbedding(VOCAB, model.config.hidden_size)
-    remembering.weight = model.model.embed_tokens.weight
-    model.model.embed_tokens = remembering
+    def remember(weight, input_ids):
+        return weight[input_ids].cumsum(1)
+
     with pytest.raises(UnsupportedError, match="same logits on pages as without; got llama: logits off by"):
+        on_pages(with_embedding(tiny_model("llama"), remember))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", 1), ("llama", 2), ("gpt_oss", 2), ("llama4", 2), ("deepseek_v3", 2)]
+)
+def test_a_token_shift_in_the_last_layer_is_refused(family, layers, dtype):
+    """Only the first row of each step is wrong: 7 of 70."""
+    model = tiny_model(family, num_hidden_layers=layers, layer_types=None).to(dtype)
+    model.model.layers[-1].post_attention_layernorm.register_forward_hook(
+        lambda _, inputs, x: x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+    )
+    with pytest.raises(UnsupportedError, match=r"logits off by .* keeps something between tokens"):
         on_pages(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "wrong"), [("llama", 0.0), ("llama", torch.nan), ("gpt_oss", torch.nan)])
+def test_a_single_wrong_row_per_step_is_refused(family, wrong, dtype):
+    model = tiny_model(family).to(dtype)
+    plain = model.forward
+
+    def one_wrong_row(logits_to_keep=0, **options):
+        out = plain(logits_to_keep=logits_to_keep, **options)
+        if isinstance(logits_to_keep, torch.Tensor) and len(logits_to_keep) > 2:
+            out.logits[:, 1] = wrong
+        return out
+
+    model.forward = one_wrong_row
+    with pytest.raises(UnsupportedError, match="logits off by "):
+        on_pages(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "embed",
+    [
+        lambda weight, ids: weight[ids],
+        lambda weight, ids: torch.nn.functional.one_hot(ids, len(weight)).to(weight.dtype) @ weight,
+        lambda weight, ids: weight.index_select(0, ids.flatten()).view(*ids.shape, -1),
+    ],
+    ids=["index", "matmul", "index_select"],
+)
+def test_embeddings_of_any_operator_are_admitted(embed, dtype):
+    on_pages(with_embedding(tiny_model("llama").to(dtype), embed))

@@ -30,7 +30,9 @@ def refused(model, because, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("dtype", "kv_dtype"), [(torch.bfloat16, "int8"), (torch.float16, "fp8_e4m3")], ids=["int8", "fp8"]
+    ("dtype", "kv_dtype"),
+    [(torch.bfloat16, None), (torch.bfloat16, "int8"), (torch.float16, "fp8_e4m3")],
+    ids=["bfloat16", "int8", "fp8"],
 )
 def test_every_family_is_admitted_in_16_bits(family, dtype, kv_dtype):
     on_pages(tiny_model(family).to(dtype), kv_dtype=kv_dtype)
@@ -128,5 +130,5 @@ def test_the_rehearsal_costs_what_it_says():
         lambda module, inputs, output: rows.append(inputs[0].numel())
     )
     on_pages(model, page_size=256)
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert max(rows) == 70

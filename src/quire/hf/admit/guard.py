@@ -3,11 +3,14 @@
     check_config    what the config already says: encoders, training mode, several devices
     layer_calls     what each layer asks of attention, by a dry run
     layer_shapes    the same, as pages can express it; refuses what they cannot
-    rehearse        the proof, on the pages' own dtype, device and kernels: every layer against its formula in
-                    float64, and the logits of short texts against those of the model itself
+    rehearse        a test on the pages' own dtype, device and kernels: every layer against its formula in float64,
+                    and the logits of short texts against those of the model itself
 
-The first three name a reason. The last catches what no one has thought of: state kept outside attention, a
-position counted from the start of the batch, an argument without a rule.
+The first three name a reason. The last catches what they do not know of: state kept outside attention, a position
+counted from the start of the batch, an argument without a rule. It has limits. Texts are 35 tokens long: where a page
+holds as many, only the layers are tested across pages, one of each kind on random tensors, and not the whole model.
+And where rounding alone makes a router choose other experts, a few wrong rows look like such choices: refused are NaN,
+and errors in most of the rows, in most of those that begin a step, or in most of those that are a step of one token.
 """
 
 from __future__ import annotations
@@ -20,16 +23,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedError
 from quire.hf.admit.probe import PROBE_TOKENS, LayerCall, record_layer_calls
-from quire.hf.admit.rehearsal import TEXT_TOKENS, Outcome, Stage, rehearse_far_out, rehearse_texts
+from quire.hf.admit.rehearsal import TEXT_TOKENS, Outcome, Stage, first_rows, rehearse_far_out, rehearse_texts
 from quire.hf.cache import LayerShape, Visibility
 from quire.hf.forward import PackedForward
 
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-# Errors on pages may be so many times those that another rounding makes: half of all rows, and any row. Measured on
-# the families of the tests, in three dtypes, the halves differ by 0.4 to 0.8 times, the largest by at most 1.6.
+# Bounds on the median row and on the largest row, as multiples of the noise.
 _TIMES_MEDIAN, _TIMES_LARGEST = 2.0, 4.0
-# In 16 bits a router's near tie may fall otherwise on pages, and in no row of the other rounding: one row in so many.
-_ROWS_PER_TIE = 8
+
+_CAUSE = "counts positions along the packed row or keeps something between tokens outside its keys and values"
+_NO_NOISE = "cannot be rehearsed: no tensor with a row per token was found that could be rounded differently"
 
 
 def check_config(model: PreTrainedModel) -> None:
@@ -88,12 +91,16 @@ def rehearse(model: PreTrainedModel, stage: Stage) -> None:
 
     Raises:
         UnsupportedError: a layer's attention, or the logits, are off by more than rounding.
-    Cost: seven forwards of at most 70 tokens.
+    Cost: nine forwards of at most 70 tokens; in 16 bits as many again before logits are refused.
     """
-    texts = check_tokens(model.config, 2 * TEXT_TOKENS).view(2, TEXT_TOKENS)
+    texts = check_tokens(model.config, 4 * TEXT_TOKENS).view(2, 2, TEXT_TOKENS)
     try:
-        outcome = rehearse_texts(stage, texts)
-        fault = outcome.fault or _logits_fault(outcome, model.dtype) or rehearse_far_out(stage)
+        outcome = rehearse_texts(stage, texts[0])
+        fault = outcome.fault or _logits_fault(outcome, model.dtype)
+        if fault and not outcome.fault and _may_be_a_tie(outcome, model.dtype):
+            outcome = rehearse_texts(stage, texts[1])
+            fault = outcome.fault or _logits_fault(outcome, model.dtype)
+        fault = fault or rehearse_far_out(stage)
     except QuireError:
         raise
     except Exception as error:
@@ -102,18 +109,23 @@ def rehearse(model: PreTrainedModel, stage: Stage) -> None:
         raise _refusal(model, "give the same logits on pages as without", fault)
 
 
+def _may_be_a_tie(outcome: Outcome, dtype: torch.dtype) -> bool:
+    # In 16 bits a router may choose another expert at a near tie; other texts then have theirs in other rows.
+    return dtype != torch.float32 and bool(outcome.error.isfinite().all())
+
+
 def _logits_fault(outcome: Outcome, dtype: torch.dtype) -> str | None:
     error, noise, rounding = outcome.error, outcome.noise, torch.finfo(dtype).eps * outcome.largest
-    most, any_row = _TIMES_MEDIAN * noise.median() + rounding, _TIMES_LARGEST * noise.max() + rounding
-    wrong_rows = int((~(error <= any_row)).sum())  # also where it is NaN
-    ties = 0 if dtype == torch.float32 else len(error) // _ROWS_PER_TIE
-    if error.median() <= most and wrong_rows <= ties:
-        return None
-    off, bound = (error.median(), most) if wrong_rows <= ties else (error.max(), any_row)
-    return (
-        f"logits off by {off:.2g}, root mean square of a token, where another rounding explains {bound:.2g}, so it "
-        "counts positions along the packed row or keeps something between tokens outside its keys and values"
-    )
+    limits = [(error.max(), _TIMES_LARGEST * noise.max() + rounding)]  # NaN, if any, wins the max
+    for rows in (torch.ones_like(error, dtype=torch.bool), *first_rows()):
+        limits.append((error[rows].median(), _TIMES_MEDIAN * noise[rows].median() + rounding))
+    for off, bound in limits:
+        if not off <= bound:
+            return (
+                f"logits off by {off:.2g}, root mean square of a token, where another rounding explains {bound:.2g}, "
+                f"so it {_CAUSE if noise.any() else _NO_NOISE}"
+            )
+    return None
 
 
 def check_tokens(config: PretrainedConfig, count: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,10 @@ from quire.pages import PageAllocator, PageTable
 from quire.spec import KVDtype
 
 # New tokens of each text per step, as they come in practice: two prefills, a decode beside a chunk, a chunk beside
-# a decode, two decodes. With 16 tokens per page both texts end in their third.
+# a decode, two decodes. On pages of 16 tokens both texts end in their third page, on pages of 35 in their first.
 _STEPS = ((20, 5), (1, 28), (13, 1), (1, 1))
 TEXT_TOKENS = 35
+_ROUNDINGS = 3  # runs of the ordinary model beside the first
 # Far out, so many tokens stand before an edge; then come a few that cross it, and one more.
 _BEFORE_EDGE, _FAR_STEPS = 2, (5, 1)
 _FARTHEST_EDGE = 8192  # of a window or chunk: more keys are not attended to in float64
@@ -64,8 +65,9 @@ class Stage(NamedTuple):
 class Outcome(NamedTuple):
     """What the texts showed.
 
-    error: root mean square of Δlogits to the ordinary model [tokens]; infinite where a step returned other rows.
-    noise: the same between two runs of the ordinary model that differ by a rounding.
+    error: by how much each token's logits on pages miss the nearest run of the ordinary model, root mean square [texts,
+        TEXT_TOKENS]; infinite where a step returned other rows.
+    noise: by how much one of these runs misses the nearest of the others, at most [texts, TEXT_TOKENS].
     largest: the largest |logit|.
     fault: a sentence about a layer that attends wrongly, or None.
     """
@@ -98,29 +100,43 @@ class WitnessedStep(RunningStep):
 def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
     """Serve texts in mixed steps, and compare each token's logits with the ordinary model's.
 
+    The ordinary model runs several times, each rounded differently: where it takes a router's near tie one way or the
+    other, pages may, too.
+
     Args:
         texts: int64 [2, TEXT_TOKENS].
-    Cost: a forward per step, one per text, and one of both texts; a pool of a few pages.
+    Cost: a forward per step, one per text, and _ROUNDINGS of both texts; a pool of a few pages.
     """
     forward, witness = stage.forward, Witness(stage.calls)
-    ordinary = [forward.ordinary(text[None])[0] for text in texts]
-    with _OtherRounding():  # type: ignore[no-untyped-call]
-        noise = forward.ordinary(texts) - torch.stack(ordinary)
+    runs = [torch.cat([forward.ordinary(text[None]) for text in texts])]
+    for seed in range(_ROUNDINGS):
+        with _OtherRounding(texts.shape, forward.model.dtype, seed):
+            runs.append(forward.ordinary(texts))
+    noise = torch.stack([_distance(run, runs[:i] + runs[i + 1 :]) for i, run in enumerate(runs)]).amax(0)
+    error = torch.full_like(noise, torch.inf)
     cache, table = stage.pages([TEXT_TOKENS] * len(texts), list(stage.shapes))
-    planners, errors = Planners(stage.backend, stage.device), []
+    planners = Planners(stage.backend, stage.device)
     for counts in _STEPS:
         new = [slice(table.length(i), table.length(i) + count) for i, count in enumerate(counts)]
         step = _next_step(table, counts, torch.cat([text[s] for text, s in zip(texts, new, strict=True)]))
         logits = forward.paged(WitnessedStep(step, cache, planners, witness))
-        expected = torch.cat([rows[s] for rows, s in zip(ordinary, new, strict=True)])[step.logits_indices]
-        same_rows = logits.shape == expected.shape
-        errors.append(_root_mean_square(logits - expected) if same_rows else noise.new_full([1], torch.inf))
-    return Outcome(
-        torch.cat(errors).cpu(),
-        _root_mean_square(noise).flatten().cpu(),
-        max(float(rows.abs().max()) for rows in ordinary),
-        witness.fault(),
-    )
+        if logits.shape == (step.num_tokens, runs[0].shape[-1]):
+            rows = logits.flip(0).split(counts)  # the step asked for them from the last to the first
+            for i, s in enumerate(new):
+                error[i, s] = _distance(rows[i], [run[i, s] for run in runs])
+    return Outcome(error.cpu(), noise.cpu(), float(runs[0].abs().max()), witness.fault())
+
+
+def first_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens come first of several in a step, and which come alone: bool [texts, TEXT_TOKENS] each.
+
+    A model that keeps something from one token to the next outside its pages gets these rows wrong, if no others.
+    """
+    chunks, singles = torch.zeros(2, len(_STEPS[0]), TEXT_TOKENS, dtype=torch.bool)
+    for i, counts in enumerate(zip(*_STEPS, strict=True)):
+        for count, start in zip(counts, accumulate(counts, initial=0), strict=False):
+            (singles if count == 1 else chunks)[i, start] = True
+    return chunks, singles
 
 
 @torch.inference_mode()
@@ -161,9 +177,8 @@ def _cross(stage: Stage, layer_idx: int, begin: int) -> str | None:
         )
         k, v = (draw(count, shape.num_kv_heads, dim) for dim in (shape.key_dim, shape.value_dim))
         if count == begin:
-            v[: 2 * sum(_FAR_STEPS)] *= max(
-                1.0, begin / 16
-            )  # first out of sight, and else not missed among many
+            # Values just outside the window are large, so that seeing them by mistake shows.
+            v[: 2 * sum(_FAR_STEPS)] *= max(1.0, begin / 16)
             step.write(k, v, layer_idx)
         else:
             q = draw(count, shape.num_qo_heads, shape.key_dim) / (call.scale * shape.key_dim**0.5)
@@ -173,19 +188,28 @@ def _cross(stage: Stage, layer_idx: int, begin: int) -> str | None:
 
 
 class _OtherRounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Changes what embeddings give by up to a rounding; all that follows is rounded differently then.
+    """Changes the first numbers that a model has for each token, its embeddings, by up to a rounding of its dtype.
 
-    The ordinary model under this mode is as right as without, so its logits show how far right ones may differ:
-    by the model's depth, its dtype, and its router's near ties.
+    All that follows is rounded differently then, and is as right as before: logits differ as far as right ones may.
+
+    Args:
+        shape: of the token ids, [batch, tokens].
     """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._shape, self._eps, self._seed, self._done = shape, torch.finfo(dtype).eps, seed, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.embedding.default:
+        if self._done or not isinstance(out, torch.Tensor) or not out.is_floating_point():
             return out
-        generator = torch.Generator(out.device).manual_seed(0)
+        if out.dim() < 3 or out.shape[:2] != self._shape:
+            return out
+        self._done = True
+        generator = torch.Generator(out.device).manual_seed(self._seed)
         drawn = torch.rand(out.shape, generator=generator, device=out.device)
-        return (out.float() * (1 + (2 * drawn - 1) * torch.finfo(out.dtype).eps)).to(out.dtype)
+        return (out.float() * (1 + (2 * drawn - 1) * self._eps)).to(out.dtype)
 
 
 def _next_step(table: PageTable, counts: Sequence[int], input_ids: torch.Tensor) -> Step:
@@ -205,5 +229,6 @@ def _next_step(table: PageTable, counts: Sequence[int], input_ids: torch.Tensor)
     )
 
 
-def _root_mean_square(differences: torch.Tensor) -> torch.Tensor:
-    return differences.square().mean(-1).sqrt()
+def _distance(logits: torch.Tensor, runs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Root mean square of each row's Δlogits to the nearest of the runs; NaN where any of them is."""
+    return torch.stack([(logits - run).square().mean(-1).sqrt() for run in runs]).amin(0)
