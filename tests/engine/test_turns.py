@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import threading
-import time
 
 import pytest
 
@@ -160,32 +158,50 @@ def test_an_engine_dropped_while_another_one_steps_gives_its_pages_back_after_th
     assert model.allocator.num_owned == 3
 
 
-def test_threads_that_want_a_turn_have_it_before_the_one_who_just_had_one():
-    model, first, second = two_engines()
-    first.add_request([1], SamplingParams(max_tokens=40))
-    second.add_request([2], SamplingParams(max_tokens=40))
-    order = []
-    forward = model.forward
+def test_no_thread_has_two_turns_in_a_row_while_another_waits_for_one():
+    _, first, second = two_engines()
+    turns, order = first._turns, []
+    began = threading.Event()
 
-    def takes_a_while(step):
-        order.append(threading.get_ident())
-        time.sleep(0.002)  # other threads run, as they do while a real model computes
-        return forward(step)
+    def has_two_turns(engine, name):
+        for _ in range(2):
+            turns.run(lambda: order.append(name), engine._scheduler)
 
-    model.forward = takes_a_while
+    def begins(engine, name):
+        def waits_for_the_other():
+            order.append(name)
+            began.set()
+            while len(turns._waiting) < 1:
+                pause.wait(0.001)
 
-    def steps(engine):
-        while engine.has_unfinished:
-            engine.step()
+        turns.run(waits_for_the_other, engine._scheduler)
+        turns.run(lambda: order.append(name), engine._scheduler)
 
-    threads = [threading.Thread(target=steps, args=(engine,), daemon=True) for engine in (first, second)]
-    with first._turns.turn():  # so that both begin together
-        for thread in threads:
-            thread.start()
-        while not first._turns._door.locked():
-            pass
+    pause = threading.Event()
+    threads = [
+        threading.Thread(target=begins, args=(first, "a"), daemon=True),
+        threading.Thread(target=has_two_turns, args=(second, "b"), daemon=True),
+    ]
+    threads[0].start()
+    assert began.wait(60)
+    threads[1].start()
     for thread in threads:
         thread.join(60)
-    changes = sum(a != b for a, b in itertools.pairwise(order))
-    assert len(order) == 80
-    assert changes > 40, "one thread kept the turn"
+        assert not thread.is_alive()
+    assert order[:3] == ["a", "b", "a"]
+
+
+def test_deferred_work_is_done_at_the_start_of_a_turn_and_after_one_that_raised():
+    _, first, _ = two_engines()
+    turns, done = first._turns, []
+    turns._deferred.append(lambda: done.append("before"))  # as left by a thread that found the lock held
+
+    def raises():
+        assert done == ["before"]
+        turns.defer(lambda: done.append("after"))
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        turns.run(raises, first._scheduler)
+    assert done == ["before", "after"]
+    assert not turns.has_owner

@@ -24,7 +24,7 @@ from quire.engine.admission import (
 )
 from quire.engine.params import SamplingParams
 from quire.engine.progress import progress_bar
-from quire.engine.request import Delta, Reader, Request, RequestOutput, raise_first_error
+from quire.engine.request import Delta, Reader, Request, RequestOutput, interrupted_request, raise_first_error
 from quire.engine.runner import run
 from quire.engine.sampler import sample
 from quire.engine.scheduler import Chunk, Scheduler
@@ -32,7 +32,7 @@ from quire.engine.sequence import Sequence
 from quire.engine.text import TextStream
 from quire.engine.turns import turns_of
 from quire.errors import ArgumentError, OutOfPages, UnsupportedError
-from quire.pages import PageTable
+from quire.pages import PageAllocator, PageTable
 from quire.spec import check_size
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_BATCH_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = 128
+SILENCE = 1.0  # seconds without news after which a sleeping thread sees whether anyone still runs steps
 
 
 @dataclass
@@ -65,8 +66,10 @@ class Engine:
     """Serves requests with one model, a step at a time.
 
     **Threads.** Every method may be called from any thread. `generate` and `stream` of all threads join one batch: one
-    of them runs the steps, the others sleep until their requests have news, and one of these takes over when
-    the first has what it waited for, is interrupted or fails. Requests that arrive during a step join the next one.
+    of them runs the steps, the others sleep until their requests have news. When the stepping thread has its result, is
+    interrupted or fails, a sleeping one takes over. A thread that holds `model.lock`, or runs inside a step (a forward
+    hook), may call `add_request` and nothing else, but for `abort` inside a step. Requests that arrive during a step
+    join the next one.
 
     **Engines on one model** draw pages from `model.allocator` and take turns; see `Turns` for who gives pages to
     whom when none are left. An engine that is dropped gives its pages back.
@@ -79,13 +82,13 @@ class Engine:
         model: a model on pages.
         tokenizer: a fast transformers tokenizer; None: prompts and results are token ids.
         max_batch_tokens: most tokens in one step; more let prompts in faster, fewer keep steps short.
-        max_num_seqs: most requests running at once.
+        max_num_seqs: most requests running at once; one of several sequences counts once.
     Attributes:
         table: who owns which page: `table.page_owners()`, by seq_id; a request's first sequence has its request_id.
         requests: the live requests, waiting or running, by request_id.
         stats: totals since the engine was made.
     Raises:
-        ArgumentError: a limit below one.
+        ArgumentError: a limit below one, or a model that is not on pages.
         UnsupportedError: a tokenizer without a `tokenizers` backend.
     """
 
@@ -99,6 +102,11 @@ class Engine:
     ) -> None:
         check_size("max_batch_tokens", max_batch_tokens)
         check_size("max_num_seqs", max_num_seqs)
+        if not isinstance(getattr(model, "allocator", None), PageAllocator):
+            raise ArgumentError(
+                f"model must be a PagedModel; got {type(model).__name__}. "
+                "Fix: Engine(PagedModel(model)), or LLM(model)"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self._decoder = None if tokenizer is None else decoder_of(tokenizer)
@@ -112,7 +120,7 @@ class Engine:
         self._encoding = threading.Lock()  # a tokenizer may change its settings while it encodes
         self._news = threading.Condition()  # held while tokens are handed out, and while they are read
         self._reader = Reader()  # what `step` has returned of the requests of `add_request`
-        self._is_driven = False  # whether a thread is in _drive's loop
+        self._driver: int | None = None  # the thread in _drive's loop
         self._sleepers: list[Callable[[], bool]] = []  # what the others there wait for
 
     def __repr__(self) -> str:
@@ -142,7 +150,7 @@ class Engine:
         request = self._make_request(prompt, list_params(params, 1)[0], token_ids)
         with self._news:
             self._reader.requests.append(request)
-        self._enqueue(request)
+            self._enqueue(request)
         return request.request_id
 
     def step(self) -> list[Delta]:
@@ -153,25 +161,41 @@ class Engine:
             and `stream` are served too and read by their own callers. Empty when none gained a token, also because
             other engines on this model hold the pages for now.
         Raises:
-            OutOfPages: someone beside the engines holds so many pages that nothing can run.
+            OutOfPages: someone beside the engines holds so many pages that nothing can run; also what a request is
+                ended with whose sequences need more pages than the pool has, once they were computed again.
+            UnsupportedError: this thread holds `model.lock`, or is inside a step.
         """
         self._run_step()
         with self._news:
             return self._reader.read()
 
     def abort(self, request_id: int) -> bool:
-        """End a request and free its pages, after the step that runs now; False when it had ended already."""
+        """End a request and free its pages, after the step that runs now.
+
+        Returns:
+            False when it had ended already. Inside a step, where the request ends after that step, True: the step
+            may end it first.
+        Raises:
+            ArgumentError: request_id is no int.
+            UnsupportedError: this thread holds `model.lock` outside a step.
+        """
+        if not isinstance(request_id, int):
+            raise ArgumentError(
+                f"request_id must be an int that add_request returned; got {request_id!r:.60}. "
+                "Fix: call abort once per request"
+            )
         request = self.requests.get(request_id)
         if request is None:
             return False
+        in_turn = self._turns.in_turn  # called from within a step, which may be using the request
+        if not in_turn:
+            self._turns.check_may_wait()
         with self._news:
             self._reader.forget(request)
-        if self._turns.is_mine:  # called from within a step, which may be using the request
-            self._turns.soon(lambda: self._end([request]))
+        if in_turn:
+            self._turns.defer(lambda: self._end([request]))
             return True
-        with self._turns.turn():
-            aborted = not request.finished
-            self._end([request])
+        aborted = self._turns.run(lambda: self._end([request]), self._scheduler)
         self._wake()
         return aborted
 
@@ -236,37 +260,41 @@ class Engine:
     @contextmanager
     def _serving(self, requests: list[Request]) -> Iterator[None]:
         try:
-            for request in requests:
-                self._enqueue(request)
+            with self._news:
+                for request in requests:
+                    self._enqueue(request)
             yield
         finally:
             if not all(request.finished for request in requests):
-                # Not in a turn of one's own: a stream that is dropped ends in whatever its thread is doing then.
-                self._turns.soon(lambda: self._end(requests))
+                # Deferred: the garbage collector may run this in the middle of a step.
+                self._turns.defer(lambda: self._end(requests))
 
     def _drive(self, has_news: Callable[[], bool]) -> None:
         """Run steps until has_news, or sleep until then while another thread runs them."""
-        drives = False
+        self._turns.check_may_wait()
+        thread = threading.get_ident()
         try:
             with self._news:
-                while self._is_driven and not has_news():
+                while not has_news() and self._driver not in (None, thread):
                     self._sleep(has_news)
                 if has_news():
                     return
-                drives = self._is_driven = True
+                self._driver = thread
             while not has_news():
                 if not self._run_step() and not has_news():
                     self._turns.wait()
         finally:
-            if drives:
+            if self._driver == thread:
+                self._driver = None
                 with self._news:
-                    self._is_driven = False
-                    self._news.notify_all()  # one of them drives on
+                    self._news.notify_all()  # one of them runs the next step
 
     def _sleep(self, has_news: Callable[[], bool]) -> None:
         self._sleepers.append(has_news)
         try:
-            self._news.wait()
+            # A driver that was interrupted as it left, or whose thread is gone, wakes nobody. Two drivers do no harm.
+            if not self._news.wait(SILENCE) and not self._turns.has_owner:
+                self._driver = None
         finally:
             self._sleepers.remove(has_news)
 
@@ -277,35 +305,56 @@ class Engine:
 
     def _run_step(self) -> bool:
         """Schedule, forward, sample, hand out; False when nothing can run."""
-        with self._turns.turn():
-            try:
-                chunks = self._schedule()
-                if chunks:
-                    self._count(chunks)
-                    logits = run(self.model, chunks, self.table)
-                    complete = [chunk for chunk in chunks if chunk.is_last]
-                    tokens = sample(logits, [chunk.sequence for chunk in complete]) if complete else []
-                    with self._news:
-                        for chunk in chunks:
-                            chunk.sequence.num_computed += chunk.num_tokens
-                        for chunk, token in zip(complete, tokens, strict=True):
-                            self._hand_out(chunk.request, chunk.sequence, token)
-            except BaseException:
-                self._recover()
-                raise
+        has_run = self._turns.run(self._step_in_turn, self._scheduler)
         self._wake()
-        return bool(chunks)
+        return has_run
+
+    def _step_in_turn(self) -> bool:
+        try:
+            chunks = self._schedule()
+            if chunks:
+                self._count(chunks)
+                logits = run(self.model, chunks, self.table)
+                self._scheduler.release_sources()
+                complete = [chunk for chunk in chunks if chunk.is_last]
+                tokens = sample(logits, [chunk.sequence for chunk in complete]) if complete else []
+                with self._news:
+                    for chunk in chunks:
+                        chunk.sequence.num_computed += chunk.num_tokens
+                    interruptions = [
+                        self._hand_out(chunk.request, chunk.sequence, token)
+                        for chunk, token in zip(complete, tokens, strict=True)
+                    ]
+                for interruption in interruptions:
+                    if interruption is not None:
+                        raise interruption
+            return bool(chunks)
+        except BaseException:
+            self._recover()
+            raise
 
     def _schedule(self) -> list[Chunk]:
         scheduler = self._scheduler
-        while scheduler.has_requests:  # asked first, as a request may arrive while schedule runs
+        while scheduler.has_requests:  # Checked before schedule(): a request may arrive during it.
             chunks = scheduler.schedule()
             if chunks:
+                self._turns.forget_wait(scheduler)
                 return chunks
-            if not self._turns.take_pages(scheduler):
+            if scheduler.oldest_never_fits():
+                self._refuse_oldest()
+            elif not self._turns.take_pages(scheduler):
                 self._check_that_pages_will_come()
                 break
         return []
+
+    def _refuse_oldest(self) -> None:
+        request = self._scheduler.oldest
+        request.error = OutOfPages(
+            f"the pool must hold all sequences of request {request.request_id}, whose common pages are not shared "
+            f"once it was preempted; got {self.table.allocator.num_pages} pages. "
+            "Fix: fewer sequences, or more pages"
+        )
+        self._end([request])
 
     def _check_that_pages_will_come(self) -> None:
         if not self._turns.others_hold_pages(self._scheduler):
@@ -316,31 +365,43 @@ class Engine:
                 "Fix: free what else was allocated from engine.table.allocator"
             )
 
-    def _hand_out(self, request: Request, sequence: Sequence, token: int) -> None:
+    def _hand_out(self, request: Request, sequence: Sequence, token: int) -> BaseException | None:
+        """Add a token to its sequence; returns what interrupted that, Ctrl-C for example.
+
+        The other requests still get their tokens.
+        """
         self.stats.generated_tokens += 1
+        interruption: BaseException | None = None
         try:
             sequence.accept(token)
-        except Exception as error:  # the other tokens are drawn: whose they are, they reach
+        except Exception as error:
             request.error = error
+        except BaseException as error:  # the token may be added, but its text lost and its stop unseen
+            interruption = error
+            request.error = interrupted_request(request.request_id, error)
         if sequence.finish_reason is not None:
             self._scheduler.finish(request, sequence)
             if request.finished:
                 del self.requests[request.request_id]
         if request.error is not None:
             self._end([request])
+        return interruption
 
-    def _end(self, requests: list[Request]) -> None:
-        """Abort what has not finished of requests; in a turn."""
+    def _end(self, requests: list[Request]) -> bool:
+        """Abort what has not finished of requests, in a turn; returns whether any had not."""
         with self._news:
-            for request in requests:
-                if self.requests.pop(request.request_id, None) is not None:
-                    self._scheduler.remove(request)
-                    request.abort()
+            live = [request for request in requests if request.request_id in self.requests]
+            aborts = not all(request.finished for request in live)
+            for request in live:
+                self._scheduler.remove(request)
+                del self.requests[request.request_id]
+                request.abort()
+        return aborts
 
     def _recover(self) -> None:
         """Bring the queues in order after a step that broke off, wherever that was; in a turn."""
         self._scheduler.preempt_all()
-        self._end([request for request in self.requests.values() if request.finished])
+        self._end([request for request in list(self.requests.values()) if request.finished])
 
     def _count(self, chunks: abc.Sequence[Chunk]) -> None:
         stats = self.stats
@@ -405,6 +466,7 @@ class Engine:
         return token_ids
 
     def _enqueue(self, request: Request) -> None:
+        """Make a request live; with _news held, so that none is seen half there."""
         request.arrived = time.perf_counter()
         self.requests[request.request_id] = request
         self._scheduler.add(request)

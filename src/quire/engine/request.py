@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from quire.engine.sequence import FinishReason, Sequence
+from quire.errors import QuireError
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def _completion(index: int, sequence: Sequence) -> CompletionOutput:
 class Reader:
     """Reads what a caller's requests gain, every token once.
 
-    Whoever runs a step, each caller reads its own requests: none takes another's tokens. Read while no
-    step hands out tokens.
+    Each caller reads only its own requests, whichever thread ran the step. Hold the engine's lock for tokens while
+    reading.
     """
 
     def __init__(self, requests: Iterable[Request] = ()) -> None:
@@ -203,6 +204,16 @@ class Reader:
 
     def _seen_of(self, sequence: Sequence) -> tuple[int, int]:
         return self._seen.get(sequence) or (sequence.num_prompt_tokens, 0)
+
+
+def interrupted_request(request_id: int, error: BaseException) -> QuireError:
+    """What the caller of a request sees after the thread that ran the step was interrupted as it added a token."""
+    interrupted = QuireError(
+        f"request {request_id} must get its tokens whole; got {type(error).__name__} while one was added. "
+        "Fix: ask for it again"
+    )
+    interrupted.__cause__ = error
+    return interrupted
 
 
 def raise_first_error(requests: Iterable[Request]) -> None:

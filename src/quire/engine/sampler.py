@@ -15,7 +15,7 @@ _FIRST_RANKS = 128  # how deep to sort for top_p at first
 def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[int]:
     """Choose the next token of each sequence as its parameters say.
 
-    A sequence that draws takes exactly one number from its own generator, and no row is mixed with
+    A sequence that draws takes exactly one number per token from its own generator, and no row is mixed with
     another: its tokens depend on its logits and its seed only, not on the batch it is in. Tokens that
     tie at the edge of top-k or top-p all stay, so that the draw does not depend on how a sort breaks ties.
 
@@ -47,9 +47,7 @@ def _draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tens
 
     # u is uniform in [0, total mass): the token drawn is the first whose cumulative mass exceeds u.
     mass = probabilities.double().cumsum(dim=-1)
-    uniform = torch.cat(
-        [torch.rand(1, dtype=torch.float64, generator=s.generator, device="cpu") for s in sequences]
-    )
+    uniform = torch.cat([sequence.draw() for sequence in sequences])
     u = uniform.to(mass.device)[:, None] * mass[:, -1:]
     last_possible = (mass < mass[:, -1:]).sum(dim=-1, keepdim=True)  # where rounding must not go beyond
     return torch.searchsorted(mass, u, right=True).minimum(last_possible).squeeze(-1)

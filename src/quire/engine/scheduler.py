@@ -47,13 +47,14 @@ class Scheduler:
     there are some. So the oldest request always moves, and every request becomes the oldest.
 
     The sequences of a request run, wait and give their pages up together. They may share pages with one another
-    (`PageTable.fork`), not with those of other requests: what a chunk copies is then still there when the
-    step runs, whoever gave up pages meanwhile.
+    (`PageTable.fork`), not with those of other requests, so preempting another request cannot free a page that a chunk
+    is about to copy. A kept page that a chunk copies has an owner until `release_sources`, so that a later chunk of the
+    same step cannot take it.
 
     Args:
         table: hands out pages; this scheduler adds, extends and frees sequences under their seq_id.
         max_batch_tokens: most tokens in one step.
-        max_num_seqs: most requests running at once.
+        max_num_seqs: most requests running at once; one of several sequences counts once.
     Attributes:
         steps: how often `schedule` has found something to run.
     Cost: a few microseconds of Python per running request and step.
@@ -68,6 +69,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.steps = 0
+        self._sources: list[int] = []  # pages that chunks of this step copy, one owner each
 
     @property
     def oldest(self) -> Request:
@@ -133,15 +135,30 @@ class Scheduler:
                 queue.remove(request)
         self._free(request)
 
+    def release_sources(self) -> None:
+        """Give up the pages that chunks copy: their copies are made, or will not be."""
+        if self._sources:
+            self.table.allocator.free(self._sources)
+            self._sources = []
+
+    def oldest_never_fits(self) -> bool:
+        """Whether the oldest request waits for more pages than there are: it ran while its sequences shared some."""
+        return not self.running and self._pages_of(self.waiting[0]) > self.table.allocator.num_pages
+
     def preempt_all(self) -> None:
         """Take the pages of every running request; all will be computed again, in the same order."""
+        self.release_sources()
         while self.running:
             self.preempt_youngest()
 
     def preempt_youngest(self) -> None:
         """Take the pages of the running request that arrived last; it will be computed again."""
-        request = self.running.pop()
-        self.waiting.appendleft(request)
+        request = self.running[-1]
+        if (
+            not self.waiting or self.waiting[0] is not request
+        ):  # it is, where an interruption came before the next line
+            self.waiting.appendleft(request)
+        self.running.pop()
         self._free(request)
         for sequence in request.sequences:
             sequence.num_computed = 0
@@ -163,6 +180,10 @@ class Scheduler:
 
     def _extend(self, request: Request, sequence: Sequence, num_tokens: int) -> Chunk:
         slot_mapping, copies = self.table.append(sequence.seq_id, num_tokens)
+        if copies:
+            sources = [source for source, _ in copies if not self.table.allocator.refcount(source)]
+            self.table.allocator.share(sources)
+            self._sources += sources
         return Chunk(request, sequence, num_tokens, slot_mapping, copies)
 
     def _fits(self, request: Request) -> bool:
@@ -170,8 +191,10 @@ class Scheduler:
 
         Without the spare pages it would often be preempted a few steps later, its work lost.
         """
-        pages = sum(-(-sequence.num_pending // self.table.page_size) for sequence in _live(request))
-        return pages + len(self.running) <= self.table.allocator.num_available
+        return self._pages_of(request) + len(self.running) <= self.table.allocator.num_available
+
+    def _pages_of(self, request: Request) -> int:
+        return sum(-(-sequence.num_pending // self.table.page_size) for sequence in _live(request))
 
 
 def _live(request: Request) -> list[Sequence]:

@@ -45,6 +45,7 @@ class Sequence:
         self.num_computed = 0  # leading tokens whose keys and values are in pages
         self.max_length = max_length
         self.generator = _seeded_generator(params)
+        self._drawn: torch.Tensor | None = None
         self.finish_reason: FinishReason | None = None
         self.first_token_at: float | None = None
         self.finished_at = 0.0
@@ -61,11 +62,21 @@ class Sequence:
         """Text that is certain by now."""
         return "" if self._text is None else self._text.text
 
+    def draw(self) -> torch.Tensor:
+        """The number in [0, 1) that chooses the next token, float64 [1] on the CPU; the same until `accept`.
+
+        A step that breaks off after it drew is run again and must choose the same token.
+        """
+        if self._drawn is None:
+            self._drawn = torch.rand(1, dtype=torch.float64, generator=self.generator, device="cpu")
+        return self._drawn
+
     def accept(self, token: int) -> None:
         """Add a generated token and see whether it ends the sequence."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         self.tokens.append(token)
+        self._drawn = None
         if token in self._stop_token_ids or (self._text is not None and self._text.push(token)):
             self.finish("stop")
         elif len(self.tokens) >= self.max_length:

@@ -1,0 +1,175 @@
+"""Ctrl-C at a chosen place: no lock stays held, no token is lost or doubled, and everyone else goes on."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+import threading
+
+import pytest
+
+from quire.engine import core, turns
+from quire.engine.core import Engine
+from quire.engine.params import SamplingParams
+from quire.errors import QuireError
+
+from .fakes import FakeModel, byte_tokenizer, scripted
+
+HANGS = 60  # seconds after which a thread is taken for hanging; none comes near it
+
+
+def run_on(engine: Engine, errors: type[BaseException] | tuple = ()) -> tuple[dict, list[BaseException]]:
+    """Step until nothing is left: the outputs, and what was raised on the way."""
+    outputs, raised = {}, []
+    while engine.has_unfinished:
+        try:
+            outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
+        except errors as error:
+            raised.append(error)
+    return outputs, raised
+
+
+class InterruptedDecoder:
+    """Decodes a token, and is interrupted before it can return its text."""
+
+    def __init__(self, stream) -> None:
+        self._stream = stream
+
+    def step(self, tokenizer, token):
+        self._stream.step(tokenizer, token)
+        raise KeyboardInterrupt
+
+
+class InterruptedLookup(frozenset):
+    def __contains__(self, token):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", ["the text", "the stop tokens"])
+def test_a_request_interrupted_while_it_gets_a_token_ends_with_an_error_and_the_others_get_theirs(at):
+    rule = scripted(257, 3, list(b"abcdefgh"))
+    engine = Engine(FakeModel(vocab_size=257, rule=rule), byte_tokenizer())
+    first, interrupted, last = [engine.add_request([0, 0, 0], SamplingParams(max_tokens=8)) for _ in range(3)]
+    engine.step()
+    [sequence] = engine.requests[interrupted].sequences
+    if at == "the text":
+        sequence._text._stream = InterruptedDecoder(sequence._text._stream)
+    else:
+        sequence._stop_token_ids = InterruptedLookup()
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    with pytest.raises(
+        QuireError, match=f"request {interrupted} must get its tokens whole; got KeyboardInterr"
+    ):
+        engine.step()
+    outputs, _ = run_on(engine)
+    assert {outputs[i].text for i in (first, last)} == {"abcdefgh"}
+    assert outputs[interrupted].finish_reason == "abort"
+    assert engine.model.allocator.num_free == engine.model.num_pages
+
+
+def test_a_seed_gives_the_same_tokens_also_after_a_step_that_broke_off_once_it_had_drawn(monkeypatch):
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=8)
+    [expected] = Engine(FakeModel()).generate([1, 2, 3], params)
+    engine, sample, calls = Engine(FakeModel()), core.sample, []
+
+    def interrupted_sample(*args):
+        tokens = sample(*args)
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return tokens
+
+    monkeypatch.setattr(core, "sample", interrupted_sample)
+    request_id = engine.add_request([1, 2, 3], params)
+    outputs, raised = run_on(engine, KeyboardInterrupt)
+    assert len(raised) == 1
+    assert outputs[request_id].token_ids == expected.token_ids
+
+
+class InterruptedQueue(list):
+    """Running requests; the first one to be taken from it is not, as Ctrl-C comes before."""
+
+    left = 1
+
+    def pop(self, *args):
+        if self.left:
+            self.left -= 1
+            raise KeyboardInterrupt
+        return super().pop(*args)
+
+
+def test_an_interruption_while_a_request_is_preempted_does_not_lose_or_double_it():
+    engine = Engine(FakeModel())
+    request_id = engine.add_request([1, 2, 3], SamplingParams(max_tokens=4))
+    engine.step()
+    scheduler = engine._scheduler
+    scheduler.running = InterruptedQueue(scheduler.running)
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.preempt_youngest()
+    scheduler.preempt_all()
+    assert [request.request_id for request in scheduler.waiting] == [request_id]
+    outputs, _ = run_on(engine)
+    assert outputs[request_id].token_ids == engine.model.continuation([1, 2, 3], 4)
+
+
+def test_a_driver_that_is_gone_without_saying_so_is_replaced():
+    engine = Engine(FakeModel())
+    gone = threading.Thread(target=lambda: setattr(engine, "_driver", threading.get_ident()))
+    gone.start()
+    gone.join()
+    outputs = []
+    asks = threading.Thread(
+        target=lambda: outputs.extend(engine.generate([1], SamplingParams(max_tokens=2))), daemon=True
+    )
+    asks.start()
+    asks.join(HANGS)
+    assert [output.token_ids for output in outputs] == [engine.model.continuation([1], 2)]
+
+
+def held(lock) -> bool:
+    """Whether another thread cannot have a lock."""
+    got = []
+    thread = threading.Thread(target=lambda: got.append(lock.acquire(blocking=False) and not lock.release()))
+    thread.start()
+    thread.join()
+    return not got[0]
+
+
+def interrupt_turn(engine: Engine, at: int) -> list[int]:
+    """Run a turn that is interrupted before the at-th line of its module; returns the lines that were reached."""
+    source, lines = inspect.getsource(turns).splitlines(), []
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != turns.__file__:
+            return None
+        # Python looks for signals after calls: not before a line that begins or ends a `with` or begins a `try`.
+        if event == "line" and not source[frame.f_lineno - 1].lstrip().startswith(("with ", "try:")):
+            lines.append(frame.f_lineno)
+            if len(lines) == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        engine._turns.run(lambda: None, engine._scheduler)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_an_interruption_before_any_line_of_a_turn_leaves_the_lock_free_and_the_next_turn_works():
+    for at in itertools.count(1):
+        engine = Engine(FakeModel())
+        lines = interrupt_turn(engine, at)
+        assert not held(engine.model.lock), f"held after an interruption at line {lines[-1]}"
+        assert not engine._turns.in_turn
+        [output] = engine.generate([1], SamplingParams(max_tokens=2))
+        assert output.token_ids == engine.model.continuation([1], 2)
+        if len(lines) < at:
+            break
+    assert at > 10
