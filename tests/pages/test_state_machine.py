@@ -74,11 +74,26 @@ class PagesUnderUse(RuleBasedStateMachine):
     def write(self, seq_id, num_tokens):
         before = self.table.pages(seq_id)
         self.evicted(self.table.pages_needed(seq_id, num_tokens) - self.allocator.num_free)
-        slot_mapping, copies = self.table.append(seq_id, num_tokens)
+        slot_mapping, copies, held = self.append_and_hold_sources(seq_id, num_tokens)
         assert all(self.is_clean(page) for page in self.table.pages(seq_id) if page not in before)
+        self.copy(copies, held)
+        self.write_values(seq_id, num_tokens, slot_mapping)
+
+    def append_and_hold_sources(self, seq_id, num_tokens):
+        slot_mapping, copies = self.table.append(seq_id, num_tokens)
+        sources = [source for source, _ in copies if not self.allocator.refcount(source)]
+        self.allocator.share(sources)
+        self.outside += sources
+        return slot_mapping, copies, sources
+
+    def copy(self, copies, held):
         for source, destination in copies:
             self.pool[destination] = list(self.pool[source])
-            self.gave_up([source], [])
+        for source in held:
+            self.outside.remove(source)
+            self.gave_up([source], self.allocator.free([source]))
+
+    def write_values(self, seq_id, num_tokens, slot_mapping):
         assert len(slot_mapping) == num_tokens
         for slot in slot_mapping.tolist():
             value = next(self.new_value)
@@ -139,8 +154,15 @@ class PagesUnderUse(RuleBasedStateMachine):
     def append_to_all_that_fit_together(self, seq_ids, num_tokens):
         live = [s for s in seq_ids if s in self.expected]
         if sum(self.table.pages_needed(s, num_tokens) for s in live) <= self.allocator.num_available:
+            copies, held, slots = [], [], {}
             for seq_id in live:
-                self.write(seq_id, num_tokens)
+                self.evicted(self.table.pages_needed(seq_id, num_tokens) - self.allocator.num_free)
+                slots[seq_id], copied, its_held = self.append_and_hold_sources(seq_id, num_tokens)
+                copies += copied
+                held += its_held
+            self.copy(copies, held)  # of the whole step at once: no later append has taken a source
+            for seq_id in live:
+                self.write_values(seq_id, num_tokens, slots[seq_id])
 
     @rule(target=sequences, parent=sequences)
     def fork(self, parent):

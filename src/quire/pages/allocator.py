@@ -23,7 +23,8 @@ class PageAllocator:
 
     `allocate` takes free pages first and then cached ones, in the order in which they lost their last owner. A
     page's `generation` grows whenever its content is dropped: with the last owner of a page that is not kept,
-    or when a cached page is taken. Who remembers a content remembers its generation, and compares.
+    or when a cached page is taken. To know later whether a page still has the same content, store its generation and
+    compare.
 
     Ids come lowest first while the pool is fresh. After that the last pages to become free are the
     first to be handed out: their lines are the likeliest to be in cache still, and the part of the
@@ -153,7 +154,7 @@ class PageAllocator:
             self._refcounts[page] += 1
 
     def keep(self, pages: Iterable[int]) -> None:
-        """Keep the content of pages: someone knows it by name, so losing the last owner makes them cached, not free.
+        """Keep the content of pages. When a kept page loses its last owner it becomes cached instead of free.
 
         A kept page is not written any more: `PageTable.append` copies it first. To keep a page twice changes nothing.
 

@@ -33,7 +33,7 @@ class KVPool:
         k, v: [num_layers, num_kv_heads, num_pages, page_size, head_dim], spec.storage_dtype; v ends in
             spec.out_dim.
         k_scale, v_scale: fp32 [num_layers, num_kv_heads, num_pages, page_size], or None.
-        debug: whether QUIRE_DEBUG=1 was set; who drops the content of pages then calls `poison` on them.
+        debug: whether QUIRE_DEBUG=1 was set; if so, the caller must `poison` pages whose content is dropped.
     Raises:
         ArgumentError: a size below one.
         DeviceError: this torch or machine has no such device.

@@ -95,7 +95,8 @@ class PageTable:
 
         When the sum over several sequences is at most `allocator.num_available`, all their appends
         succeed. The sum can exceed what they take: of sequences that share one partial page each
-        counts a copy, and the last to append may write in place.
+        counts a copy, and the last to append may write in place. A kept page needs a second one for its copy also in a
+        full pool: both exist until the copy is made.
 
         Raises:
             ArgumentError: unknown sequence, or num_tokens is negative.
@@ -106,14 +107,16 @@ class PageTable:
         """Most tokens that `append` would find pages for now. Raises ArgumentError when it is unknown."""
         sequence = self._sequence(seq_id)
         pages = self.allocator.num_available - self._last_page_must_be_copied(sequence)
-        return pages * self.page_size + -sequence.length % self.page_size if pages >= 0 else 0
+        left_in_last_page = -sequence.length % self.page_size
+        return pages * self.page_size + left_in_last_page if pages >= 0 else 0
 
     def append(self, seq_id: Hashable, num_tokens: int) -> AppendResult:
         """Make room for the next num_tokens tokens of a sequence.
 
         A partially filled last page that someone else owns too, or whose content is kept, is replaced
         by a private page, and the copy to make is reported. Carry out the copies of a step in the order of the appends
-        and before writing its tokens; they may be collected into one `KVPool.copy_pages`.
+        and before writing its tokens; they may be collected into one `KVPool.copy_pages`. A source may have lost its
+        last owner: before anything else is allocated, copy it or `share` it until it is copied.
 
         Raises:
             OutOfPages: too few free pages; nothing was changed.
@@ -187,6 +190,7 @@ class PageTable:
         """
         released = self.allocator.free(self._sequence(seq_id).pages)
         del self._sequences[seq_id]
+        self._may_share = self._may_share and bool(self._sequences)
         return released
 
     def dense(self, seq_ids: Sequence[Hashable]) -> torch.Tensor:
