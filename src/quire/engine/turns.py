@@ -43,7 +43,7 @@ class Turns:
         self._owner_thread: int | None = None
         self._last_thread: int | None = None  # who had the last turn
         self._waiting: dict[int, Scheduler] = {}  # threads that wait for a turn, and for which engine
-        self._deferred: deque[Callable[[], None]] = deque()
+        self._deferred: deque[Callable[[], object]] = deque()
         self._schedulers: list[Scheduler] = []
         # By engine without pages and by engine that holds some: the latter's steps, and since when they are so many.
         self._steps_seen: dict[Scheduler, dict[Scheduler, tuple[int, float]]] = {}
@@ -99,7 +99,7 @@ class Turns:
                 "Fix: call them after the lock is released, or after the step"
             )
 
-    def defer(self, action: Callable[[], None]) -> None:
+    def defer(self, action: Callable[[], object]) -> None:
         """Run an action in a turn: now if no turn is running, else when the running one ends.
 
         Never waits, so finalizers may call it, whatever their thread is in the middle of. While a thread holds

@@ -75,7 +75,9 @@ def _value_dim(q: torch.Tensor, v_pages: torch.Tensor) -> int | None:
     return v_pages.shape[3] if narrower else None
 
 
-def _attend(spec: AttentionSpec, call: AttentionCall, step: tuple[Any, ...], rules: tuple[Any, ...]) -> None:
+def _attend(
+    spec: AttentionSpec, call: AttentionCall, step: tuple[Any, Any, Any], rules: tuple[bool, int, bool, str]
+) -> None:
     """Plan a step and run it on queries and pages that fit together."""
     page_table, seq_lens, cu_seqlens_q = step
 

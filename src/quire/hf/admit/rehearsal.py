@@ -121,7 +121,8 @@ def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
         step = _next_step(table, counts, torch.cat([text[s] for text, s in zip(texts, new, strict=True)]))
         logits = forward.paged(WitnessedStep(step, cache, planners, witness))
         if logits.shape == (step.num_tokens, runs[0].shape[-1]):
-            rows = logits.flip(0).split(counts)  # the step asked for them from the last to the first
+            # The step asked for them from the last to the first.
+            rows = logits.flip(0).split(counts)  # type: ignore[no-untyped-call]
             for i, s in enumerate(new):
                 error[i, s] = _distance(rows[i], [run[i, s] for run in runs])
     return Outcome(error.cpu(), noise.cpu(), float(runs[0].abs().max()), witness.fault())
