@@ -36,3 +36,11 @@ def test_by_default_it_is_shown_on_a_terminal_and_can_be_turned_off(capsys, monk
     with progress_bar(1, shown=None) as advance:
         advance([Delta(0, 0, "a", [1], finished(0))])
     assert "1/1" in capsys.readouterr().err
+
+
+def test_only_one_bar_is_shown_at_a_time(capsys):
+    with progress_bar(1, shown=True) as first, progress_bar(1, shown=True) as second:
+        assert first is not None
+        assert second is None
+    with progress_bar(1, shown=True) as third:
+        assert third is not None

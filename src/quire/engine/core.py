@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ class Engine:
         self._turns = turns_of(model.lock)
         self._turns.join(self, self._scheduler)
         self._seq_ids = itertools.count()
-        self._encoding = threading.Lock()  # a tokenizer may change its settings while it encodes
+        self._encoding = _encoding_lock(tokenizer)
         self._news = threading.Condition()  # held while tokens are handed out, and while they are read
         self._reader = Reader()  # what `step` has returned of the requests of `add_request`
         self._driver: int | None = None  # the thread in _drive's loop
@@ -470,6 +471,19 @@ class Engine:
         request.arrived = time.perf_counter()
         self.requests[request.request_id] = request
         self._scheduler.add(request)
+
+
+_encoding_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
+_encoding_locks_lock = threading.Lock()
+
+
+def _encoding_lock(tokenizer: Any) -> threading.RLock:
+    """One lock per tokenizer, for all engines that have it: it may change its settings while it encodes."""
+    with _encoding_locks_lock:
+        lock = _encoding_locks.get(id(tokenizer))  # whose engine keeps the tokenizer, too
+        if lock is None:
+            lock = _encoding_locks[id(tokenizer)] = threading.RLock()
+        return lock
 
 
 def _are_settled(requests: list[Request]) -> bool:

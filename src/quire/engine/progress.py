@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from quire.engine.request import Delta
+
+_terminal = threading.Lock()  # held while a bar is shown: two would draw over each other
 
 
 @contextmanager
@@ -18,12 +21,20 @@ def progress_bar(
     Args:
         shown: None: when stderr is a terminal.
     Yields:
-        A function to call with the deltas of each step; None where nothing is shown.
+        A function to call with the deltas of each step; None where nothing is shown, as while another bar is.
     """
-    if not (sys.stderr.isatty() if shown is None else shown):
+    if not (sys.stderr.isatty() if shown is None else shown) or not _terminal.acquire(blocking=False):
         yield None
         return
+    try:
+        with _bar(num_requests) as advance:
+            yield advance
+    finally:
+        _terminal.release()
 
+
+@contextmanager
+def _bar(num_requests: int) -> Iterator[Callable[[Sequence[Delta]], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
