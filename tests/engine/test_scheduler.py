@@ -133,3 +133,24 @@ def test_removing_a_request_frees_its_pages_whether_it_runs_or_waits():
     scheduler.remove(waiting)
     assert scheduler.table.allocator.num_free == 100
     assert scheduler.schedule() == []
+
+
+def test_a_kept_page_that_a_chunk_copies_is_not_taken_by_a_later_chunk_of_the_same_step():
+    dropped = []
+    table = PageTable(PageAllocator(3, on_drop=dropped.extend), PAGE_SIZE)
+    scheduler = Scheduler(table, max_batch_tokens=100, max_num_seqs=100)
+    scheduler.add(make_request(0, 3))
+    assert step(scheduler) == {0: 3}
+    scheduler.add(make_request(1, 4))
+    assert step(scheduler) == {0: 1, 1: 4}
+    table.allocator.keep(table.pages(0))
+    table.trim(0, 3)  # the kept page is partly filled: to go on, the sequence must copy it
+    [sequence] = scheduler.running[0].sequences
+    sequence.num_computed = 3
+    sequence.tokens.pop()
+    chunks = scheduler.schedule()
+    assert [len(chunk.copies) for chunk in chunks] == [1], "the second request must wait for the page"
+    assert not dropped
+    run(scheduler, chunks)
+    scheduler.release_sources()
+    assert table.allocator.num_available == 1
