@@ -23,7 +23,7 @@ def spread(
     k_scale: torch.Tensor, v_scale: torch.Tensor, sizes: torch.Size
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Given scales as one per token and head: views of ``sizes``, alike in their strides."""
-    if k_scale.stride() != v_scale.stride():
+    if k_scale.shape != v_scale.shape or k_scale.stride() != v_scale.stride():
         k_scale, v_scale = (scale.expand(sizes[:1]).contiguous() for scale in (k_scale, v_scale))
     return k_scale.view(-1, 1, 1).expand(sizes), v_scale.view(-1, 1, 1).expand(sizes)
 
