@@ -20,13 +20,12 @@ class Planners:
     planner by one with room for both: on a GPU the addresses change then, between steps, and a few times only. Steps
     of one token per sequence have a planner of their own, whose launches serve decode alone.
 
-    A plan can be run until the next one of its kind is made, so steps are planned and run one after the other. On a
-    GPU each stream has planners of its own, so a plan in use on one stream is not overwritten by a step on another.
+    A plan can be run until the next one of its kind is made, so steps are planned and run one after the other.
     """
 
     def __init__(self, backend: str, device: torch.device) -> None:
         self.backend, self.device = backend, device
-        self._planners: dict[tuple[AttentionSpec, Visibility, bool, int], Planner] = {}
+        self._planners: dict[tuple[AttentionSpec, Visibility, bool], Planner] = {}
 
     def plan(self, step: Step, spec: AttentionSpec, visibility: Visibility) -> AttentionPlan:
         """Plan a step for the layers of one kind.
@@ -42,8 +41,7 @@ class Planners:
         batch, max_pages = page_table.shape
         max_q_len = int(cu_seqlens_q.diff().max())
         sizes = Limits(batch, max_pages * spec.page_size, max_q_len, step.num_tokens)
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        key = (spec, visibility, max_q_len == 1, stream)
+        key = (spec, visibility, max_q_len == 1)
         planner = self._planners.get(key)
         if planner is None or any(size > limit for size, limit in zip(sizes, planner.limits, strict=True)):
             limits = sizes if planner is None else map(max, sizes, planner.limits)
