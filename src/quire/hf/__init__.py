@@ -2,16 +2,17 @@
 
 step.py        one packed forward, as plain tensors
 model.py       PagedModel: load, forward, copy_pages
+forward.py     one call of the model, on a packed step or as anyone would
 attention.py   the attention function models call, and the step it reads
-linear.py      linear layers of a few tokens: the model's own weights, read once
-compiled.py    the model's layers compiled by torch around Quire's operators
-huge_pages.py  weights in huge pages
+planners.py    a Planner per kind of layer
 chunks.py      Llama-4's chunks as virtual sequences
 cache.py       one pool per shape of layer
-probe.py       what layers ask of attention, learned by a dry run
-guard.py       what is refused, and why
+switches.py    every change of a model, and its lock
+linear.py      a linear layer of a few tokens: the model's own weight, read once
+compiled.py    a model's decoder compiled by torch around Quire's operators
 limits.py      how long a sequence may become
 load.py        a folder → a model
+admit/         which models are served, and the rehearsal that proves it
 """
 
 from quire.hf.model import PagedModel

@@ -1,8 +1,8 @@
 """The attention function that models call, and the step it reads.
 
 Registered with `AttentionInterface` as "quire" and deliberately not with `AttentionMaskInterface`: models
-then build no mask and hand over plain q, k and v. What else a layer needs travels in a context variable,
-because some models drop keyword arguments on the way down.
+then build no mask and pass plain q, k and v. What else a layer needs is read from a context variable, because some
+models drop keyword arguments on the way to their layers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A model's layers compiled by torch around Quire's operators.
 
-Between two products a layer computes norms, rotations, gates and sums: two dozen small operators, each a pass
-over memory and a trip through Python. Compiled, they are a few loops. Attention and the linear layers stay
-operators of their own, opaque to the compiler, so one graph serves every step: it is compiled once, for any
-number of tokens from two on. (torch compiles a dimension of size one anew; a single token is run as two.)
+Between two matrix products a layer computes norms, rotations, gates and sums: two dozen small operators, each of
+which reads and writes memory and costs Python time. Compiled, they are a few loops. Attention and the linear layers
+stay operators that the compiler does not look into, so one graph serves every step. It is compiled once, for two or
+more tokens; torch would compile again for a dimension of size one, so a single token is run twice.
 
 The head stays outside: it runs on the wanted rows only, whose number would be a second dimension.
 """
@@ -25,8 +25,8 @@ LEAST_TOKENS = 2
 class CompiledDecoder:
     """A compiled `forward` for a model's decoder, all between the token ids and the head.
 
-    Compiled on first use, which takes from seconds to a minute; torch keeps the result on disk, by which
-    later processes need about half.
+    Compiled on first use, which takes from seconds to a minute; torch caches the result on disk, and later
+    processes need about half the time.
 
     Args:
         model: its decoder becomes one graph, with the `forward` that the decoder has now.

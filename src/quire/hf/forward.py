@@ -37,9 +37,10 @@ class TokenPast:
 
 
 class PackedForward:
-    """Calls a model on packed steps, or on one sequence as anyone would, and takes the logits it returns.
+    """Calls a model on packed steps, or on whole sequences as its users would, and returns logits.
 
-    compile: run the steps on pages with the decoder compiled.
+    Args:
+        compile: run the steps on pages with the decoder compiled.
     """
 
     def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
@@ -102,5 +103,5 @@ class PackedForward:
         return {"input_ids": input_ids, "use_cache": False, "return_dict": True}
 
     def _row(self, values: torch.Tensor) -> torch.Tensor:
-        """[1, tokens] on the model's device; a copy, as a compiled graph is bound to the shape of what it views."""
+        """[1, tokens] on the model's device; a copy, as torch compiles anew for a view of another base."""
         return values.to(self.model.device)[None].clone()

@@ -1,4 +1,4 @@
-"""Before the first step: refuse, with a sentence, a model that would be silently wrong on pages.
+"""Refuses, before the first step, a model that would be silently wrong on pages, and says why.
 
     check_config    what the config already says: encoders, training mode, several devices
     layer_calls     what each layer asks of attention, by a dry run

@@ -1,9 +1,9 @@
 """What a model's layers ask of attention, learned by running it once on a few tokens.
 
-Two functions are registered as "quire_probe". One stands where models build masks: it returns a small causal
-mask that carries the *rule* it was built from, a function (batch, head, query, key) → visible. The other
-stands where layers attend: it notes the call, with the rule its mask carries. So the window or chunk of each
-layer is what the ordinary model would mask, whatever its config calls it and however far it reaches.
+Two functions are registered as "quire_probe". One builds the masks: a small causal mask that carries the *rule* it
+was built from, a function (batch, head, query, key) → visible. The other is called by the layers to attend: it records
+the call and the rule of its mask. So the window or chunk of each layer is what the ordinary model masks by, whatever
+its config calls it and however large it is.
 """
 
 from __future__ import annotations
