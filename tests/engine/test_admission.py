@@ -149,7 +149,7 @@ def test_ids_of_numpy_are_served_as_ints():
         ("greedy", "got str 'greedy'"),
         ([SamplingParams(), {"max_tokens": 3}], "got dict"),
         ([SamplingParams()], "one per prompt, 2; got 1"),
-        (iter([SamplingParams()] * 2), "got list_iterator"),
+        pytest.param(iter([SamplingParams()] * 2), "got list_iterator", id="iterator"),
     ],
     ids=str,
 )

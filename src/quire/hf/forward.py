@@ -103,5 +103,5 @@ class PackedForward:
         return {"input_ids": input_ids, "use_cache": False, "return_dict": True}
 
     def _row(self, values: torch.Tensor) -> torch.Tensor:
-        """[1, tokens] on the model's device; a copy, as torch compiles anew for a view of another base."""
+        """[1, tokens] on the model's device; copied, as torch compiles anew for a view of another shape of base."""
         return values.to(self.model.device)[None].clone()

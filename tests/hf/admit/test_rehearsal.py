@@ -124,6 +124,11 @@ def test_kernels_that_are_asked_for_are_those_rehearsed(monkeypatch):
     on_pages(tiny_model("llama"), backend="cpu")
 
 
+@pytest.mark.parametrize("positions", [8, 20])
+def test_a_model_of_few_positions_is_rehearsed_within_them(positions):
+    on_pages(tiny_model("gpt2", n_positions=positions))
+
+
 def test_the_rehearsal_costs_what_it_says():
     model, rows = tiny_model("llama"), []
     model.model.embed_tokens.register_forward_hook(

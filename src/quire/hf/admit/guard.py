@@ -7,7 +7,7 @@
                     and the logits of short texts against those of the model itself
 
 The first three name a reason. The last catches what they do not know of: state kept outside attention, a position
-counted from the start of the batch, an argument without a rule. It has limits. Texts are 35 tokens long: where a page
+counted from the start of the batch, an argument without a rule. It has limits. Texts are 35 tokens long, or as long as the model allows: where a page
 holds as many, only the layers are tested across pages, one of each kind on random tensors, and not the whole model.
 And where rounding alone makes a router choose other experts, a few wrong rows look like such choices: refused are NaN,
 and errors in most of the rows, in most of those that begin a step, or in most of those that are a step of one token.
@@ -22,6 +22,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedError
+from quire.hf import limits
 from quire.hf.admit.probe import PROBE_TOKENS, LayerCall, record_layer_calls
 from quire.hf.admit.rehearsal import TEXT_TOKENS, Outcome, Stage, first_rows, rehearse_far_out, rehearse_texts
 from quire.hf.cache import LayerShape, Visibility
@@ -93,7 +94,8 @@ def rehearse(model: PreTrainedModel, stage: Stage) -> None:
         UnsupportedError: a layer's attention, or the logits, are off by more than rounding.
     Cost: nine forwards of at most 70 tokens; in 16 bits as many again before logits are refused.
     """
-    texts = check_tokens(model.config, 4 * TEXT_TOKENS).view(2, 2, TEXT_TOKENS)
+    tokens = min(TEXT_TOKENS, limits.max_seq_len(model.config) or TEXT_TOKENS)
+    texts = check_tokens(model.config, 4 * tokens).view(2, 2, tokens)
     try:
         outcome = rehearse_texts(stage, texts[0])
         fault = outcome.fault or _logits_fault(outcome, model.dtype)
@@ -117,7 +119,7 @@ def _may_be_a_tie(outcome: Outcome, dtype: torch.dtype) -> bool:
 def _logits_fault(outcome: Outcome, dtype: torch.dtype) -> str | None:
     error, noise, rounding = outcome.error, outcome.noise, torch.finfo(dtype).eps * outcome.largest
     limits = [(error.max(), _TIMES_LARGEST * noise.max() + rounding)]  # NaN, if any, wins the max
-    for rows in (torch.ones_like(error, dtype=torch.bool), *first_rows()):
+    for rows in (torch.ones_like(error, dtype=torch.bool), *first_rows(error.shape[1])):
         limits.append((error[rows].median(), _TIMES_MEDIAN * noise[rows].median() + rounding))
     for off, bound in limits:
         if not off <= bound:

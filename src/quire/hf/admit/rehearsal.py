@@ -19,10 +19,7 @@ from quire.hf.step import Step
 from quire.pages import PageAllocator, PageTable
 from quire.spec import KVDtype
 
-# New tokens of each text per step, as they come in practice: two prefills, a decode beside a chunk, a chunk beside
-# a decode, two decodes. On pages of 16 tokens both texts end in their third page, on pages of 35 in their first.
-_STEPS = ((20, 5), (1, 28), (13, 1), (1, 1))
-TEXT_TOKENS = 35
+TEXT_TOKENS = 35  # on pages of 16 tokens a text ends in its third page, on pages of 35 in its first
 _ROUNDINGS = 3  # runs of the ordinary model beside the first
 # Far out, so many tokens stand before an edge; then come a few that cross it, and one more.
 _BEFORE_EDGE, _FAR_STEPS = 2, (5, 1)
@@ -66,8 +63,8 @@ class Outcome(NamedTuple):
     """What the texts showed.
 
     error: by how much each token's logits on pages miss the nearest run of the ordinary model, root mean square [texts,
-        TEXT_TOKENS]; infinite where a step returned other rows.
-    noise: by how much one of these runs misses the nearest of the others, at most [texts, TEXT_TOKENS].
+        tokens]; infinite where a step returned other rows.
+    noise: by how much one of these runs misses the nearest of the others, at most [texts, tokens].
     largest: the largest |logit|.
     fault: a sentence about a layer that attends wrongly, or None.
     """
@@ -104,7 +101,7 @@ def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
     other, pages may, too.
 
     Args:
-        texts: int64 [2, TEXT_TOKENS].
+        texts: int64 [2, tokens], at least 6.
     Cost: a forward per step, one per text, and _ROUNDINGS of both texts; a pool of a few pages.
     """
     forward, witness = stage.forward, Witness(stage.calls)
@@ -114,9 +111,9 @@ def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
             runs.append(forward.ordinary(texts))
     noise = torch.stack([_distance(run, runs[:i] + runs[i + 1 :]) for i, run in enumerate(runs)]).amax(0)
     error = torch.full_like(noise, torch.inf)
-    cache, table = stage.pages([TEXT_TOKENS] * len(texts), list(stage.shapes))
+    cache, table = stage.pages([texts.shape[1]] * len(texts), list(stage.shapes))
     planners = Planners(stage.backend, stage.device)
-    for counts in _STEPS:
+    for counts in _new_tokens(texts.shape[1]):
         new = [slice(table.length(i), table.length(i) + count) for i, count in enumerate(counts)]
         step = _next_step(table, counts, torch.cat([text[s] for text, s in zip(texts, new, strict=True)]))
         logits = forward.paged(WitnessedStep(step, cache, planners, witness))
@@ -128,13 +125,13 @@ def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
     return Outcome(error.cpu(), noise.cpu(), float(runs[0].abs().max()), witness.fault())
 
 
-def first_rows() -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens come first of several in a step, and which come alone: bool [texts, TEXT_TOKENS] each.
+def first_rows(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens of two texts come first of several in a step, and which come alone: bool [2, length] each.
 
     A model that keeps something from one token to the next outside its pages gets these rows wrong, if no others.
     """
-    chunks, singles = torch.zeros(2, len(_STEPS[0]), TEXT_TOKENS, dtype=torch.bool)
-    for i, counts in enumerate(zip(*_STEPS, strict=True)):
+    chunks, singles = torch.zeros(2, 2, length, dtype=torch.bool)
+    for i, counts in enumerate(zip(*_new_tokens(length), strict=True)):
         for count, start in zip(counts, accumulate(counts, initial=0), strict=False):
             (singles if count == 1 else chunks)[i, start] = True
     return chunks, singles
@@ -211,6 +208,12 @@ class _OtherRounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         generator = torch.Generator(out.device).manual_seed(self._seed)
         drawn = torch.rand(out.shape, generator=generator, device=out.device)
         return (out.float() * (1 + (2 * drawn - 1) * self._eps)).to(out.dtype)
+
+
+def _new_tokens(length: int) -> list[tuple[int, int]]:
+    """New tokens of two texts per step: two prefills, a decode beside a chunk, a chunk beside a decode, two decodes."""
+    chunk, few = length // 3, length // 6
+    return [(length - chunk - 2, few), (1, length - few - 2), (chunk, 1), (1, 1)]
 
 
 def _next_step(table: PageTable, counts: Sequence[int], input_ids: torch.Tensor) -> Step:
