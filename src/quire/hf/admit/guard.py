@@ -7,10 +7,12 @@
                     and the logits of short texts against those of the model itself
 
 The first three name a reason. The last catches what they do not know of: state kept outside attention, a position
-counted from the start of the batch, an argument without a rule. It has limits. Texts
-are 35 tokens long, or as long as the model allows: where a page holds as many, only the layers are tested across pages, one of each kind on random tensors, and not the whole model.
-And where rounding alone makes a router choose other experts, a few wrong rows look like such choices: refused are NaN,
-and errors in most of the rows, in most of those that begin a step, or in most of those that are a step of one token.
+counted from the start of the batch, an argument without a rule.
+
+The rehearsal has limits. Texts are 35 tokens long, or as long as the model allows. Where a page holds as many, only the
+layers are tested across pages, one of each kind on random tensors, and not the whole model. Where rounding alone makes
+a router choose other experts, a few wrong rows look like such choices; NaN is refused, and errors in most of the rows,
+in most of those that begin a step, or in most of those that are a step of one token.
 """
 
 from __future__ import annotations
