@@ -82,7 +82,7 @@ def encoded(**options):
         (np.array(IDS), "ndarray", "prompts.tolist()"),
         (torch.tensor([IDS, IDS]), "Tensor", "prompts.tolist()"),
         ((p for p in ["a", "b"]), "generator", "list(prompts)"),
-        ({"a", "b"}, "set", "list(prompts)"),
+        ({"a"}, "set", "list(prompts)"),
         ([np.array(IDS)], "a list with ndarray", "[prompt.tolist() for prompt in prompts]"),
         ([torch.tensor(IDS)] * 2, "a list with Tensor", "[prompt.tolist() for prompt in prompts]"),
         ([[1], torch.tensor(IDS)], "a list with Tensor", "prompts[1].tolist() as that entry"),
