@@ -120,10 +120,10 @@ def _may_be_a_tie(outcome: Outcome, dtype: torch.dtype) -> bool:
 
 def _logits_fault(outcome: Outcome, dtype: torch.dtype) -> str | None:
     error, noise, rounding = outcome.error, outcome.noise, torch.finfo(dtype).eps * outcome.largest
-    limits = [(error.max(), _TIMES_LARGEST * noise.max() + rounding)]  # NaN, if any, wins the max
+    checks = [(error.max(), _TIMES_LARGEST * noise.max() + rounding)]  # NaN, if any, wins the max
     for rows in (torch.ones_like(error, dtype=torch.bool), *first_rows(error.shape[1])):
-        limits.append((error[rows].median(), _TIMES_MEDIAN * noise[rows].median() + rounding))
-    for off, bound in limits:
+        checks.append((error[rows].median(), _TIMES_MEDIAN * noise[rows].median() + rounding))
+    for off, bound in checks:
         if not off <= bound:
             return (
                 f"logits off by {off:.2g}, root mean square of a token, where another rounding explains {bound:.2g}, "
