@@ -43,14 +43,14 @@ EVERY_DOOR = """
                     results += [*a, *b, *quire.merge(a, b)]
         if not KV_DTYPE:
             cache = [part.permute(1, 2, 0, 3).contiguous() for part in pages]
-            for told in (lengths, 3, None):
+            for told in (lengths, 3):
                 results.append(
                     quire.flash_attn_with_kvcache(
-                        q[:, None], *cache, cache_seqlens=told, block_table=table.dense([0, 1])[:, :2]
+                        q[:, None], *cache, cache_seqlens=told, block_table=table.dense([0, 1])
                     )
                 )
             one = [torch.ones(2, 1, 1, 16, device="cpu") * i for i in (1, 2)]
-            cache = [part[:2] for part in cache]
+            cache = [part[[0, 2]] for part in cache]  # two full pages
             results.append(quire.flash_attn_with_kvcache(q[:, None], *cache, *one, cache_seqlens=2))
         return results
 
