@@ -41,7 +41,7 @@ def test_a_bound_call_is_given_the_tensors_in_the_order_of_the_fields():
     given = dict(zip(TENSORS, torch.zeros(len(TENSORS), 1).unbind(), strict=True))
     calls, got = [], []
 
-    def bind(layout, call):
+    def bind(layout, call, layer_checked):
         calls.append(call)
         return lambda *tensors: got.extend(tensors)
 
