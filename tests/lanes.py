@@ -10,7 +10,7 @@ from quire.kernels.cpu.simd.memory import F32, load, store
 
 
 def applied(word, *operands):
-    """A word over flat float32 tensors, 16 lanes at a time."""
+    """A word over flat float32 tensors, a vector at a time."""
     count = len(operands)
 
     @numba.njit
@@ -39,12 +39,12 @@ def applied_to_four(word, source):
 
     @numba.njit
     def four(source, out):
-        a, b = load(F32, source), load(F32, source + 64)
-        c, d = load(F32, source + 128), load(F32, source + 192)
+        a, b = load(F32, source), load(F32, source + LANES * 4)
+        c, d = load(F32, source + LANES * 8), load(F32, source + LANES * 12)
         store(F32, out, word(a, b, c, d, 0))
-        store(F32, out + 64, word(a, b, c, d, 1))
-        store(F32, out + 128, word(a, b, c, d, 2))
-        store(F32, out + 192, word(a, b, c, d, 3))
+        store(F32, out + LANES * 4, word(a, b, c, d, 1))
+        store(F32, out + LANES * 8, word(a, b, c, d, 2))
+        store(F32, out + LANES * 12, word(a, b, c, d, 3))
 
     out = torch.zeros_like(source)
     four(source.data_ptr(), out.data_ptr())

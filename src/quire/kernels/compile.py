@@ -38,12 +38,14 @@ from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 from numba.misc.appdirs import AppDirs
 
+from quire.kernels.pipeline import ConfigType, KernelCompiler, PartCompiler
+
 OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function on first use, keep it on disk, and run it without the GIL."""
-    dispatcher = numba.njit(**OPTIONS)(function)
+    dispatcher = numba.njit(pipeline_class=KernelCompiler, **OPTIONS)(function)
     if Path(function.__code__.co_filename).is_relative_to(PACKAGE):  # the digest knows what it may inline
         dispatcher._cache = _MachineCode(function)
     return dispatcher
@@ -51,7 +53,8 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 def part(function: Callable[..., Any]) -> Any:
     """Compile a function into the compiled functions that call it; Python cannot call it."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
+    without = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+    return numba.njit(pipeline_class=PartCompiler, **without, **OPTIONS)(function)
 
 
 def machine_code(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -70,14 +73,6 @@ def machine_code(function: Callable[..., Any], *arguments: Any) -> Callable[...,
 # --- numbers known to the compiler -----------------------------------------------------------------------
 
 AnyConfig = TypeVar("AnyConfig", bound=tuple[int, ...])
-
-
-class ConfigType(types.Type):
-    """The Numba type of one value of a ``compile_time`` tuple."""
-
-    def __init__(self, config: tuple[int, ...]) -> None:
-        self.config = config
-        super().__init__(f"quire_{type(config).__name__}{tuple(config)}")
 
 
 @register_model(ConfigType)

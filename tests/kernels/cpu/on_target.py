@@ -123,12 +123,30 @@ def cross(triple, cases):
         kernel.compile(signature)
         text = kernel.overloads[signature].library.get_asm_str()
         found[case] = {
+            "spills": spills(text),
             "instructions": Counter(neon(text)),
             "pair_products": pair_products(text),
             "byte_products": len(re.findall(r"\bvpdpbusd\b", text)),
             "called": sorted(outside_calls(text)),
         }
     return found
+
+
+LABEL, JUMP = r"(\.L\w+):", r"(?:j\w+|b(?:\.\w+)?|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s+(\.L\w+)"
+PRODUCT = r"(?:vfmadd\w*ps\b|vdpbf16ps|vpdpbusd|fmla\s)"
+SPILL = r"(?:vmov\w+\s+%[xyz]mm\d+, .*\(%rsp\)|st[rp]\s+q.*\[sp)"
+
+
+def spills(text):
+    """How often each innermost loop of at least eight products of vectors stores a vector on the stack."""
+    lines = [line.strip() for line in text.splitlines()]
+    labels = {found[1]: number for number, line in enumerate(lines) if (found := re.match(LABEL, line))}
+    jumps = {(found[1], number) for number, line in enumerate(lines) if (found := re.match(JUMP, line))}
+    loops = {(labels[label], end) for label, end in jumps if labels.get(label, end) < end}
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [lines[begin : end + 1] for begin, end in inner]
+    counts = [[sum(bool(re.match(what, x)) for x in body) for what in (PRODUCT, SPILL)] for body in bodies]
+    return [stored for products, stored in counts if products >= 8]
 
 
 def pair_products(text):

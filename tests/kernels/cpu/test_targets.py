@@ -93,10 +93,8 @@ def test_every_dtype_is_converted_to_the_bit_where_no_instruction_does_it(tmp_pa
     result = pytest_on(
         "x86-64",
         tmp_path,
-        "read or stores or pairs or integers",
+        "read or stores",
         "simd/memory",
-        "simd/pairs",
-        "simd/integers",
     )
     assert result.returncode == 0, result.stdout
 
@@ -131,6 +129,25 @@ def test_bfloat16_pairs_and_bytes_are_multiplied_where_that_is_fast(cpu, in_pair
     assert of_bytes == [case for case in in_pairs if "int8" in case]
 
 
+TILES = ["decode-bfloat16-same-d128-g4", "decode-float32-same-d128-g1", "prefill-float32-same-d128-g1"]
+
+
+@pytest.mark.parametrize(
+    ("triple", "cpu"),
+    [
+        ("x86_64-unknown-linux-gnu", "haswell"),
+        pytest.param("x86_64-unknown-linux-gnu", "cascadelake", marks=pytest.mark.exhaustive),
+        pytest.param("x86_64-unknown-linux-gnu", "znver4", marks=pytest.mark.exhaustive),
+    ],
+    ids=["avx2", "avx512", "avx512, pairs"],
+)
+def test_no_loop_that_multiplies_moves_its_sums_to_the_stack(triple, cpu, tmp_path):
+    """Compiled, not run: a tile of sums fits the registers of its target."""
+    for case, code in found_on(cpu, tmp_path, "cross", triple, *TILES).items():
+        assert len(code["spills"]) >= 2, f"{case}: both products are found"
+        assert not any(code["spills"]), case
+
+
 WIDENING = {"bfloat16-same": "shl.4s", "float16-int8": "scvtf.4s", "float32-fp8_e4m3": "fcvtl.4s"}
 
 
@@ -155,5 +172,9 @@ def test_arm_gets_vector_instructions_and_nothing_from_libraries_it_may_lack(cas
         assert count("ldr.q", 0) + count("ldp.q", 0) >= 64, f"{case}: rows are loaded 16 bytes at a time"
         element_by_element = sum(count(name, 0) for name in ("ldrh.w", "ldrsb.w", "ldrb.w", "ldr.h", "ldr.b"))
         assert element_by_element <= 16, f"{case}: elements are taken one by one"
+        if (
+            "g4" in case or "prefill" in case
+        ):  # a tile of one head loads more values at once than NEON has registers
+            assert not any(code["spills"]), f"{case}: a tile of sums fits the registers"
         assert count("fmadd.s", 0) == 0, f"{case}: a product of single numbers"
         assert set(code["called"]) <= LIBRARY

@@ -3,11 +3,11 @@
     out[t, n] = Σ_k x[t, k] · w[n, k] + b[n]
 
 A decode step multiplies a few tokens with all weights of a model, so it is bound by reading them. A matrix product
-for many rows packs its operands first, which costs as much as this product itself; here a tile of 16 dot products,
-``tokens`` × ``rows`` of w, runs along k with lanes on k: two rows of w serve eight tokens, and w stays as the model has
-it. The tokens of a tile are interleaved once, [k / 16][token][16] in float32, so that they are read in order, and while
-one tile is computed the rows of the next are prefetched. Where the CPU multiplies bfloat16 pairs (``pairs``), bfloat16
-stays as it is, [k / 32][token][16 pairs], for half the multiplications.
+for many rows packs its operands first, which costs as much as this product itself; here a tile of LANES dot products,
+``tokens`` × ``rows`` of w, runs along k with lanes on k: two rows of w serve eight tokens (four with AVX2), and w stays
+as the model has it. The tokens of a tile are interleaved once, [k / LANES][token][LANES] in float32, so that they are
+read in order, and while one tile is computed the rows of the next are prefetched. Where the CPU multiplies bfloat16
+pairs (``pairs``), bfloat16 stays as it is, [k / 2 · LANES][token][LANES pairs], for half the multiplications.
 
 Source: the register tile is the usual one of matrix products (Goto, van de Geijn, 10.1145/1356052.1356053), with
 the packing of the large operand left out.
@@ -30,7 +30,7 @@ from quire.kernels.cpu.simd.pairs import PAIRED, has_pair_products, load_pairs
 from quire.kernels.cpu.simd.vectors import add, fma, splat, sum_rows, tile
 from quire.kernels.cpu.threads import num_threads, parallel_for, run
 
-MAX_TOKENS = 8  # of one tile
+MAX_TOKENS = LANES // 2  # of one tile
 LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token
 # Up to how many tokens this kernel was measured to be faster than torch's; see docs/experiments.md.
 FEW_TOKENS = {torch.float32: 24, torch.float16: 8, torch.bfloat16: 8}
@@ -100,7 +100,7 @@ def multiply_share(worker: int, cfg: Any, workers: int, product: Product) -> Non
 
 @part
 def interleave_tokens(cfg: Any, product: Product, first: int, tokens: int) -> None:
-    """Copy a tile's tokens to [k / 16][token][16]; a last tile repeats its last token, a last vector has zeros."""
+    """Copy a tile's tokens to [k / LANES][token][LANES]; the last tile repeats its last token, and zeros fill rows."""
     step = cfg.at_once * BYTES[cfg.dtype]
     vectors, tail = product.width // cfg.at_once, product.width % cfg.at_once
     for t in range(cfg.tokens):
@@ -164,7 +164,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
 
     Args:
         x: [tokens, width], last dimension contiguous; float32, float16 or bfloat16, like all others.
-        weight: [rows, width], last dimension contiguous, at least 16 rows.
+        weight: [rows, width], last dimension contiguous, at least LEAST_ROWS rows.
         bias: [rows], contiguous, or None.
         out: [tokens, rows], last dimension contiguous; written.
     Cost: the weight is read once for up to MAX_TOKENS tokens, and from the cache for more.

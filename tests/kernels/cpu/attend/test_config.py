@@ -14,11 +14,11 @@ def test_rows_are_whole_vectors_and_a_tail(head_dim):
     config = Config(0, 0, head_dim)
     assert config.vectors * LANES + config.tail == head_dim
     assert 0 <= config.tail < LANES
-    assert config.row_bytes % 64 == 0
+    assert config.row_bytes % (LANES * 4) == 0
     assert 0 <= config.row_bytes // 4 - head_dim < LANES
 
 
-@pytest.mark.parametrize("heads", range(1, 17))
+@pytest.mark.parametrize("heads", range(1, LANES + 1))
 @pytest.mark.parametrize("head_dim", [8, 16, 80, 128, 256])
 def test_a_decode_tile_fills_vectors_of_scores_and_fits_registers(heads, head_dim):
     config = Config(0, 0, head_dim, heads)

@@ -5,6 +5,7 @@ import torch
 
 import quire
 from quire.kernels.cpu.attend import config, notes
+from quire.kernels.cpu.simd.llvm import LANES
 
 
 def explained(seq_lens, q_lens, spec):
@@ -46,7 +47,7 @@ def test_a_kernel_that_does_not_run_is_not_spoken_of():
 def test_threads_are_those_of_now(set_threads):
     spec = quire.AttentionSpec(8, 2, 64)
     set_threads(1)
-    assert "\n  1 thread; vectors of 16 float32 numbers" in explained([900], [1], spec)
+    assert f"\n  1 thread; vectors of {LANES} float32 numbers" in explained([900], [1], spec)
     set_threads(3)
     assert "\n  3 threads; vectors" in explained([900], [1], spec)
 
@@ -54,7 +55,7 @@ def test_threads_are_those_of_now(set_threads):
 def test_a_cpu_that_was_named_without_its_features_has_no_known_registers(monkeypatch):
     for bits, said in ((256, ", in registers of 256 bits"), (0, "")):
         monkeypatch.setattr(notes, "register_bits", lambda features, bits=bits: bits)
-        assert notes.describe_machine(2) == f"2 threads; vectors of 16 float32 numbers{said}"
+        assert notes.describe_machine(2) == f"2 threads; vectors of {LANES} float32 numbers{said}"
 
 
 def test_registers_are_the_widest_that_llvm_may_use():

@@ -10,6 +10,7 @@ from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, store
 from quire.kernels.cpu.simd.vectors import tile
 
+pytestmark = pytest.mark.skipif(LANES != 16, reason="these words are for vectors of 512 bits")
 where_it_is_used = pytest.mark.skipif(
     not integers.has_byte_products(), reason="this CPU multiplies no bytes, or none that pay"
 )

@@ -27,6 +27,8 @@ from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import F32, load, load_i32, load_i64, prefetch, store, store_f32, store_i64
 from quire.kernels.cpu.simd.vectors import interleave, tile
 
+ROW_VECTORS = BLOCK * 8 // (LANES * 4)  # vectors that a block's addresses fill
+
 
 @part
 def locate_block(
@@ -57,16 +59,16 @@ def locate_block(
 def interleave_rows(rows: int) -> None:
     """Interleave the addresses of 64 rows: 0, 16, 32, 48, 1, …."""
     quarter = BLOCK // STREAMS * 8
-    mixed = tile(8)
-    for half in range(2):
-        at = rows + half * LANES * 4
+    mixed = tile(ROW_VECTORS)
+    for i in range(0, ROW_VECTORS, STREAMS):
+        at = rows + i // STREAMS * LANES * 4
         a, b = load(F32, at), load(F32, at + quarter)
         c, d = load(F32, at + 2 * quarter), load(F32, at + 3 * quarter)
-        mixed[half * 4] = interleave(a, b, c, d, 0)
-        mixed[half * 4 + 1] = interleave(a, b, c, d, 1)
-        mixed[half * 4 + 2] = interleave(a, b, c, d, 2)
-        mixed[half * 4 + 3] = interleave(a, b, c, d, 3)
-    for i in range(8):
+        mixed[i] = interleave(a, b, c, d, 0)
+        mixed[i + 1] = interleave(a, b, c, d, 1)
+        mixed[i + 2] = interleave(a, b, c, d, 2)
+        mixed[i + 3] = interleave(a, b, c, d, 3)
+    for i in range(ROW_VECTORS):
         store(F32, rows + i * LANES * 4, mixed[i])
 
 

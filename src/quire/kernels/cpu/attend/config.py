@@ -13,6 +13,8 @@ from quire.kernels.cpu.simd.memory import BF16, BYTES, E4M3, E5M2, F16, F32, INT
 from quire.kernels.cpu.simd.pairs import EIGHT_BITS, LINE, PAIRED, has_pair_products
 from quire.spec import LARGEST
 
+CACHE_LINE = 64
+
 DTYPE_CODES = {
     torch.float32: F32,
     torch.float16: F16,
@@ -86,6 +88,21 @@ class Config(NamedTuple):
         return (PAIRED if self.pairs else LANES) * BYTES[self.kv_dtype]
 
     @property
+    def line_parts(self) -> int:
+        """Such vectors in a cache line."""
+        return max(1, CACHE_LINE // self.part_bytes)
+
+    @property
+    def lined_parts(self) -> int:
+        """Such vectors of a row that fill whole cache lines, where the row begins with one."""
+        return self.parts // self.line_parts * self.line_parts
+
+    @property
+    def halved(self) -> int:
+        """Whole vectors that come two by two, as the even and the odd elements of a bfloat16 row: see ``products``."""
+        return self.vectors // 2 * 2 if self.kv_dtype == BF16 and not self.pairs else 0
+
+    @property
     def at_once(self) -> int:
         """Tokens whose values are multiplied at once."""
         if self.integers:
@@ -122,6 +139,13 @@ class Config(NamedTuple):
         """Output vectors per head that decode accumulates at once: as many as divide the row and fit registers."""
         most = LANES // (self.heads * self.sums)
         return max(n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n <= most)
+
+    @property
+    def strips_step(self) -> int:
+        """Output vectors that one round of its loop takes: two strips where one alone would begin at an even vector in
+        one round and at an odd one in the next, which are loaded differently (``halved``)."""
+        two = 2 * self.strip
+        return two if self.halved and self.strip % 2 and self.vectors % two == 0 else self.strip
 
     @property
     def sums(self) -> int:

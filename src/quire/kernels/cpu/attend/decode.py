@@ -7,9 +7,9 @@ For each block of tokens, with query heads g of the group:
     acc_g = acc_g·2^(m − m') + Σ_t p[t, g] v_t
 
 The kernel is bound by reading K and V: per token of 2·head_dim elements it spends 2·heads·head_dim/16 fused
-multiply-adds, and everything else is arranged so that those keep up with memory. Scores of a block lie
-token-major, [token][head] with heads padded to a power of two, so that a tile of 16 dot products ends up in
-the 16 lanes of one vector (``sum_rows``). A block's tokens are taken in the order of ``blocks``. While one block is
+multiply-adds (of AVX-512), and everything else is arranged so that those keep up with memory. Scores of a block lie
+token-major, [token][head] with heads padded to a power of two, so that a tile of LANES dot products ends up in
+the lanes of one vector (``sum_rows``). A block's tokens are taken in the order of ``blocks``. While one block is
 computed, the next one's rows are prefetched (``products.prefetch_line``): pages lie anywhere, so the hardware cannot
 predict them.
 
@@ -187,7 +187,7 @@ def attend_item(
             convert_block(cfg, here + K_ROWS, converted)
         for i in range(tiles):
             state = states + i * tile_bytes(cfg.row_bytes)
-            if in_bytes:
+            if cfg.integers and in_bytes:
                 score_bytes(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
             else:
                 score_block(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
@@ -210,7 +210,7 @@ def attend_item(
 
 @part
 def tile_bytes(row_bytes: int) -> int:
-    """Scratch of one tile; its accumulators follow the 16 rows of q."""
+    """Scratch of one tile; its accumulators follow the rows of q."""
     return Q_ROWS + 2 * MAX_HEADS * row_bytes
 
 

@@ -7,8 +7,8 @@ converted to float32, serve ROWS of them. Scores are kept transposed, S[t, row] 
     m' = max(m, max_t S),  p = 2^(S − m'),  l = l·2^(m − m') + Σ_t p          lane by lane, no reduction
     acc[row] = acc[row]·2^(m − m') + Σ_t p[t, row] v_t
 
-so the softmax needs no work across lanes, and both products are register tiles of 24 fused multiply-adds per
-8 to 11 loads.
+so the softmax needs no work across lanes, and both products are register tiles (``tiles``), with AVX-512 of 24 fused
+multiply-adds per 8 to 11 loads.
 
 Sources: FlashAttention-2, arXiv:2307.08691; online softmax, arXiv:1805.02867.
 """
@@ -58,6 +58,7 @@ from quire.kernels.cpu.attend.tiles import (
     K_SCALES,
     MATRICES,
     SCORE_TOKENS,
+    TILE_ROWS,
     V_ROWS,
     V_SCALES,
     accumulate_values,
@@ -122,17 +123,22 @@ def attend_heads(
         # the same blocks whatever tile it is in, and keys that it cannot see change no bit of it.
         count = min(BLOCK - begin % BLOCK, end - begin)
         load_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
-        score_block(cfg, rows, count, queries, scratch + K_ROWS, query_scale(call), scratch + SCORES)
-        adjust_scores(call, rows, begin, position, count, scratch)
+        # Rows above see none of the block's keys and stay as they are.
+        hidden = min(max(begin - position, 0), q_len) * heads if step.causal else 0
+        first_row = hidden // TILE_ROWS * TILE_ROWS
+        score_block(
+            cfg, first_row, rows, count, queries, scratch + K_ROWS, query_scale(call), scratch + SCORES
+        )
+        adjust_scores(call, first_row, rows, begin, position, count, scratch)
         if begin < all_first or begin + count > all_end:
-            hide_keys(rows, begin, position, count, scratch)
+            hide_keys(first_row, rows, begin, position, count, scratch)
         if call.tree_mask:
             hide_by_tree(step, call, sequence, token, heads, rows, begin, count, scratch)
-        update_softmax(rows, count, scratch)
+        update_softmax(first_row, rows, count, scratch)
         steps = count
         if cfg.prefill_pairs:
-            steps = pair_weights(rows, begin % 2, count, scratch)
-        accumulate_values(cfg, rows, steps, acc, scratch)
+            steps = pair_weights(first_row, rows, begin % 2, count, scratch)
+        accumulate_values(cfg, first_row, rows, steps, acc, scratch)
         begin += count
 
     for row in range(rows):

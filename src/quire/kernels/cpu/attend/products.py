@@ -1,7 +1,7 @@
 """Decode's two products over one block of tokens, for all query heads of a tile: scores, and weighted values.
 
 K and V stream through registers once and serve every head, while the next block's rows are prefetched. A row of
-bfloat16 is split into even and odd elements, which costs a shift and a mask for 32 of them, where widening them
+bfloat16 is split into even and odd elements, which costs a shift and a mask for two vectors, where widening them
 in order costs four operations: q and acc lie in that order too, vector by vector (``load_part``).
 
 Where the CPU multiplies bfloat16 pairs (``pairs``), neither is needed, and there are half the multiplications: queries
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from quire.kernels.compile import part
+from quire.kernels.cpu.attend.config import CACHE_LINE as CACHE_LINE
 from quire.kernels.cpu.attend.rows import ZERO
 from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import (
@@ -41,8 +42,7 @@ from quire.kernels.cpu.simd.pairs import (
 from quire.kernels.cpu.simd.vectors import fma, mul, splat, sum_rows, tile, zip_high, zip_low
 
 BLOCK = 64  # tokens per block: 32 KiB of bf16 K and V at head_dim 128
-MAX_HEADS = 16  # query heads per tile: as many as one vector has lanes
-CACHE_LINE = 64
+MAX_HEADS = LANES  # query heads per tile
 STREAMS = 4  # places of a block that its tokens are interleaved from: hardware prefetching runs ahead in each
 DISTANCE = 24  # tokens from a line's last prefetch to its use
 
@@ -54,7 +54,7 @@ PLACES = V_SCALES + (BLOCK + LANES) * 4
 BLOCK_SCRATCH = PLACES + (BLOCK + LANES) * 4
 
 # Scratch of one tile: float32 vectors by lane (m, l, the last correction, ALiBi slope), then q and acc rows of up to
-# 16 heads. Lane j belongs to head j % padded_heads, so that it can meet a vector of scores.
+# MAX_HEADS heads. Lane j belongs to head j % padded_heads, so that it can meet a vector of scores.
 M, L, CORRECTION, SLOPE = 0, 64, 128, 192
 STEP, OFFSET, UNIT = 256, 320, 384  # of ``byte_products``
 Q_ROWS = 448
@@ -65,8 +65,9 @@ def load_part(cfg: Any, dtype: Any, row: int, i: int) -> Any:
     """Vector i of a row: pairs, or single numbers in the order that the pages' dtype is split into."""
     if cfg.pairs:
         return load_pairs(BF16, row + i * PAIRED * BYTES[BF16])
-    if cfg.kv_dtype == BF16 and (i | 1) < cfg.vectors:
-        return load_odd(row + (i - 1) * 32) if i & 1 else load_even(row + i * 32)
+    if cfg.halved and (cfg.halved == cfg.vectors or i < cfg.halved):
+        at = row + (i & ~1) * LANES * BYTES[BF16]
+        return load_odd(at) if i & 1 else load_even(at)
     return load(dtype, row + i * LANES * BYTES[dtype])
 
 
@@ -103,8 +104,8 @@ def add_product(cfg: Any, a: Any, b: Any, c: Any) -> Any:
 @part
 def restore_order(cfg: Any, row: int) -> None:
     """Undo ``load_part``'s order in a row of float32 scratch."""
-    if cfg.kv_dtype == BF16 and not cfg.pairs:
-        for i in range(0, cfg.vectors - 1, 2):
+    if cfg.halved:
+        for i in range(0, cfg.halved, 2):
             even, odd = row + i * LANES * 4, row + (i + 1) * LANES * 4
             first, second = load(F32, even), load(F32, odd)
             store(F32, even, zip_low(first, second))
@@ -119,8 +120,7 @@ def prefetch_line(rows: int, t: int, offset: int) -> None:
     finds them full seems to be dropped. So each line is prefetched three times: a block ahead, half a block ahead, and
     DISTANCE tokens ahead.
     """
-    if offset % CACHE_LINE == 0:
-        prefetch(load_i64(rows + t * 8) + offset)
+    prefetch(load_i64(rows + t * 8) + offset)
 
 
 @part
@@ -135,28 +135,24 @@ def prefetch_row(cfg: Any, rows: int, t: int) -> None:
 def score_block(
     cfg: Any, count: int, here: int, upcoming: int, state: int, scale: float, scores: int
 ) -> None:
-    """scores[t, g] = q_g · k_t, 16 at a time, and prefetch the next block's keys.
+    """scores[t, g] = q_g · k_t, a vector of them at a time, and prefetch the next block's keys.
 
     ``scale`` is for queries in pairs, which were loaded as they are; it multiplies the scores.
     """
-    k_rows, v_rows, q_rows = here + K_ROWS, here + V_ROWS, state + Q_ROWS
+    k_rows, q_rows = here + K_ROWS, state + Q_ROWS
     step_bytes = LANES * BYTES[cfg.kv_dtype]
     for first in range(0, count, cfg.tokens):
         products = tile(LANES)
         for j in range(LANES):
             products[j] = splat(ZERO)
-        for i in range(cfg.parts):
-            for t in range(cfg.tokens):
-                prefetch_line(upcoming + K_ROWS, first + t, i * cfg.part_bytes)
-                prefetch_line(v_rows, first + t, i * cfg.part_bytes)
-                if not cfg.converts:
-                    prefetch_line(k_rows, first + t + DISTANCE, i * cfg.part_bytes)
-                k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + (first + t) * 8), i)
-                for g in range(cfg.heads):
-                    q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
-                    products[t * cfg.padded_heads + g] = add_product(
-                        cfg, k, q, products[t * cfg.padded_heads + g]
-                    )
+        for line in range(0, cfg.lined_parts, cfg.line_parts):
+            prefetch_keys(cfg, here, upcoming, first, line * cfg.part_bytes)
+            for i in range(cfg.line_parts):
+                multiply_keys(cfg, k_rows + first * 8, q_rows, line + i, products)
+        if cfg.lined_parts < cfg.parts:
+            prefetch_keys(cfg, here, upcoming, first, cfg.lined_parts * cfg.part_bytes)
+            for i in range(cfg.lined_parts, cfg.parts):
+                multiply_keys(cfg, k_rows + first * 8, q_rows, i, products)
         if cfg.tail:
             for t in range(cfg.tokens):
                 k = load_head(
@@ -172,6 +168,27 @@ def score_block(
 
 
 @part
+def prefetch_keys(cfg: Any, here: int, upcoming: int, first: int, offset: int) -> None:
+    """One line each of ``tokens`` rows: of the next block's keys, of this block's values, and of keys further down."""
+    for t in range(cfg.tokens):
+        prefetch_line(upcoming + K_ROWS, first + t, offset)
+        prefetch_line(here + V_ROWS, first + t, offset)
+        if not cfg.converts:
+            prefetch_line(here + K_ROWS, first + t + DISTANCE, offset)
+
+
+@part
+def multiply_keys(cfg: Any, k_rows: int, q_rows: int, i: int, products: Any) -> None:
+    """Vector i of ``tokens`` keys times that of every query."""
+    for t in range(cfg.tokens):
+        k = load_part(cfg, cfg.kv_dtype, load_i64(k_rows + t * 8), i)
+        for g in range(cfg.heads):
+            q = load(F32, q_rows + g * cfg.row_bytes + i * LANES * 4)
+            j = t * cfg.padded_heads + g
+            products[j] = add_product(cfg, k, q, products[j])
+
+
+@part
 def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
     """acc_g = correction_g · acc_g + Σ_t p[t, g] v_t, a strip of output vectors at a time in registers.
 
@@ -179,33 +196,10 @@ def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int
     """
     v_rows, step_bytes = here + V_ROWS, LANES * BYTES[cfg.kv_dtype]
     accs = state + Q_ROWS + MAX_HEADS * cfg.row_bytes
-    strips = cfg.vectors // cfg.strip
-    for first in range(0, cfg.vectors, cfg.strip):
-        sums = tile(cfg.strip_tile)
-        values = tile(cfg.strip)
-        for g in range(cfg.heads):
-            correction = splat(load_f32(state + CORRECTION + g * 4))
-            for i in range(cfg.strip):
-                at = accs + g * cfg.row_bytes + (first + i) * LANES * 4
-                sums[g * cfg.strip + i] = mul(correction, load(F32, at))
-        for t in range(0, count, cfg.at_once):
-            row, next_row = load_i64(v_rows + t * 8), load_i64(v_rows + (t + cfg.at_once - 1) * 8)
-            for ahead in range(cfg.at_once):
-                step = first // cfg.strip * BLOCK + t + ahead
-                if step % strips == 0:
-                    prefetch_row(cfg, upcoming + V_ROWS, step // strips)
-                    prefetch_row(cfg, upcoming + K_ROWS, step // strips)
-                if first == 0 and not cfg.converts:
-                    prefetch_row(cfg, v_rows, min(t + ahead + DISTANCE, BLOCK - 1))
-            for i in range(cfg.strip):
-                values[i] = load_values(cfg, row, next_row, first + i)
-            for g in range(cfg.heads):
-                p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
-                for i in range(cfg.strip):
-                    sums[g * cfg.strip + i] = add_product(cfg, p, values[i], sums[g * cfg.strip + i])
-        for g in range(cfg.heads):
-            for i in range(cfg.strip):
-                store(F32, accs + g * cfg.row_bytes + (first + i) * LANES * 4, sums[g * cfg.strip + i])
+    for first in range(0, cfg.vectors, cfg.strips_step):
+        accumulate_strip(cfg, first, count, v_rows, upcoming, accs, state, scores)
+        if cfg.strips_step > cfg.strip:
+            accumulate_strip(cfg, first + cfg.strip, count, v_rows, upcoming, accs, state, scores)
     if cfg.tail:
         for g in range(cfg.heads):
             at = accs + g * cfg.row_bytes + cfg.vectors * LANES * 4
@@ -215,3 +209,36 @@ def accumulate_values(cfg: Any, count: int, here: int, upcoming: int, state: int
                 v = load_head(cfg.kv_dtype, load_i64(v_rows + t * 8) + cfg.vectors * step_bytes, cfg.tail)
                 total = fma(p, v, total)
             store(F32, at, total)
+
+
+@part
+def accumulate_strip(
+    cfg: Any, first: int, count: int, v_rows: int, upcoming: int, accs: int, state: int, scores: int
+) -> None:
+    """The output vectors from ``first`` on, ``strip`` of them to a head."""
+    strips = cfg.vectors // cfg.strip
+    sums = tile(cfg.strip_tile)
+    values = tile(cfg.strip)
+    for g in range(cfg.heads):
+        correction = splat(load_f32(state + CORRECTION + g * 4))
+        for i in range(cfg.strip):
+            at = accs + g * cfg.row_bytes + (first + i) * LANES * 4
+            sums[g * cfg.strip + i] = mul(correction, load(F32, at))
+    for t in range(0, count, cfg.at_once):
+        row, next_row = load_i64(v_rows + t * 8), load_i64(v_rows + (t + cfg.at_once - 1) * 8)
+        for ahead in range(cfg.at_once):
+            step = first // cfg.strip * BLOCK + t + ahead
+            if step % strips == 0:
+                prefetch_row(cfg, upcoming + V_ROWS, step // strips)
+                prefetch_row(cfg, upcoming + K_ROWS, step // strips)
+            if first == 0 and not cfg.converts:
+                prefetch_row(cfg, v_rows, min(t + ahead + DISTANCE, BLOCK - 1))
+        for i in range(cfg.strip):
+            values[i] = load_values(cfg, row, next_row, first + i)
+        for g in range(cfg.heads):
+            p = splat(load_f32(scores + (t * cfg.padded_heads + g) * 4))
+            for i in range(cfg.strip):
+                sums[g * cfg.strip + i] = add_product(cfg, p, values[i], sums[g * cfg.strip + i])
+    for g in range(cfg.heads):
+        for i in range(cfg.strip):
+            store(F32, accs + g * cfg.row_bytes + (first + i) * LANES * 4, sums[g * cfg.strip + i])

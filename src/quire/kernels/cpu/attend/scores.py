@@ -28,7 +28,7 @@ from quire.kernels.cpu.simd.vectors import (
 )
 
 BLOCK = 64  # tokens per block: K and V as float32 are 64 KiB at head_dim 128
-ROWS = 96  # query rows per tile: six vectors across lanes, sixteen blocks of six down
+ROWS = 96  # query rows per tile: whole register tiles of scores across lanes, and of values down
 ROW_BYTES = ROWS * 4
 
 # Scratch of a tile, in float32 rows of ROWS: what each row may see, its slope, position and softmax state.
@@ -37,16 +37,18 @@ SCORES = 7 * ROW_BYTES  # [BLOCK][ROWS]
 
 
 @part
-def adjust_scores(call: Call, rows: int, begin: int, position: int, count: int, scratch: int) -> None:
+def adjust_scores(
+    call: Call, first_row: int, rows: int, begin: int, position: int, count: int, scratch: int
+) -> None:
     """Softcap and ALiBi, where asked for."""
     if call.softcap > 0.0:
         cap = splat(np.float32(call.softcap) * LOG2_E)
         for t in range(count):
-            for column in range(0, rows * 4, LANES * 4):
+            for column in range(first_row * 4, rows * 4, LANES * 4):
                 at = scratch + SCORES + t * ROW_BYTES + column
                 store(F32, at, mul(cap, tanh(load(F32, at))))
     if call.alibi_slopes:
-        for column in range(0, rows * 4, LANES * 4):
+        for column in range(first_row * 4, rows * 4, LANES * 4):
             slope, here = load(F32, scratch + SLOPE + column), load(F32, scratch + POSITION + column)
             for t in range(count):
                 at = scratch + SCORES + t * ROW_BYTES + column
@@ -56,9 +58,9 @@ def adjust_scores(call: Call, rows: int, begin: int, position: int, count: int, 
 
 
 @part
-def hide_keys(rows: int, begin: int, position: int, count: int, scratch: int) -> None:
+def hide_keys(first_row: int, rows: int, begin: int, position: int, count: int, scratch: int) -> None:
     """−inf where a key lies outside its row's [first_key, end_key)."""
-    for column in range(0, rows * 4, LANES * 4):
+    for column in range(first_row * 4, rows * 4, LANES * 4):
         first, end = load(F32, scratch + FIRST_KEY + column), load(F32, scratch + END_KEY + column)
         for t in range(count):
             at = scratch + SCORES + t * ROW_BYTES + column
@@ -83,9 +85,9 @@ def hide_by_tree(
 
 
 @part
-def update_softmax(rows: int, count: int, scratch: int) -> None:
+def update_softmax(first_row: int, rows: int, count: int, scratch: int) -> None:
     """Scores become weights p = 2^(S − m'); m, l and the correction 2^(m − m') move on, a row per lane."""
-    for column in range(0, rows * 4, LANES * 4):
+    for column in range(first_row * 4, rows * 4, LANES * 4):
         scores = scratch + SCORES + column
         before = load(F32, scratch + M + column)
         highest = before
@@ -103,13 +105,13 @@ def update_softmax(rows: int, count: int, scratch: int) -> None:
 
 
 @part
-def pair_weights(rows: int, odd: int, count: int, scratch: int) -> int:
+def pair_weights(first_row: int, rows: int, odd: int, count: int, scratch: int) -> int:
     """Pair up the weights of an even token and the next, rounded to bfloat16, as ``pair_values`` does their values.
 
     Returns the number of pairs; they lie as weights did, [pair][row].
     """
     pairs = (odd + count + 1) // 2
-    for column in range(0, rows * 4, LANES * 4):
+    for column in range(first_row * 4, rows * 4, LANES * 4):
         weights = scratch + SCORES + column
         for pair in range(pairs):
             t = 2 * pair - odd

@@ -62,8 +62,6 @@ def _word(arity: int, emit: Callable[..., Any]) -> Any:
 
 
 def _emit_products(builder: Any, unsigned: Any, signed: Any, sums: Any) -> Any:
-    if not has_byte_products():
-        return sums  # compiled, never run
     operands = [builder.bitcast(x, ints) for x in (sums, unsigned, signed)]
     return call(builder, "llvm.x86.avx512.vpdpbusd.512", ints, operands)
 

@@ -1,13 +1,34 @@
-"""What the modules of SIMD words say to LLVM. Vectors have LANES elements where nothing else is said."""
+"""What the modules of SIMD words say to LLVM. Vectors have LANES elements where nothing else is said.
+
+A vector is one register of AVX-512, one of AVX, or two of NEON, so that the tiles of a kernel fill the registers that
+there are (32, 16 and 32) and none is moved to memory and back.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 
-LANES = 16
+
+def assembly_of(source: str) -> str:
+    """What LLVM makes of a module for the CPU that Numba compiles for."""
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    return str(machine.emit_assembly(llvm.parse_assembly(source)))
+
+
+def _has_registers_of_512_bits() -> bool:
+    wide = "<16 x float>"
+    return "%zmm" in assembly_of(
+        f"define {wide} @add({wide} %x, {wide} %y) {{\n %z = fadd {wide} %x, %y\n ret {wide} %z\n}}"
+    )
+
+
+LANES = 16 if _has_registers_of_512_bits() else 8  # float32 numbers in a vector
 
 f16, f32 = ir.HalfType(), ir.FloatType()
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))

@@ -1,13 +1,13 @@
-"""The words that load and store: every dtype of a page, to and from 16 float32 lanes.
+"""The words that load and store: every dtype of a page, to and from float32 lanes.
 
 Memory is addressed by plain byte addresses (``tensor.data_ptr()`` plus offsets), because a page may lie
 anywhere; callers guarantee that they are valid. ``dtype`` is one of the codes below, known at compile time.
 
-    load(dtype, address)  load_head(dtype, address, n)          16 elements, or the first n and zeros
-    load_even(address)  load_odd(address)                       of 32 bfloat16 elements
+    load(dtype, address)  load_head(dtype, address, n)          LANES elements, or the first n and zeros
+    load_even(address)  load_odd(address)                       of 2 · LANES bfloat16 elements
     store(dtype, address, v)  store_head(dtype, address, v, n)  rounded to nearest even
     load_f32  load_i32  load_i64  load_u8  store_f32  store_i64  one element
-    store_steps(address, first, step)                           16 int64: first, first + step, …
+    store_steps(address, first, step)                           LANES int64: first, first + step, …
     prefetch(address)                                           of a cache line
 
 ``load_head`` never reads behind the n-th element: that may be another tensor's memory, or NaN.
@@ -19,11 +19,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from quire.kernels.compile import load_i32 as load_i32
@@ -31,6 +29,7 @@ from quire.kernels.compile import load_i64 as load_i64
 from quire.kernels.compile import scalar_load
 from quire.kernels.cpu.simd.llvm import (
     LANES,
+    assembly_of,
     broadcast,
     call,
     every_lane,
@@ -57,7 +56,7 @@ _ELEMENT = {F32: f32, F16: f16, BF16: i16, INT8: i8, E4M3: i8, E5M2: i8}
 
 
 def _widen(builder: Any, dtype: int, raw: Any) -> Any:
-    """16 raw elements as float32."""
+    """Raw elements as float32."""
     if dtype == F32:
         return raw
     if dtype == F16:
@@ -139,10 +138,8 @@ def _converts_halves() -> bool:
 
     Where it does not (x86 without F16C), LLVM calls a library function that no process need have loaded.
     """
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
-    probe = "define float @widen(half %x) {\n %y = fpext half %x to float\n ret float %y\n}"
-    return "__extendhfsf2" not in machine.emit_assembly(llvm.parse_assembly(probe))
+    widen = "define float @widen(half %x) {\n %y = fpext half %x to float\n ret float %y\n}"
+    return "__extendhfsf2" not in assembly_of(widen)
 
 
 def _widen_half(builder: Any, half: Any) -> Any:
@@ -188,7 +185,7 @@ def _first_lanes(builder: Any, count: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def load(typingctx: Any, dtype: Any, address: Any) -> Any:
-    """16 neighbouring elements as float32 lanes."""
+    """Neighbouring elements as float32 lanes."""
     code = dtype.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -210,14 +207,14 @@ def _half_of_pairs(emit: Callable[[Any, Any], Any]) -> Any:
     return load_half
 
 
-# The even and the odd ones of 32 neighbouring bfloat16 numbers; a float32 begins with the bits of a bfloat16.
+# The even and the odd ones of neighbouring bfloat16 numbers; a float32 begins with the bits of a bfloat16.
 load_even = _half_of_pairs(lambda builder, pairs: builder.shl(pairs, every_lane(i32, 16)))
 load_odd = _half_of_pairs(lambda builder, pairs: builder.and_(pairs, every_lane(i32, 0xFFFF0000)))
 
 
 @intrinsic(prefer_literal=True)
 def load_head(typingctx: Any, dtype: Any, address: Any, count: Any) -> Any:
-    """The first ``count`` of 16 elements as float32 lanes, the others zero and not read."""
+    """The first ``count`` of LANES elements as float32 lanes, the others zero and not read."""
     code = dtype.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -235,7 +232,7 @@ def load_head(typingctx: Any, dtype: Any, address: Any, count: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def store(typingctx: Any, dtype: Any, address: Any, values: Any) -> Any:
-    """Write 16 lanes to neighbouring elements."""
+    """Write all lanes to neighbouring elements."""
     code = dtype.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -248,7 +245,7 @@ def store(typingctx: Any, dtype: Any, address: Any, values: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def store_head(typingctx: Any, dtype: Any, address: Any, values: Any, count: Any) -> Any:
-    """Write the first ``count`` of 16 lanes."""
+    """Write the first ``count`` lanes."""
     code = dtype.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -296,7 +293,7 @@ store_i64 = _scalar_store(i64, types.int64)
 
 @intrinsic
 def store_steps(typingctx: Any, address: Any, first: Any, step: Any) -> Any:
-    """Write 16 neighbouring int64: first, first + step, first + 2 · step, …."""
+    """Write LANES neighbouring int64: first, first + step, first + 2 · step, …."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         start, apart = (broadcast(builder, number) for number in args[1:])

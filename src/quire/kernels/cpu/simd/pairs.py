@@ -33,15 +33,13 @@ from quire.kernels.cpu.simd.llvm import (
     i1,
     i8,
     i16,
-    i32,
     i64,
-    ints,
     pointer,
     shuffle,
     vector_of,
     zipped,
 )
-from quire.kernels.cpu.simd.memory import BF16, BYTES, E4M3, E5M2, INT8, narrow
+from quire.kernels.cpu.simd.memory import BF16, BYTES, E4M3, E5M2, INT8
 from quire.kernels.cpu.simd.vectors import vector
 
 PAIRED = 2 * LANES  # elements in a vector of pairs
@@ -88,37 +86,20 @@ def load_pair(typingctx: Any, address: Any) -> Any:
     return vector(types.int64), codegen
 
 
-def _first_of_pairs(builder: Any, pairs: Any) -> Any:
-    bits = builder.shl(builder.bitcast(pairs, ints), every_lane(i32, 16))
-    return builder.bitcast(bits, floats)
-
-
-def _second_of_pairs(builder: Any, pairs: Any) -> Any:
-    bits = builder.and_(builder.bitcast(pairs, ints), every_lane(i32, 0xFFFF0000))
-    return builder.bitcast(bits, floats)
-
-
 @intrinsic
 def multiply_pairs(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """c + a₀·b₀ + a₁·b₁, lane by lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a, b, c = args
-        if has_pair_products():
-            halves = vector_of(_BFloat(), PAIRED)
-            a, b = builder.bitcast(a, halves), builder.bitcast(b, halves)
-            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats, [c, a, b])
-        fma = f"llvm.fmuladd.v{LANES}f32"
-        c = call(builder, fma, floats, [_first_of_pairs(builder, a), _first_of_pairs(builder, b), c])
-        return call(builder, fma, floats, [_second_of_pairs(builder, a), _second_of_pairs(builder, b), c])
+        halves = vector_of(_BFloat(), PAIRED)
+        a, b = (builder.bitcast(x, halves) for x in args[:2])
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats, [args[2], a, b])
 
     return vector(a, b, c), codegen
 
 
 def _round(builder: Any, values: Any) -> Any:
     """The bits of 16 bfloat16 numbers."""
-    if not has_pair_products():
-        return narrow(builder, BF16, values)
     rounded = builder.fptrunc(values, vector_of(_BFloat()))
     return builder.bitcast(rounded, vector_of(i16))
 
@@ -197,9 +178,7 @@ def _load_half(first: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             if code == BF16:
                 return _load(builder, builder.add(args[1], i64(first * BYTES[BF16])), floats, 2)
-            if code in EIGHT_BITS and has_pair_products():
-                return _widen_line(builder, code, _load(builder, args[1], _line, 1), first)
-            return ir.Constant(floats, ir.Undefined)  # compiled, never run
+            return _widen_line(builder, code, _load(builder, args[1], _line, 1), first)
 
         return vector(dtype, types.int64), codegen
 

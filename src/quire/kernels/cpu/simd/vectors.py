@@ -1,7 +1,7 @@
 """A small SIMD language inside Numba: the words the CPU kernels compute with.
 
-Every word is a Numba intrinsic over LLVM vectors of 16 float32 lanes. LLVM lowers the same source to one
-AVX-512 register, two of AVX or four of NEON. ``memory`` holds the words that load and store.
+Every word is a Numba intrinsic over LLVM vectors of LANES float32 lanes: 16 with AVX-512, else 8. ``memory`` holds the
+words that load and store.
 
     registers   tile(n): n vectors, read and written as [i]; n is known at compile time
     values      splat(x)
@@ -39,7 +39,7 @@ from quire.kernels.cpu.simd.llvm import (
 
 
 class LaneType(types.Type):
-    """A vector of 16 lanes: "f32" values, or the "mask" of a comparison."""
+    """A vector: "f32" values, or the "mask" of a comparison."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -250,21 +250,23 @@ fold_max = _fold(_emit_maximum)
 
 @intrinsic(prefer_literal=True)
 def interleave(typingctx: Any, a: Any, b: Any, c: Any, d: Any, number: Any) -> Any:
-    """Of vectors of eight int64, elements 2i and 2i + 1 in turn: a₂ᵢ b₂ᵢ c₂ᵢ d₂ᵢ a₂ᵢ₊₁ …."""
+    """Quarter ``number`` of four vectors of int64, element by element in turn: a₀ b₀ c₀ d₀ a₁ …."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        first, half = 2 * number.literal_value, LANES // 2
-        wide = [builder.bitcast(x, ir.VectorType(ir.IntType(64), half)) for x in args[:4]]
-        order = [first, half + first, first + 1, half + first + 1]
+        size, each = LANES // 2, LANES // 8  # elements in a vector, and of each vector in the result
+        wide = [builder.bitcast(x, ir.VectorType(ir.IntType(64), size)) for x in args[:4]]
+        taken = range(number.literal_value * each, (number.literal_value + 1) * each)
+        order = [first + i for i in taken for first in (0, size)]
         ab = shuffle(builder, wide[0], wide[1], order)
         cd = shuffle(builder, wide[2], wide[3], order)
-        return builder.bitcast(shuffle(builder, ab, cd, [0, 1, 4, 5, 2, 3, 6, 7]), floats)
+        turns = [first + 2 * i + j for i in range(each) for first in (0, 2 * each) for j in range(2)]
+        return builder.bitcast(shuffle(builder, ab, cd, turns), floats)
 
     return vector(a, b, c, d, number), codegen
 
 
 def sum_by_pairs(builder: Any, registers: Any, combine: Callable[[Any, Any], Any]) -> Any:
-    """The code of ``sum_rows``: a tree of 15 pairwise steps, each halving the vectors.
+    """The code of ``sum_rows``: a tree of LANES − 1 pairwise steps, each halving the vectors.
 
     After a step with distance d, lane j of pair (a, b) holds part of a's sum if bit d of j is clear, of b's if it is
     set; rows are paired so that row i's sum ends in lane i. Of the two addends one stays in its lanes, which a CPU
@@ -286,9 +288,9 @@ def sum_by_pairs(builder: Any, registers: Any, combine: Callable[[Any, Any], Any
 
 @intrinsic
 def sum_rows(typingctx: Any, registers: Any) -> Any:
-    """Lane i of the result is the sum over the lanes of vector i of a 16-vector tile.
+    """Lane i of the result is the sum over the lanes of vector i of a tile of LANES vectors.
 
-    Cheaper than 16 separate reductions.
+    Cheaper than as many separate reductions.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -299,7 +301,7 @@ def sum_rows(typingctx: Any, registers: Any) -> Any:
 
 @intrinsic
 def transpose(typingctx: Any, registers: Any) -> Any:
-    """Exchange lane i of vector j with lane j of vector i in a 16-vector tile, by halves, quarters, …."""
+    """Exchange lane i of vector j with lane j of vector i in a tile of LANES vectors, by halves, quarters, …."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         places = [cgutils.gep_inbounds(builder, args[0], 0, i) for i in range(LANES)]
