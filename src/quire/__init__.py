@@ -26,7 +26,7 @@ from quire.ops.attention_plan import AttentionPlan
 from quire.ops.flash_attn import flash_attn_with_kvcache
 from quire.ops.planner import Planner, plan
 from quire.ops.store import write_kv
-from quire.pages import KVPool, PageAllocator, PageTable
+from quire.pages import KVPool, PageAllocator, PageTable, PrefixCache
 from quire.spec import AttentionSpec
 from quire.state import SoftmaxState, merge
 
@@ -48,6 +48,7 @@ __all__ = [  # noqa: RUF022  # sorted as sorted() does
     "PageAllocator",
     "PageTable",
     "Planner",
+    "PrefixCache",
     "QuireError",
     "RequestOutput",
     "SamplingParams",

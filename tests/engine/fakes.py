@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from quire.engine import Engine
 from quire.engine.sequence import Sequence
 from quire.hf import Step
-from quire.pages import PageAllocator
+from quire.pages import PageAllocator, PrefixCache
 
 EMPTY = -1
 EOS = 256
@@ -42,7 +42,8 @@ class FakeModel:
         eos_token_ids: tuple[int, ...] = (),
         rule: Rule | None = None,
     ) -> None:
-        self.allocator = PageAllocator(num_pages)
+        self.allocator = PageAllocator(num_pages, on_drop=self.poison)
+        self.prefix_cache = PrefixCache(self.allocator, page_size)
         self.lock = threading.RLock()
         self.num_pages = num_pages
         self.page_size = page_size
@@ -60,6 +61,9 @@ class FakeModel:
 
     def __repr__(self) -> str:
         return f"FakeModel({self.allocator!r})"
+
+    def poison(self, pages: abc.Iterable[int]) -> None:
+        self.slots.reshape(self.num_pages, self.page_size, 2)[list(pages)] = EMPTY
 
     def copy_pages(self, copies: abc.Sequence[tuple[int, int]]) -> None:
         pages = self.slots.reshape(self.num_pages, self.page_size, 2)
@@ -106,6 +110,7 @@ def fork(engine: Engine, request_id: int, token: int) -> Sequence:
     )
     second.tokens.append(token)
     second.num_computed = first.num_computed
+    second.prefix = first.prefix
     engine.table.fork(first.seq_id, second.seq_id)
     request.sequences.append(second)
     return second

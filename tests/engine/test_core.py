@@ -24,7 +24,7 @@ def serve(engine: Engine) -> dict[int, RequestOutput]:
 
 
 def all_pages_are_free(engine: Engine) -> bool:
-    return engine.table.allocator.num_free == engine.model.num_pages
+    return engine.table.allocator.num_available == engine.model.num_pages
 
 
 def says(text: str | bytes, **options) -> Engine:
@@ -64,9 +64,9 @@ def test_abort_frees_pages_at_once_and_leaves_the_others_their_tokens(waiting):
     kept = engine.add_request([1, 2, 3], GREEDY)
     dropped = engine.add_request([4, 5, 6, 7, 8], GREEDY)
     engine.step()
-    free = engine.table.allocator.num_free
+    free = engine.table.allocator.num_available
     assert engine.abort(dropped)
-    assert engine.table.allocator.num_free == free + (0 if waiting else 2)
+    assert engine.table.allocator.num_available == free + (0 if waiting else 2)
     assert not engine.abort(dropped)
     assert not engine.abort(99)
     assert serve(engine)[kept].token_ids == engine.model.continuation([1, 2, 3], 12)

@@ -66,7 +66,7 @@ def test_a_request_interrupted_while_it_gets_a_token_ends_with_an_error_and_the_
     outputs, _ = run_on(engine)
     assert {outputs[i].text for i in (first, last)} == {"abcdefgh"}
     assert outputs[interrupted].finish_reason == "abort"
-    assert engine.model.allocator.num_free == engine.model.num_pages
+    assert engine.model.allocator.num_available == engine.model.num_pages
 
 
 def test_a_seed_gives_the_same_tokens_also_after_a_step_that_broke_off_once_it_had_drawn(monkeypatch):

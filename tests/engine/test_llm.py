@@ -31,7 +31,7 @@ def make_llm(model, *, page_size=4, num_pages=200, backend="reference", compile=
 
 
 def all_pages_are_free(llm: LLM) -> bool:
-    return llm.table.allocator.num_free == llm.model.num_pages
+    return llm.table.allocator.num_available == llm.model.num_pages
 
 
 def test_the_test_model_attends_far_back(model, prompts, expected):

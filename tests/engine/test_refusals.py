@@ -76,7 +76,7 @@ def test_a_preempted_request_that_fitted_only_with_shared_pages_ends_with_an_err
     while engine.has_unfinished:
         outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
     assert outputs[other].token_ids == model.continuation([2], 3)
-    assert model.allocator.num_free == model.num_pages
+    assert model.allocator.num_available == model.num_pages
 
 
 WITHOUT_HF = """

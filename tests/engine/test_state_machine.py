@@ -103,7 +103,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self._step(engine)
         assert not any(engine.has_unfinished for engine in self.engines)
         assert self.got == self.expected
-        assert self.model.allocator.num_free == self.model.num_pages
+        assert self.model.allocator.num_available == self.model.num_pages
         for served in self.first_served.values():
             assert served == sorted(served), "a younger request was let in first"
 

@@ -77,7 +77,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def all_pages_are_free(engine: Engine) -> bool:
-    return engine.model.allocator.num_free == engine.model.num_pages
+    return engine.model.allocator.num_available == engine.model.num_pages
 
 
 def tokens_of(deltas: Sequence) -> list[int]:

@@ -23,7 +23,7 @@ def two_engines(**options) -> tuple[FakeModel, Engine, Engine]:
 
 
 def all_pages_are_free(model: FakeModel) -> bool:
-    return model.allocator.num_free == model.num_pages
+    return model.allocator.num_available == model.num_pages
 
 
 @pytest.mark.parametrize("num_pages", [64, 8])

@@ -51,6 +51,8 @@ class EngineStats:
     Attributes:
         steps: packed forwards.
         computed_tokens: tokens that went through the model, those computed again included.
+        admitted_tokens: known tokens of the sequences that began to run, those that began again included.
+        cached_tokens: how many of these were found in pages, and not computed.
         generated_tokens: tokens handed out.
         peak_pages: most pages that its sequences held at once; a shared page counts once.
         peak_unused_slots: slots of those pages that held no token at that moment.
@@ -58,9 +60,16 @@ class EngineStats:
 
     steps: int = 0
     computed_tokens: int = 0
+    admitted_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
     peak_pages: int = 0
     peak_unused_slots: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of admitted tokens that was found in pages; 0.0 before the first."""
+        return self.cached_tokens / self.admitted_tokens if self.admitted_tokens else 0.0
 
 
 class Engine:
@@ -75,6 +84,10 @@ class Engine:
     **Engines on one model** draw pages from `model.allocator` and take turns; see `Turns` for who gives pages to
     whom when none are left. An engine that is dropped gives its pages back.
 
+    **Shared beginnings.** A prompt whose beginning is in pages, from a request that runs or has ended, of this or
+    another engine on the model, shares the full pages of it and computes the rest. Pages stay after their request
+    until their memory is needed; those unused the longest go first.
+
     **Failures.** An exception inside a step, Ctrl-C included, is raised by whoever ran it and leaks nothing: running
     requests give their pages back and are computed again by the next step. What fails for one
     request alone is raised to the caller of that request.
@@ -84,12 +97,13 @@ class Engine:
         tokenizer: a fast transformers tokenizer; None: prompts and results are token ids.
         max_batch_tokens: most tokens in one step; more let prompts in faster, fewer keep steps short.
         max_num_seqs: most requests running at once; one of several sequences counts once.
+        enable_prefix_caching: find pages by what they hold, and let others find this engine's.
     Attributes:
         table: who owns which page: `table.page_owners()`, by seq_id; a request's first sequence has its request_id.
         requests: the live requests, waiting or running, by request_id.
         stats: totals since the engine was made.
     Raises:
-        ArgumentError: a limit below one, or a model that is not on pages.
+        ArgumentError: a limit below one, a switch that is no bool, or a model that is not on pages.
         UnsupportedError: a tokenizer without a `tokenizers` backend.
     """
 
@@ -100,9 +114,15 @@ class Engine:
         *,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+        enable_prefix_caching: bool = True,
     ) -> None:
         check_size("max_batch_tokens", max_batch_tokens)
         check_size("max_num_seqs", max_num_seqs)
+        if not isinstance(enable_prefix_caching, bool):
+            raise ArgumentError(
+                f"enable_prefix_caching must be a bool; got {enable_prefix_caching!r}. "
+                "Fix: enable_prefix_caching=False"
+            )
         if not isinstance(getattr(model, "allocator", None), PageAllocator):
             raise ArgumentError(
                 f"model must be a PagedModel; got {type(model).__name__}. "
@@ -114,7 +134,12 @@ class Engine:
         self.table = PageTable(model.allocator, model.page_size)
         self.requests: dict[int, Request] = {}
         self.stats = EngineStats()
-        self._scheduler = Scheduler(self.table, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        self._scheduler = Scheduler(
+            self.table,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            prefix_cache=model.prefix_cache if enable_prefix_caching else None,
+        )
         self._turns = turns_of(model.lock)
         self._turns.join(self, self._scheduler)
         self._seq_ids = itertools.count()
@@ -199,6 +224,36 @@ class Engine:
         aborted = self._turns.run(lambda: self._end([request]), self._scheduler)
         self._wake()
         return aborted
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what pages hold, for all engines on this model: no later request finds a page computed before.
+
+        Call it when the weights were changed in place. Requests that run meanwhile go on with the pages that they have,
+        which nobody finds any more. Called inside a step, it takes place after that step.
+
+        Raises:
+            UnsupportedError: this thread holds `model.lock` outside a step.
+        """
+        if self._turns.in_turn:
+            self._turns.defer(self.model.prefix_cache.clear)
+        else:
+            self._turns.run(self.model.prefix_cache.clear, self._scheduler)
+
+    def explain_hit(self, request: int | RequestOutput) -> str:
+        """How much of a request's prompt was found in pages, and why no more: a sentence about when it began to run.
+
+        Args:
+            request: a live request's id, or what came back from one.
+        Raises:
+            ArgumentError: no such request is live.
+        """
+        found = request if isinstance(request, RequestOutput) else self.requests.get(request)
+        if found is None:
+            raise ArgumentError(
+                f"request must be the id of a live request, or a RequestOutput; got {request!r:.60}. "
+                "Fix: explain_hit(output) once it has ended"
+            )
+        return found.hit or "nothing was looked for: the request has not run"
 
     def generate(
         self,
@@ -320,8 +375,7 @@ class Engine:
                 complete = [chunk for chunk in chunks if chunk.is_last]
                 tokens = sample(logits, [chunk.sequence for chunk in complete]) if complete else []
                 with self._news:
-                    for chunk in chunks:
-                        chunk.sequence.num_computed += chunk.num_tokens
+                    self._scheduler.advance(chunks)
                     interruptions = [
                         self._hand_out(chunk.request, chunk.sequence, token)
                         for chunk, token in zip(complete, tokens, strict=True)
@@ -408,6 +462,8 @@ class Engine:
         stats = self.stats
         stats.steps += 1
         stats.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
+        stats.admitted_tokens = self._scheduler.hits.admitted_tokens
+        stats.cached_tokens = self._scheduler.hits.cached_tokens
         if self.table.allocator.num_owned > stats.peak_pages:
             pages, filled = self.table.occupancy()
             if pages > stats.peak_pages:

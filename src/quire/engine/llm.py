@@ -32,7 +32,7 @@ class LLM(Engine):
         page_size, num_pages, memory_bytes, kv_dtype, backend, compile: the pool and the kernels, as for
             PagedModel; for a model that is not a PagedModel yet.
         dtype, device: of the weights; for a folder only. Default: float32 on the CPU.
-        max_batch_tokens, max_num_seqs: see Engine.
+        max_batch_tokens, max_num_seqs, enable_prefix_caching: see Engine.
     Raises:
         ModelError: the folder holds no usable model or tokenizer.
         UnsupportedError: the model would not compute the same on pages, or the tokenizer is in Python only.
@@ -55,6 +55,7 @@ class LLM(Engine):
         device: torch.device | str | None = None,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+        enable_prefix_caching: bool = True,
     ) -> None:
         pool = _given(
             page_size=page_size,
@@ -79,7 +80,13 @@ class LLM(Engine):
                 f"{type(model).__name__}. "
                 'Fix: LLM("path/to/folder")'
             )
-        super().__init__(model, tokenizer, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        super().__init__(
+            model,
+            tokenizer,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            enable_prefix_caching=enable_prefix_caching,
+        )
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Any:

@@ -25,6 +25,8 @@ class SamplingParams:
         stop: a string, or several, at which the text ends; the string itself is cut off.
         stop_token_ids: tokens that end the text, beside the model's own end-of-text tokens.
         ignore_eos: go on past the model's end-of-text tokens.
+        cache_salt: a secret of a tenant: a prompt finds only pages of requests with the same salt, so that nobody
+            can time another tenant's prompts; None: pages of all requests without one.
     Raises:
         ArgumentError: a value out of range or of the wrong type, or a filter that greedy choice would ignore.
     """
@@ -37,6 +39,7 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
@@ -80,6 +83,11 @@ class SamplingParams:
             )
         if not isinstance(self.ignore_eos, bool):
             raise ArgumentError(f"ignore_eos must be a bool; got {self.ignore_eos!r}. Fix: ignore_eos=True")
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
+            raise ArgumentError(
+                f"cache_salt must be None or a non-empty string; got {self.cache_salt!r}. "
+                "Fix: cache_salt=None for pages that all requests may find"
+            )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

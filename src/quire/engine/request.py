@@ -39,6 +39,8 @@ class RequestOutput:
         time_to_first_token, seconds: from the request's arrival; time_to_first_token is None when no
             token was generated.
         preemptions: how often the request gave its pages back and was computed again.
+        num_cached_tokens: tokens of the prompt that were found in pages and not computed.
+        hit: the same in a sentence, and why no more were found; "" where the request never ran.
     """
 
     request_id: int
@@ -48,6 +50,8 @@ class RequestOutput:
     time_to_first_token: float | None
     seconds: float
     preemptions: int
+    num_cached_tokens: int = 0
+    hit: str = ""
 
     @property
     def text(self) -> str:
@@ -107,6 +111,8 @@ class Request:
         self.prompt = prompt
         self.index = index
         self.preemptions = 0
+        self.num_cached_tokens = 0
+        self.hit = ""  # how much of the prompt was found in pages, and why no more
         self.error: Exception | None = None  # what ended it, for its caller to see
         self.arrived = time.perf_counter()
 
@@ -117,6 +123,10 @@ class Request:
             if sequence.finish_reason is None:
                 return False
         return True
+
+    def live(self) -> list[Sequence]:
+        """The sequences that have not finished."""
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
 
     def abort(self) -> None:
         """Finish every sequence that has not; what fails on the way is left for the request's caller."""
@@ -141,6 +151,8 @@ class Request:
             time_to_first_token=min(began) - self.arrived if began else None,
             seconds=max(sequence.finished_at for sequence in self.sequences) - self.arrived,
             preemptions=self.preemptions,
+            num_cached_tokens=self.num_cached_tokens,
+            hit=self.hit,
         )
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from quire.engine.hits import PrefixHits
 from quire.engine.request import Request
 from quire.engine.sequence import Sequence
-from quire.pages import PageTable
+from quire.pages import PageTable, PrefixCache
 
 
 @dataclass(frozen=True)
@@ -43,27 +44,37 @@ class Scheduler:
 
     When a request needs a page and none is available, the youngest running request gives all of its
     pages back and waits at the front of the queue; later its prompt and the tokens it has generated
-    are computed again. The youngest itself never takes pages from anyone: it stands still until
-    there are some. So the oldest request always moves, and every request becomes the oldest.
+    are computed again, as far as they are not found in cached pages. The youngest itself never takes pages from anyone:
+    it stands still until there are some. So the oldest request always moves, and every request becomes the oldest.
 
-    The sequences of a request run, wait and give their pages up together. They may share pages with one another
-    (`PageTable.fork`), not with those of other requests, so preempting another request cannot free a page that a chunk
-    is about to copy. A kept page that a chunk copies has an owner until `release_sources`, so that a later chunk of the
-    same step cannot take it.
+    The sequences of a request run, wait and give their pages up together. They may share partly filled pages with one
+    another (`PageTable.fork`), full ones also with those of other requests (`PrefixHits`). Nobody is preempted once
+    a request was let in, so no page that a chunk is about to copy is freed by that. A kept page that a chunk copies
+    has an owner until `release_sources`, so that a later chunk of the same step cannot take it.
 
     Args:
         table: hands out pages; this scheduler adds, extends and frees sequences under their seq_id.
         max_batch_tokens: most tokens in one step.
         max_num_seqs: most requests running at once; one of several sequences counts once.
+        prefix_cache: where pages are found and named; None: nowhere.
     Attributes:
+        hits: what was found.
         steps: how often `schedule` has found something to run.
     Cost: a few microseconds of Python per running request and step.
     Source: continuous batching, Orca (OSDI 2022) §3; chunked prefill, Sarathi-Serve, arXiv:2403.02310
         §4; preemption by recomputation, arXiv:2309.06180 §4.5.
     """
 
-    def __init__(self, table: PageTable, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        table: PageTable,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
         self.table = table
+        self.hits = PrefixHits(table, prefix_cache)
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
         self.waiting: deque[Request] = deque()
@@ -99,6 +110,7 @@ class Scheduler:
     def _choose(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         budget = self.max_batch_tokens
+        self.hits.new_step()
         for request in self.running:  # making room may shorten the list, but only behind this request
             for sequence in request.sequences:
                 if sequence.finish_reason is not None:
@@ -108,19 +120,29 @@ class Scheduler:
                     return chunks
                 chunks.append(self._extend(request, sequence, num_tokens))
                 budget -= num_tokens
-        while (
-            budget and len(self.running) < self.max_num_seqs and self.waiting and self._fits(self.waiting[0])
-        ):
-            request = self.waiting.popleft()
+        while budget and len(self.running) < self.max_num_seqs and self.waiting:
+            request = self.waiting[0]
+            # One page to spare per running request: else it would often be preempted a few steps later, its work lost.
+            starts = self.hits.find(request, self.table.allocator.num_available - len(self.running))
+            if starts is None or self.hits.is_coming(starts):
+                break
             self.running.append(request)
-            for sequence in _live(request):
-                self.table.add(sequence.seq_id)
-            for sequence in _live(request):
+            self.waiting.popleft()
+            self.hits.begin(request, starts)
+            for sequence in request.live():
                 num_tokens = min(sequence.num_pending, budget)
                 if num_tokens:
                     chunks.append(self._extend(request, sequence, num_tokens))
                     budget -= num_tokens
         return chunks
+
+    def advance(self, chunks: list[Chunk]) -> None:
+        """The keys and values of these chunks are written: count them, and name the pages that they have filled."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.num_tokens
+            if sequence.num_computed % self.table.page_size < chunk.num_tokens:
+                self.hits.name_pages(sequence)
 
     def finish(self, request: Request, sequence: Sequence) -> None:
         """Free the pages of a running request's sequence that has finished, and forget the request after its last."""
@@ -184,18 +206,9 @@ class Scheduler:
             sources = [source for source, _ in copies if not self.table.allocator.refcount(source)]
             self.table.allocator.share(sources)
             self._sources += sources
+        if self.waiting:
+            self.hits.compute(sequence, num_tokens)
         return Chunk(request, sequence, num_tokens, slot_mapping, copies)
 
-    def _fits(self, request: Request) -> bool:
-        """Whether a waiting request finds pages for all its tokens, with one to spare per running request.
-
-        Without the spare pages it would often be preempted a few steps later, its work lost.
-        """
-        return self._pages_of(request) + len(self.running) <= self.table.allocator.num_available
-
     def _pages_of(self, request: Request) -> int:
-        return sum(-(-sequence.num_pending // self.table.page_size) for sequence in _live(request))
-
-
-def _live(request: Request) -> list[Sequence]:
-    return [sequence for sequence in request.sequences if sequence.finish_reason is None]
+        return sum(-(-sequence.num_pending // self.table.page_size) for sequence in request.live())

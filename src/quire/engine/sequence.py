@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from quire.engine.params import SamplingParams
+from quire.pages import Prefix
 
 if TYPE_CHECKING:
     from quire.engine.text import TextStream
@@ -43,6 +44,7 @@ class Sequence:
         self.tokens = array("q", prompt_token_ids)  # prompt and generated; one buffer, sliced by the runner
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed = 0  # leading tokens whose keys and values are in pages
+        self.prefix: Prefix | None = None  # its named pages; while it waits, those last found; see PrefixHits
         self.max_length = max_length
         self.generator = _seeded_generator(params)
         self._drawn: torch.Tensor | None = None

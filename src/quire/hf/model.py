@@ -20,7 +20,7 @@ from quire.hf.load import load_model
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.kernels import resolve_backend
-from quire.pages import PageAllocator
+from quire.pages import PageAllocator, PrefixCache
 from quire.pages.huge_pages import collapse_to_huge_pages
 from quire.spec import KVDtype, check_bytes, check_size, existing_device
 
@@ -47,6 +47,8 @@ class PagedModel:
             compile; see docs/experiments.md for what both come to.
     Attributes:
         allocator: the one allocator of the pool's pages, for all who run steps on them.
+        prefix_cache: which pages hold the beginning of which texts, for all engines on this model. Call
+            `Engine.reset_prefix_cache` after the weights were changed in place: it cannot see that.
         lock: an RLock, the same for every PagedModel of this transformers model, and of models that share its configs,
             linear layers or decoder.
     Raises:
@@ -99,6 +101,7 @@ class PagedModel:
         )
         # One per pool: every engine on this model draws from it.
         self.allocator = PageAllocator(num_pages, on_drop=self.poison if debug_enabled() else None)
+        self.prefix_cache = PrefixCache(self.allocator, page_size)
         self.lock = self._forward.switches.lock
 
     @classmethod

@@ -171,6 +171,23 @@ class PageAllocator:
         for page in wanted:
             self._kept[page] = True
 
+    def unkeep(self, pages: Iterable[int]) -> list[int]:
+        """Keep the content of pages no longer: cached ones are dropped and free, owned ones are writable again.
+
+        Returns:
+            The pages that are free now, in the order given.
+        Raises:
+            ArgumentError: a page does not exist; nothing was changed.
+        """
+        wanted = self._as_page_ids(pages)
+        for page in wanted:
+            self._kept[page] = False
+        released = [page for page in dict.fromkeys(wanted) if page in self._cached]
+        for page in released:
+            del self._cached[page]
+        self._drop(released)
+        return released
+
     def free(self, pages: Iterable[int]) -> list[int]:
         """Take one owner from each page; a page named twice loses two.
 

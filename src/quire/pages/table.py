@@ -77,18 +77,43 @@ class PageTable:
         """Tokens of a sequence. Raises ArgumentError when it is unknown."""
         return self._sequence(seq_id).length
 
-    def pages(self, seq_id: Hashable) -> list[int]:
-        """Page ids of a sequence in logical order. Raises ArgumentError when it is unknown."""
-        return self._sequence(seq_id).pages.tolist()
+    def pages(self, seq_id: Hashable, first: int = 0) -> list[int]:
+        """Page ids of a sequence in logical order, from its first-th on. Raises ArgumentError when it is unknown."""
+        return self._sequence(seq_id).pages[first:].tolist()
 
-    def add(self, seq_id: Hashable) -> None:
-        """Start an empty sequence, which owns no page yet.
+    def add(self, seq_id: Hashable, pages: Sequence[int] = ()) -> None:
+        """Start a sequence: empty, or with the tokens of full pages that are owned or cached, which it shares.
 
+        Args:
+            pages: what it begins with, in logical order, as `Prefix.pages` returns them.
         Raises:
-            ArgumentError: the id is in use.
+            ArgumentError: the id is in use, or a page is free or does not exist; nothing was changed.
+        Cost: O(pages).
         """
         self._check_unused(seq_id)
-        self._sequences[seq_id] = _Pages(array("i"), 0)
+        sequence = _Pages(array("i", pages), len(pages) * self.page_size)
+        if pages:
+            self.allocator.share(sequence.pages)
+            self._may_share = True
+        self._sequences[seq_id] = sequence
+
+    def replace(self, seq_id: Hashable, index: int, page: int) -> None:
+        """Let a sequence share another page instead of its index-th, one that holds the same keys and values.
+
+        Raises:
+            ArgumentError: unknown sequence, no such page in it, or `page` is free; nothing was changed.
+        """
+        pages = self._sequence(seq_id).pages
+        if not 0 <= index < len(pages):
+            raise ArgumentError(
+                f"index must be from 0 to {len(pages) - 1}, the pages of sequence {seq_id!r}; got {index}. "
+                "Fix: pages(seq_id) lists them"
+            )
+        before = pages[index]
+        self.allocator.share([page])
+        pages[index] = page
+        self._may_share = True
+        self.allocator.free([before])
 
     def pages_needed(self, seq_id: Hashable, num_tokens: int) -> int:
         """Pages that `append` would allocate now, the copy-on-write page included.

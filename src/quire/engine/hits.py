@@ -1,0 +1,170 @@
+"""What of a request is in pages already, and names for the pages that its sequences fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.engine.request import Request
+from quire.engine.sequence import Sequence
+from quire.pages import PageTable, Prefix, PrefixCache
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a sequence begins to compute.
+
+    prefix: what comes before the pages that it fills; None: its pages get no names.
+    pages: full pages with its first tokens, which it shares.
+    num_computed: how many tokens it need not compute.
+    copies: whether it writes its last token into a copy of the last of these pages.
+    """
+
+    sequence: Sequence
+    prefix: Prefix | None = None
+    pages: tuple[int, ...] = ()
+    num_computed: int = 0
+    copies: bool = False
+
+
+class PrefixHits:
+    """Finds pages for the sequences of an engine in a prefix cache, and names what they compute.
+
+    **A hit** shares full pages, which nobody writes. The last known token of a sequence is always computed, for its
+    logits: if its page is found too, it is computed into a copy of that page.
+
+    **Names** are given after a step, so a step that breaks off leaves none for what it did not write. A request whose
+    next page is being computed in this step by another one waits for the next step, when it will find that page.
+
+    Args:
+        table: the pages of the sequences.
+        cache: shared by all engines on one pool; None: nothing is found or named.
+    Attributes:
+        admitted_tokens: known tokens of the sequences that began, those computed again included.
+        cached_tokens: how many of them were found in pages.
+    """
+
+    def __init__(self, table: PageTable, cache: PrefixCache | None) -> None:
+        self.table = table
+        self.cache = cache
+        self.admitted_tokens = 0
+        self.cached_tokens = 0
+        self._coming: set[tuple[Prefix, bytes]] = set()  # the first page that each chunk of this step fills
+
+    def new_step(self) -> None:
+        """Forget which pages the last step computed."""
+        self._coming.clear()
+
+    def find(self, request: Request, num_pages: int) -> list[Start] | None:
+        """Where the sequences of a waiting request would begin; None while num_pages available pages are too few.
+
+        Changes nothing. Use the result before pages are allocated.
+
+        Cost: for one sequence that does not fit, O(1) and what has changed since it was last looked for; else O(pages).
+        """
+        live = request.live()
+        if len(live) == 1 and self._least_needed(live[0]) > num_pages:
+            return None
+        starts = [self._start(sequence, copies=len(live) == 1) for sequence in live]
+        if starts[0].copies and self._needed(starts) > num_pages:
+            starts = [self._start(live[0], copies=False)]
+        return starts if self._needed(starts) <= num_pages else None
+
+    def is_coming(self, starts: list[Start]) -> bool:
+        """Whether another request computes, in this step, the page that one of these would compute first."""
+        return any(
+            start.prefix is not None and (start.prefix, self._page_after(start)) in self._coming
+            for start in starts
+        )
+
+    def begin(self, request: Request, starts: list[Start]) -> None:
+        """Add sequences to the table, with the pages that were found for them."""
+        for start in starts:
+            sequence = start.sequence
+            self.table.add(sequence.seq_id, start.pages)
+            if start.copies:
+                self.table.trim(sequence.seq_id, start.num_computed)
+            sequence.num_computed = start.num_computed
+            sequence.prefix = start.prefix
+            self.admitted_tokens += len(sequence.tokens)
+            self.cached_tokens += start.num_computed
+        if len(starts[0].sequence.tokens) == starts[0].sequence.num_prompt_tokens:
+            request.num_cached_tokens = starts[0].num_computed
+            request.hit = self._explain(starts[0])
+
+    def compute(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take notice of the next tokens that a step computes."""
+        prefix, size = sequence.prefix, self.table.page_size
+        if prefix is not None and sequence.num_computed + num_tokens >= (prefix.num_pages + 1) * size:
+            start = prefix.num_pages * size
+            self._coming.add((prefix, sequence.tokens[start : start + size].tobytes()))
+
+    def name_pages(self, sequence: Sequence) -> None:
+        """Name the pages that a sequence has filled; they are written.
+
+        A page whose tokens have a page already is exchanged for that one.
+        """
+        prefix, size = sequence.prefix, self.table.page_size
+        if self.cache is None or prefix is None:
+            return
+        first, end = prefix.num_pages, sequence.num_computed // size
+        if first >= end:
+            return
+        pages = self.table.pages(sequence.seq_id, first)[: end - first]
+        sequence.prefix = named = self.cache.insert(prefix, sequence.tokens[first * size : end * size], pages)
+        for index in range(end - 1, first - 1, -1):
+            if named is None:
+                break
+            if named.page != pages[index - first]:
+                self.table.replace(sequence.seq_id, index, named.page)
+            named = named.parent
+
+    def _start(self, sequence: Sequence, *, copies: bool) -> Start:
+        if self.cache is None:
+            return Start(sequence)
+        tokens, size = sequence.tokens, self.table.page_size
+        prefix = self.cache.match(tokens, sequence.params.cache_salt)
+        pages = prefix.pages()
+        if prefix.num_pages * size < len(tokens):
+            return Start(sequence, prefix, tuple(pages), prefix.num_pages * size)
+        assert prefix.parent is not None  # there is at least one token
+        if copies and size > 1:
+            return Start(sequence, prefix.parent, tuple(pages), len(tokens) - 1, copies=True)
+        return Start(sequence, prefix.parent, tuple(pages[:-1]), prefix.parent.num_pages * size)
+
+    def _needed(self, starts: list[Start]) -> int:
+        """Available pages that sequences take: new ones, a copy, and cached ones that get an owner."""
+        refcount, size = self.table.allocator.refcount, self.table.page_size
+        fresh = sum(
+            -(-len(start.sequence.tokens) // size) - len(start.pages) + start.copies for start in starts
+        )
+        return fresh + len({page for start in starts for page in start.pages if not refcount(page)})
+
+    def _least_needed(self, sequence: Sequence) -> int:
+        """A lower bound of what `_needed` says of a sequence alone, and that number as a rule."""
+        needed = -(-len(sequence.tokens) // self.table.page_size)
+        if self.cache is None:
+            return needed
+        prefix = self.cache.match(sequence.tokens, sequence.params.cache_salt, near=sequence.prefix)
+        sequence.prefix = prefix
+        needed -= prefix.num_pages
+        # Who owns a page owns those before it: cached ones are the last ones.
+        while prefix.parent is not None and not self.table.allocator.refcount(prefix.page):
+            needed += 1
+            prefix = prefix.parent
+        return needed
+
+    def _page_after(self, start: Start) -> bytes:
+        assert start.prefix is not None
+        first = start.prefix.num_pages * self.table.page_size
+        return start.sequence.tokens[first : first + self.table.page_size].tobytes()
+
+    def _explain(self, start: Start) -> str:
+        tokens = start.sequence.tokens
+        found = f"{start.num_computed} of {len(tokens)} prompt tokens were found in pages"
+        if self.cache is None or start.prefix is None:
+            return f"{found}: enable_prefix_caching is off"
+        salt = start.sequence.params.cache_salt
+        if self.cache.match(tokens, salt, near=start.prefix) is not start.prefix:
+            return f"{found}: the rest is there too, but the last token is computed for its logits"
+        under = "" if salt is None else f", under cache_salt {salt!r}"
+        return f"{found}{under}: {self.cache.explain(start.prefix, tokens)}"
