@@ -7,6 +7,7 @@ QuireError
 │   └── DeviceError               ... on the wrong device
 ├── UnsupportedError              a sound request that this backend, model or machine cannot serve
 ├── OutOfPages (MemoryError)      the pool has no page left; nothing was changed
+├── PageStateError                a page is not what its owner takes it for: its counts or its content were changed
 └── ModelError                    a folder or configuration that is no usable model
 
 Each message is one sentence in four parts: the name, what was expected, what came, and the fix.
@@ -41,6 +42,10 @@ class UnsupportedError(QuireError):
 
 class OutOfPages(QuireError, MemoryError):
     """The pool has too few free pages; nothing was changed by the failed request."""
+
+
+class PageStateError(QuireError):
+    """A page whose owners or content are not what a sequence takes them for; no token was computed from it."""
 
 
 class ModelError(QuireError):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from quire.debug import debug_enabled
 from quire.engine.admission import (
     Prompt,
     Prompts,
@@ -23,6 +24,7 @@ from quire.engine.admission import (
     list_prompts,
     max_length,
 )
+from quire.engine.audit import audit_all, audit_sample
 from quire.engine.params import SamplingParams
 from quire.engine.progress import progress_bar
 from quire.engine.request import Delta, Reader, Request, RequestOutput, interrupted_request, raise_first_error
@@ -140,6 +142,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             prefix_cache=model.prefix_cache if enable_prefix_caching else None,
         )
+        self._debug = debug_enabled()
         self._turns = turns_of(model.lock)
         self._turns.join(self, self._scheduler)
         self._seq_ids = itertools.count()
@@ -190,6 +193,8 @@ class Engine:
             OutOfPages: someone beside the engines holds so many pages that nothing can run; also what a request is
                 ended with whose sequences need more pages than the pool has, once they were computed again.
             UnsupportedError: this thread holds `model.lock`, or is inside a step.
+            PageStateError: a page of the step is not what its sequence computed, as when someone freed it twice. One
+                page is checked in each step, with QUIRE_DEBUG=1 all.
         """
         self._run_step()
         with self._news:
@@ -370,6 +375,7 @@ class Engine:
             chunks = self._schedule()
             if chunks:
                 self._count(chunks)
+                self._audit(chunks)
                 logits = run(self.model, chunks, self.table)
                 self._scheduler.release_sources()
                 complete = [chunk for chunk in chunks if chunk.is_last]
@@ -384,8 +390,11 @@ class Engine:
                     if interruption is not None:
                         raise interruption
             return bool(chunks)
-        except BaseException:
-            self._recover()
+        except BaseException as error:
+            try:
+                self._recover()
+            except ArgumentError as wrong:  # pages that someone else freed; what the step found says more
+                raise error from wrong
             raise
 
     def _schedule(self) -> list[Chunk]:
@@ -469,6 +478,13 @@ class Engine:
             if pages > stats.peak_pages:
                 stats.peak_pages = pages
                 stats.peak_unused_slots = pages * self.table.page_size - filled
+
+    def _audit(self, chunks: abc.Sequence[Chunk]) -> None:
+        cache = self._scheduler.hits.cache
+        if self._debug:
+            audit_all(chunks, self.table, cache)
+        else:
+            audit_sample(chunks, self.table, cache, self.stats.steps)
 
     def _make_requests(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from quire.engine.hits import PrefixHits
 from quire.engine.request import Request
 from quire.engine.sequence import Sequence
+from quire.errors import ArgumentError
 from quire.pages import PageTable, PrefixCache
 
 
@@ -170,8 +171,16 @@ class Scheduler:
     def preempt_all(self) -> None:
         """Take the pages of every running request; all will be computed again, in the same order."""
         self.release_sources()
+        wrong: ArgumentError | None = None
         while self.running:
-            self.preempt_youngest()
+            try:
+                self.preempt_youngest()
+            except (
+                ArgumentError
+            ) as error:  # someone freed its pages: the others give theirs back all the same
+                wrong = error
+        if wrong is not None:
+            raise wrong
 
     def preempt_youngest(self) -> None:
         """Take the pages of the running request that arrived last; it will be computed again."""
@@ -181,10 +190,10 @@ class Scheduler:
         ):  # it is, where an interruption came before the next line
             self.waiting.appendleft(request)
         self.running.pop()
-        self._free(request)
         for sequence in request.sequences:
             sequence.num_computed = 0
         request.preemptions += 1
+        self._free(request)
 
     def _free(self, request: Request) -> None:
         for sequence in request.sequences:

@@ -97,6 +97,10 @@ class PageTable:
             self._may_share = True
         self._sequences[seq_id] = sequence
 
+    def page_at(self, seq_id: Hashable, index: int) -> int:
+        """The index-th page of a sequence. Raises ArgumentError when the sequence is unknown or has no such page."""
+        return self._sequence(seq_id).pages[self._check_index(seq_id, index)]
+
     def replace(self, seq_id: Hashable, index: int, page: int) -> None:
         """Let a sequence share another page instead of its index-th, one that holds the same keys and values.
 
@@ -104,12 +108,7 @@ class PageTable:
             ArgumentError: unknown sequence, no such page in it, or `page` is free; nothing was changed.
         """
         pages = self._sequence(seq_id).pages
-        if not 0 <= index < len(pages):
-            raise ArgumentError(
-                f"index must be from 0 to {len(pages) - 1}, the pages of sequence {seq_id!r}; got {index}. "
-                "Fix: pages(seq_id) lists them"
-            )
-        before = pages[index]
+        before = pages[self._check_index(seq_id, index)]
         self.allocator.share([page])
         pages[index] = page
         self._may_share = True
@@ -210,13 +209,14 @@ class PageTable:
         Returns:
             Pages that are free now: those that no one else owns and that are not kept.
         Raises:
-            ArgumentError: unknown sequence.
+            ArgumentError: unknown sequence; also when someone else freed its pages: it has ended then, and its other
+                pages stay owned.
         Cost: O(pages of the sequence).
         """
-        released = self.allocator.free(self._sequence(seq_id).pages)
-        del self._sequences[seq_id]
+        pages = self._sequence(seq_id).pages
+        del self._sequences[seq_id]  # first: it ends also where someone freed its pages before
         self._may_share = self._may_share and bool(self._sequences)
-        return released
+        return self.allocator.free(pages)
 
     def dense(self, seq_ids: Sequence[Hashable]) -> torch.Tensor:
         """Page table of a batch, the `page_table` of `paged_attention`.
@@ -296,6 +296,15 @@ class PageTable:
                 f"seq_id must name a sequence of this table ({len(self._sequences)} live); got {seq_id!r}. "
                 "Fix: add(seq_id) or fork(parent, seq_id) first"
             ) from None
+
+    def _check_index(self, seq_id: Hashable, index: int) -> int:
+        num_pages = len(self._sequence(seq_id).pages)
+        if not 0 <= index < num_pages:
+            raise ArgumentError(
+                f"index must be from 0 to {num_pages - 1}, the pages of sequence {seq_id!r}; got {index}. "
+                "Fix: pages(seq_id) lists them"
+            )
+        return index
 
     def _check_unused(self, seq_id: Hashable) -> None:
         if seq_id in self._sequences:
