@@ -231,3 +231,26 @@ def test_an_allocator_says_how_many_pages_are_in_which_state():
     allocator.keep([0])
     allocator.free([0])
     assert repr(allocator) == "PageAllocator(num_pages=7: 3 owned, 1 cached, 3 free)"
+
+
+def test_a_page_kept_no_longer_is_free_if_it_was_cached_and_writable_if_it_is_owned():
+    dropped = []
+    allocator = PageAllocator(4, on_drop=dropped.extend)
+    allocator.allocate(4)
+    allocator.keep([0, 1, 2])
+    allocator.free([1, 2])
+    assert allocator.unkeep([0, 2, 3, 2]) == [2]
+    assert dropped == [2]
+    assert [allocator.generation(page) for page in range(4)] == [0, 0, 1, 0]
+    assert (allocator.num_cached, allocator.num_free, allocator.is_private(0)) == (1, 1, True)
+    assert allocator.free([0]) == [0]
+    assert allocator.allocate(2) == [0, 2], "page 1 is kept still"
+
+
+def test_unkeep_of_no_page_is_refused_and_changes_nothing():
+    allocator = PageAllocator(2)
+    allocator.allocate(1)
+    allocator.keep([0])
+    with pytest.raises(ArgumentError, match="from 0 to 1; got 2"):
+        allocator.unkeep([0, 2])
+    assert not allocator.is_private(0)

@@ -381,3 +381,69 @@ def test_room_is_what_append_can_take():
     assert table.room("a") == 2  # in place
     table.fork("a", "c")
     assert table.room("a") == 0  # no page for the copy
+
+
+# Pages that hold tokens already
+
+
+def test_a_sequence_may_begin_with_pages_that_others_own_or_that_are_cached():
+    table = make_table(num_pages=4)
+    table.add("a")
+    table.append("a", 8)
+    table.allocator.keep(table.pages("a"))
+    table.add("b", table.pages("a"))
+    table.free("a")
+    table.add("c", table.pages("b")[:1])
+    assert (table.length("b"), table.length("c")) == (8, 4)
+    assert [table.allocator.refcount(page) for page in range(4)] == [2, 1, 0, 0]
+    assert table.occupancy() == (2, 8)
+    table.free("b")
+    assert table.allocator.num_cached == 1
+    table.add("d", [0, 1])
+    assert table.page_owners() == [["c", "d"], ["d"], [], []]
+
+
+@pytest.mark.parametrize(("seq_id", "pages"), [("a", [0]), ("b", [0, 3]), ("b", [0, 16])])
+def test_a_sequence_cannot_begin_with_free_pages_or_another_ones_name(seq_id, pages):
+    table = make_table()
+    table.add("a")
+    table.append("a", 8)
+    before = state(table)
+    with pytest.raises(ArgumentError):
+        table.add(seq_id, pages)
+    assert state(table) == before
+
+
+def test_a_page_is_replaced_by_one_that_holds_the_same():
+    table = make_table()
+    for seq_id in "ab":
+        table.add(seq_id)
+        table.append(seq_id, 6)
+    table.replace("b", 0, table.page_at("a", 0))
+    assert (table.pages("a"), table.pages("b"), table.pages("b", 1)) == ([0, 1], [0, 3], [3])
+    assert [table.allocator.refcount(page) for page in range(4)] == [2, 1, 0, 1]
+    assert table.occupancy() == (3, 8)
+    assert table.append("b", 1).slot_mapping.tolist() == [3 * 4 + 2]
+    table.replace("b", 0, 0)  # by itself
+    assert table.allocator.refcount(0) == 2
+
+
+@pytest.mark.parametrize(("index", "page"), [(2, 0), (-1, 0), (0, 9), (0, 16)])
+def test_a_wrong_replacement_is_refused_and_changes_nothing(index, page):
+    table = make_table()
+    table.add("a")
+    table.append("a", 6)
+    before = state(table)
+    with pytest.raises(ArgumentError, match=r"index must be from 0 to 1|page 9, which is free|from 0 to 15"):
+        table.replace("a", index, page)
+    assert state(table) == before
+
+
+def test_a_sequence_whose_pages_someone_else_freed_ends_all_the_same():
+    table = make_table()
+    table.add("a")
+    table.append("a", 6)
+    table.allocator.free([0])
+    with pytest.raises(ArgumentError, match="got page 0 1 times, owners 0"):
+        table.free("a")
+    assert table.seq_ids == []
