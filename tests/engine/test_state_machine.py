@@ -1,6 +1,11 @@
-"""Any schedule of arrivals, aborts and steps, of one engine or two on any pool: every request gets its own tokens."""
+"""Any schedule of arrivals, aborts, steps and broken steps, of one engine or two on any pool, whose prompts begin alike
+or not: every request gets its own tokens.
+"""
 
 from __future__ import annotations
+
+from array import array
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -14,6 +19,16 @@ from quire.errors import ArgumentError
 from .fakes import FakeModel
 
 VOCAB = 50
+COMMON = [7, 3, 7, 1, 0, 2, 2, 5]  # many prompts begin with a part of this, so that their pages are shared
+prompts = st.builds(
+    lambda common, own: (COMMON[:common] + own) or [9],
+    st.integers(0, len(COMMON)),
+    st.lists(st.integers(0, VOCAB - 1), max_size=6),
+)
+
+
+class Broken(Exception):
+    pass
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -24,13 +39,18 @@ class EngineMachine(RuleBasedStateMachine):
         num_slots=st.integers(24, 64),
         max_batch_tokens=st.integers(1, 24),
         max_num_seqs=st.integers(2, 6),
-        num_engines=st.integers(1, 2),
+        caching=st.sampled_from([[True], [True, True], [True, False], [False]]),
     )
-    def start(self, page_size, num_slots, max_batch_tokens, max_num_seqs, num_engines):
+    def start(self, page_size, num_slots, max_batch_tokens, max_num_seqs, caching):
         self.model = FakeModel(num_pages=-(-num_slots // page_size), page_size=page_size, vocab_size=VOCAB)
         self.engines = [
-            Engine(self.model, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
-            for _ in range(num_engines)
+            Engine(
+                self.model,
+                max_batch_tokens=max_batch_tokens,
+                max_num_seqs=max_num_seqs,
+                enable_prefix_caching=enabled,
+            )
+            for enabled in caching
         ]
         self.expected: dict[tuple[Engine, int], list[int]] = {}
         self.got: dict[tuple[Engine, int], list[int]] = {}
@@ -38,7 +58,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         arrivals=st.lists(
-            st.tuples(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8), st.integers(4, 20)),
+            st.tuples(prompts, st.integers(4, 20), st.sampled_from([None, None, "salt"])),
             min_size=1,
             max_size=4,
         ),
@@ -46,13 +66,14 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def arrive(self, arrivals, data):
         engine = data.draw(st.sampled_from(self.engines))
-        for prompt, max_tokens in arrivals:
+        for prompt, max_tokens, salt in arrivals:
+            params = SamplingParams(max_tokens=max_tokens, cache_salt=salt)
             pages = -(-(len(prompt) + max_tokens - 1) // self.model.page_size)
             if pages > self.model.num_pages:
                 with pytest.raises(ArgumentError, match="the pool has"):
-                    engine.add_request(prompt, SamplingParams(max_tokens=max_tokens))
+                    engine.add_request(prompt, params)
                 continue
-            request_id = engine.add_request(prompt, SamplingParams(max_tokens=max_tokens))
+            request_id = engine.add_request(prompt, params)
             self.expected[engine, request_id] = self.model.continuation(prompt, max_tokens)
             self.got[engine, request_id] = []
 
@@ -71,13 +92,59 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(times):
             self._step(engine)
 
+    @rule(written=st.booleans(), data=st.data())
+    def break_a_step(self, written, data):
+        engine = data.draw(st.sampled_from(self.engines))
+        forward = self.model.forward
+
+        def broken(step):
+            if written:
+                forward(step)
+            raise Broken
+
+        self.model.forward = broken
+        try:
+            self._step(engine)
+        except Broken:
+            assert not engine.table.seq_ids
+        finally:
+            self.model.forward = forward
+
+    @rule(data=st.data())
+    def reset(self, data):
+        data.draw(st.sampled_from(self.engines)).reset_prefix_cache()
+        assert self.model.allocator.num_cached == 0
+
     @invariant()
-    def pages_belong_to_live_requests_and_to_no_two_of_them(self):
-        held = []
+    def every_page_has_as_many_owners_as_live_requests_hold_it(self):
+        held = Counter()
         for engine in self.engines:
-            held += [page for seq_id in engine.table.seq_ids for page in engine.table.pages(seq_id)]
             assert set(engine.table.seq_ids) <= set(engine.requests)
-        assert len(set(held)) == len(held) == self.model.allocator.num_owned
+            for owners in engine.table.page_owners():
+                assert len(owners) == len(set(owners))
+            for seq_id in engine.table.seq_ids:
+                held.update(engine.table.pages(seq_id))
+        allocator = self.model.allocator
+        assert held == Counter({p: n for p in range(self.model.num_pages) if (n := allocator.refcount(p))})
+        assert len(held) == allocator.num_owned
+
+    @invariant()
+    def named_pages_hold_the_tokens_of_their_names(self):
+        cache, size = self.model.prefix_cache, self.model.page_size
+        slots = self.model.slots.reshape(-1, size, 2)
+        for page in range(self.model.num_pages):
+            prefix = cache.name_of(page)
+            if prefix is not None:
+                first = (prefix.num_pages - 1) * size
+                assert slots[page, :, 0].tolist() == list(array("q", prefix.tokens))
+                assert slots[page, :, 1].tolist() == list(range(first, first + size))
+                assert prefix.parent.parent is None or cache.name_of(prefix.parent.page) is prefix.parent
+
+    @invariant()
+    def two_computed_pages_with_the_same_beginning_are_one(self):
+        names = [self.model.prefix_cache.name_of(page) for page in range(self.model.num_pages)]
+        chains = [(prefix.parent, prefix.tokens) for prefix in names if prefix is not None]
+        assert len(chains) == len(set(chains))
 
     @invariant()
     def limits_hold(self):
