@@ -51,7 +51,7 @@ def _check(sequence: Sequence, index: int, table: PageTable, cache: PrefixCache 
         return
     name = cache.name_of(page)
     if name is None:
-        if index < sequence.prefix.num_pages and cache.is_known(sequence.prefix):
+        if index < sequence.prefix.num_pages and not cache.was_cleared(sequence.prefix):
             raise _error(
                 page, f"its content, which sequence {sequence.seq_id} owns and which was dropped", table
             )

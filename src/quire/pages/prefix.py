@@ -204,6 +204,10 @@ class PrefixCache:
         page = prefix.page
         return prefix._generation == (self.allocator.generation(page) if page >= 0 else 0)
 
+    def was_cleared(self, prefix: Prefix) -> bool:
+        """Whether `clear` has forgotten a prefix; its owners go on without names. Reads only."""
+        return prefix._generation == _UNKNOWN
+
     def name_of(self, page: int) -> Prefix | None:
         """The prefix that ends with a page; None for a page without known content. Reads only."""
         prefix = self._named.get(page)
