@@ -1,0 +1,96 @@
+"""A real model says the same whether its prompts are found in pages or not, with windows, chunks and rounded pages."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hf.families import VOCAB, tiny_model
+
+from quire.engine.llm import LLM
+from quire.engine.params import SamplingParams
+from quire.hf import PagedModel
+
+from .texts import one_by_one
+
+NEW_TOKENS = 10
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+def related_prompts(seed: int, number: int = 9) -> list[list[int]]:
+    """Prompts of which many begin with one that came before, or with a part of it; a page is 4 tokens."""
+    draw = random.Random(seed)
+    prompts: list[list[int]] = []
+    for _ in range(number):
+        shared = draw.choice(prompts)[: draw.randint(0, 24)] if prompts else []
+        prompts.append(
+            shared + [draw.randrange(3, VOCAB) for _ in range(draw.randint(0 if shared else 1, 9))]
+        )
+    return prompts
+
+
+def make_llm(model, num_pages: int, caching: bool, **options) -> LLM:
+    paged = PagedModel(model, page_size=4, num_pages=num_pages, backend="reference", **options)
+    paged.poison(range(num_pages))
+    paged.allocator._on_drop = paged.poison  # as with QUIRE_DEBUG=1: what is dropped shows if it is read
+    return LLM(paged, max_batch_tokens=12, max_num_seqs=5, enable_prefix_caching=caching)
+
+
+def serve(llm: LLM, prompts: list[list[int]], aborted: dict[int, int]) -> list[list[int] | None]:
+    """Every prompt's tokens, all served together; aborted: request → the step after which it is dropped."""
+    ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+    tokens: dict[int, list[int]] = {}
+    for step in range(10_000):
+        if not llm.has_unfinished:
+            break
+        tokens |= {d.request_id: d.output.token_ids for d in llm.step() if d.output is not None}
+        for index in (index for index, at in aborted.items() if at == step):
+            llm.abort(ids[index])
+    assert llm.model.allocator.num_available == llm.model.num_pages
+    return [tokens.get(request_id) for request_id in ids]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "llama4"])
+def test_cached_or_not_prompts_that_begin_alike_get_the_tokens_of_one_by_one(family):
+    model = tiny_model(family, eos_token_id=None)
+    prompts = related_prompts(seed=10)
+    expected = one_by_one(model, prompts, NEW_TOKENS)
+    aborted = {1: 3, 4: 9}
+    for caching in (True, False):
+        llm = make_llm(model, 9, caching)
+        for _ in range(2):  # again, when much of it is cached, and some was dropped
+            got = serve(llm, prompts, aborted)
+            assert all(tokens in (None, own) for tokens, own in zip(got, expected, strict=True))
+            assert {i for i, tokens in enumerate(got) if tokens is None} <= set(aborted)
+        assert (llm.stats.cached_tokens > 0) == caching
+        assert llm.stats.admitted_tokens > 2 * sum(map(len, prompts)), (
+            "nobody was preempted in so small a pool"
+        )
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3"])
+def test_rounded_pages_that_are_found_give_the_tokens_of_those_computed(kv_dtype):
+    model = tiny_model("llama", eos_token_id=None)
+    prompts = related_prompts(seed=3)
+    alone = make_llm(model, 40, False, kv_dtype=kv_dtype)
+    expected = [alone.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
+    llm = make_llm(model, 14, True, kv_dtype=kv_dtype)
+    assert serve(llm, prompts, {}) == expected
+    assert serve(llm, prompts, {}) == expected
+    assert llm.stats.cached_tokens > 0
+
+
+def test_a_prompt_that_is_cached_as_a_whole_gives_the_same_logits():
+    """Its last token attends to the pages of others and to a copy, scales included."""
+    for kv_dtype in (None, "int8"):
+        llm = make_llm(tiny_model("llama", eos_token_id=None), 20, True, kv_dtype=kv_dtype)
+        forward, logits = llm.model.forward, []
+        llm.model.forward = lambda step, forward=forward, logits=logits: (
+            logits.append(forward(step)) or logits[-1]
+        )
+        prompt = list(range(3, 11))
+        for cached in (0, 7):
+            [output] = llm.generate(prompt, SamplingParams(max_tokens=1))
+            assert output.num_cached_tokens == cached
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-6)
