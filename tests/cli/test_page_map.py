@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from quire.cli.page_map import FREE, FULL, PARTIAL, SHARED, colour_of, draw, plain
+from quire.cli.page_map import CACHED, FREE, FULL, PARTIAL, SHARED, colour_of, draw, plain
 from quire.pages import PageAllocator, PageTable
 
 PAGE_SIZE = 4
@@ -86,6 +86,17 @@ def test_cells_show_full_partly_filled_shared_and_free_pages(engine):
     expected[engine.table.pages(11)[1]] = PARTIAL
     expected[engine.table.pages(12)[0]] = SHARED
     assert cells == expected
+
+
+def test_pages_that_stay_after_their_request_are_shown_as_cached(engine):
+    cached = engine.table.pages(10)
+    engine.table.allocator.keep(cached)
+    engine.table.free(10)
+    row = plain(engine, REQUESTS, step=7).splitlines()[1]
+    assert [page for page, sign in enumerate(row) if sign == "-"] == cached
+    cells = drawn(engine, REQUESTS).export_text().splitlines()[1].strip("│ ").split(" ")
+    assert [page for page, sign in enumerate(cells) if sign == CACHED] == cached
+    assert cells.count(FREE) == row.count(".") == 2
 
 
 def test_a_page_has_its_request_s_colour(engine):

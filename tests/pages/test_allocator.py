@@ -142,6 +142,7 @@ def test_a_kept_page_is_cached_when_its_last_owner_goes_and_owned_again_when_sha
     page, other = allocator.allocate(2)
     allocator.keep([page])
     assert allocator.free([page, other]) == [other]
+    assert [allocator.is_cached(each) for each in range(3)] == [True, False, False]
     assert (allocator.num_owned, allocator.num_cached, allocator.num_free, allocator.num_available) == (
         0,
         1,

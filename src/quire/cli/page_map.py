@@ -19,8 +19,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Neighbours differ in lightness too, for eyes that see fewer hues; all are light enough for black ground.
 COLOURS = ("#f2a33a", "#56b4e9", "#2fbf71", "#f7e04b", "#a58bf0", "#ef5b4c", "#e58fb8", "#c9c2b8")
 SHARED_COLOUR = "#ffffff"
-FULL, PARTIAL, SHARED, FREE = "■", "▄", "◆", "·"
-PLAIN_SHARED = "*"
+FULL, PARTIAL, SHARED, CACHED, FREE = "■", "▄", "◆", "□", "·"
+PLAIN_SHARED, PLAIN_CACHED, PLAIN_FREE = "*", "-", "."
 
 
 def colour_of(index: int) -> str:
@@ -38,7 +38,7 @@ def draw(engine: Engine, requests: Sequence[Request], *, step: int, width: int) 
     """
     legend = Text.assemble(
         (FULL, "bold"), " full  ", (PARTIAL, "bold"), " partly filled  ",
-        (SHARED, SHARED_COLOUR), " shared  ", (FREE, "dim"), " free",
+        (SHARED, SHARED_COLOUR), " shared  ", (CACHED, "dim"), " cached  ", (FREE, "dim"), " free",
     )  # fmt: skip
     pages = Panel(
         _cells(engine, requests, columns=max(1, (width - 6) // 2)),
@@ -55,11 +55,15 @@ def draw(engine: Engine, requests: Sequence[Request], *, step: int, width: int) 
 
 
 def plain(engine: Engine, requests: Sequence[Request], *, step: int, columns: int = 64) -> str:
-    """The page map in letters, for pipes and files: A, B, C, … own a page, * is shared, . is free."""
+    """The page map in letters, for pipes and files: A, B, C, … own a page, * is shared, - cached, . free."""
     letters = _by_sequence(requests, lambda i: LETTERS[i % 26])
+    unowned = [
+        PLAIN_CACHED if engine.table.allocator.is_cached(page) else PLAIN_FREE
+        for page in range(engine.table.allocator.num_pages)
+    ]
     cells = [
-        PLAIN_SHARED if len(owners) > 1 else letters.get(owners[0], "?") if owners else "."
-        for owners in engine.table.page_owners()
+        PLAIN_SHARED if len(owners) > 1 else letters.get(owners[0], "?") if owners else sign
+        for owners, sign in zip(engine.table.page_owners(), unowned, strict=True)
     ]
     rows = ["".join(cells[start : start + columns]) for start in range(0, len(cells), columns)]
     return "\n".join([f"after step {step}: {_totals(engine).plain}", *rows])
@@ -79,7 +83,7 @@ def _cells(engine: Engine, requests: Sequence[Request], columns: int) -> Text:
         if page and page % columns == 0:
             text.append("\n")
         if not owners:
-            text.append(FREE + " ", "grey42")
+            text.append((CACHED if table.allocator.is_cached(page) else FREE) + " ", "grey42")
         elif len(owners) > 1:
             text.append(SHARED + " ", SHARED_COLOUR)
         else:

@@ -102,6 +102,14 @@ class PageAllocator:
             raise ArgumentError(self._no_such_page(page))
         return self._generations[page]
 
+    def is_cached(self, page: int) -> bool:
+        """Whether a page has no owner and its content is kept.
+
+        Raises:
+            ArgumentError: no such page.
+        """
+        return not self.refcount(page) and bool(self._kept[page])
+
     def is_private(self, page: int) -> bool:
         """Whether an owner may write into a page: it is the only one, and the content is not kept.
 
