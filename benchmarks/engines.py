@@ -130,7 +130,8 @@ ENGINES: dict[str, Callable[[str, Job], Ready]] = {
 def _quire(name: str, job: Job, **options: Any) -> Ready:
     import quire
 
-    llm = quire.LLM(job.folder, dtype=getattr(torch, job.dtype), **options)
+    # The rounds repeat their prompts: found in pages, they would measure nothing.
+    llm = quire.LLM(job.folder, dtype=getattr(torch, job.dtype), enable_prefix_caching=False, **options)
     params = quire.SamplingParams(max_tokens=job.max_tokens, ignore_eos=True)
     return _local(name, job, lambda: [o.token_ids for o in llm.generate(job.prompts, params, progress=False)])
 

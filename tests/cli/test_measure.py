@@ -118,7 +118,7 @@ def test_every_step_is_shown_with_all_requests(llm):
 def test_pages_given_back_are_counted(model):
     # Three prompts of a full page leave two pages, for the first two; when the first needs its third, the last gives.
     small = LLM(model, page_size=PAGE_SIZE, num_pages=5, backend="reference")
-    run, _ = serve_on_pages(small, [[7] * PAGE_SIZE] * 3, SamplingParams(max_tokens=6))
+    run, _ = serve_on_pages(small, [[n] * PAGE_SIZE for n in (7, 8, 9)], SamplingParams(max_tokens=6))
     assert run.preemptions == 1
     assert run.pages == 5
 

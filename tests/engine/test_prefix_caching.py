@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quire.engine.core import Engine
+from quire.engine.core import Engine, EngineStats
 from quire.engine.params import SamplingParams
 from quire.errors import ArgumentError, PageStateError, UnsupportedError
 
@@ -45,6 +45,10 @@ def test_a_prompt_finds_the_full_pages_of_one_that_has_ended():
     assert (engine.stats.admitted_tokens, engine.stats.cached_tokens) == (22, 8)
     assert engine.stats.hit_rate == 8 / 22
     assert engine.stats.computed_tokens == sum(engine.model.step_sizes)
+    engine.stats = EngineStats()  # as whoever measures a part of a run does
+    assert engine.stats.hit_rate == 0.0
+    ask(engine, range(8))
+    assert (engine.stats.admitted_tokens, engine.stats.cached_tokens) == (8, 7)
 
 
 def test_a_prompt_finds_the_pages_of_one_that_runs_and_shares_them_with_it():

@@ -54,13 +54,14 @@ class Run:
 def serve_on_pages(
     engine: Engine, prompts: Sequence[str], params: SamplingParams, watch: Watch | None = None
 ) -> tuple[Run, list[RequestOutput]]:
-    """Serve all prompts at once, step by step.
+    """Serve all prompts at once, step by step. Nothing of an earlier run is found in pages.
 
     Args:
         watch: called after every step with its number and all requests, finished ones included.
     Returns:
         The measured run, and each prompt's output.
     """
+    engine.reset_prefix_cache()
     engine.stats = EngineStats()
     started = time.perf_counter()
     requests = [engine.requests[engine.add_request(prompt, params)] for prompt in prompts]

@@ -5,6 +5,8 @@ admission.py   which prompts and parameters can be served at all
 request.py     a request, what comes back from it, and who has read how much
 sequence.py    one text of a request: its tokens, and how many are in pages
 scheduler.py   who runs in the next step, and on whose pages
+hits.py        what of a request is in pages already
+audit.py       whether the pages of a step are those that its sequences computed
 runner.py      what runs, packed into one forward
 sampler.py     logits to tokens
 text.py        tokens to text, while they come

@@ -471,8 +471,9 @@ class Engine:
         stats = self.stats
         stats.steps += 1
         stats.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
-        stats.admitted_tokens = self._scheduler.hits.admitted_tokens
-        stats.cached_tokens = self._scheduler.hits.cached_tokens
+        admitted, cached = self._scheduler.hits.take_counts()
+        stats.admitted_tokens += admitted
+        stats.cached_tokens += cached
         if self.table.allocator.num_owned > stats.peak_pages:
             pages, filled = self.table.occupancy()
             if pages > stats.peak_pages:

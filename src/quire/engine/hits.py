@@ -38,16 +38,13 @@ class PrefixHits:
     Args:
         table: the pages of the sequences.
         cache: shared by all engines on one pool; None: nothing is found or named.
-    Attributes:
-        admitted_tokens: known tokens of the sequences that began, those computed again included.
-        cached_tokens: how many of them were found in pages.
     """
 
     def __init__(self, table: PageTable, cache: PrefixCache | None) -> None:
         self.table = table
         self.cache = cache
-        self.admitted_tokens = 0
-        self.cached_tokens = 0
+        self._admitted_tokens = 0
+        self._cached_tokens = 0
         self._coming: set[tuple[Prefix, bytes]] = set()  # the first page that each chunk of this step fills
 
     def new_step(self) -> None:
@@ -85,11 +82,17 @@ class PrefixHits:
                 self.table.trim(sequence.seq_id, start.num_computed)
             sequence.num_computed = start.num_computed
             sequence.prefix = start.prefix
-            self.admitted_tokens += len(sequence.tokens)
-            self.cached_tokens += start.num_computed
+            self._admitted_tokens += len(sequence.tokens)
+            self._cached_tokens += start.num_computed
         if len(starts[0].sequence.tokens) == starts[0].sequence.num_prompt_tokens:
             request.num_cached_tokens = starts[0].num_computed
             request.hit = self._explain(starts[0])
+
+    def take_counts(self) -> tuple[int, int]:
+        """Known tokens of the sequences that began since the last call, and how many of them were found in pages."""
+        counts = self._admitted_tokens, self._cached_tokens
+        self._admitted_tokens = self._cached_tokens = 0
+        return counts
 
     def compute(self, sequence: Sequence, num_tokens: int) -> None:
         """Take notice of the next tokens that a step computes."""
