@@ -326,3 +326,22 @@ def test_the_progress_of_a_call_counts_its_own_tokens_only(monkeypatch):
     outputs = engine.generate([[1], [2]], GREEDY, progress=True)
     assert {delta.request_id for delta in counted} == {output.request_id for output in outputs}
     assert len(tokens_of(counted)) == 24
+
+
+def test_threads_and_engines_that_share_a_small_pool_get_their_own_tokens_also_while_others_reset():
+    model = FakeModel(num_pages=14, page_size=4)
+    engines = [Engine(model, max_batch_tokens=12, max_num_seqs=3) for _ in range(2)]
+    prompts = [[*range(n % 11), *[40 + n % 3] * (1 + n % 4)] for n in range(40)]
+    got, left = {}, iter(range(40))
+
+    def work():
+        for i in left:
+            if i % 10 == 5:
+                engines[i % 2].reset_prefix_cache()
+            got[i] = engines[i % 2].generate(prompts[i], SamplingParams(max_tokens=6))[0].token_ids
+
+    with running(*[work] * 4):
+        pass
+    assert got == {i: model.continuation(prompt, 6) for i, prompt in enumerate(prompts)}
+    assert model.allocator.num_available == model.num_pages
+    assert sum(engine.stats.cached_tokens for engine in engines) > 0
