@@ -71,7 +71,7 @@ class PrefixCache:
         page_size: tokens per page.
     Raises:
         ArgumentError: page_size below one.
-    Cost: about 400 bytes of host memory per named page; under 1 µs per page matched, under 2 µs per page inserted.
+    Cost: about 400 bytes of host memory per named page; half a µs per page matched, 1 µs per page inserted.
     Source: automatic prefix caching as in vLLM; the tree of prefixes, SGLang, arXiv:2312.07104 §3.
     """
 
@@ -107,7 +107,7 @@ class PrefixCache:
                 where someone owned a page without those before it: match without `near` before using the pages.
         Returns:
             The prefix; with no pages where nothing is found.
-        Cost: O(pages found), 0.4 µs each.
+        Cost: O(pages found), half a µs each.
         """
         tokens = _as_array(tokens)
         prefix = self._empty_prefix(salt) if near is None else near
@@ -137,7 +137,7 @@ class PrefixCache:
             dropped or cleared meanwhile: nothing after it can be named.
         Raises:
             ArgumentError: a page partly filled, without owner, or named with other tokens; nothing was changed.
-        Cost: under 2 µs per page.
+        Cost: about 1 µs per page, and 2 µs per call.
         """
         data, width = _as_array(tokens).tobytes(), 8 * self.page_size
         if len(data) != width * len(pages):
@@ -147,30 +147,32 @@ class PrefixCache:
             )
         if not self.is_known(prefix):
             return None
-        keys = [data[at : at + width] for at in range(0, len(data), width)]
-        num_known = 0
-        for key in keys:
-            known = self._links.get((prefix, key))
+        find, start = self._links.get, 0
+        while start < len(data):
+            known = find((prefix, data[start : start + width]))
             if known is None or not self.is_known(known):
-                break
+                return self._name(prefix, data[start:], pages[start // width :])
             prefix = known
-            num_known += 1
-        return self._name(prefix, keys[num_known:], pages[num_known:])
+            start += width
+        return prefix
 
-    def _name(self, prefix: Prefix, keys: list[bytes], pages: Sequence[int]) -> Prefix:
+    def _name(self, prefix: Prefix, data: bytes, pages: Sequence[int]) -> Prefix:
         for page in pages:
-            before = self.name_of(page)
-            if before is not None:
+            before = self._named.get(page)
+            if before is not None and self.is_known(before):
                 raise ArgumentError(
                     f"pages must not be named with other tokens; got page {page}, the end of a prefix of "
                     f"{before.num_pages} pages. Fix: insert a page once, after the prefix that it was computed with"
                 )
         self.allocator.keep(pages)
-        for key, page in zip(keys, pages, strict=True):
+        width, start = 8 * self.page_size, 0
+        for page in pages:
+            tokens = data[start : start + width]
+            start += width
             self._forget_link(page)
-            longer = Prefix(prefix, page, key, self.allocator.generation(page))
-            self._named[page] = self._links[prefix, key] = longer
-            prefix._next_tokens = key
+            longer = Prefix(prefix, page, tokens, self.allocator.generation(page))
+            self._named[page] = self._links[prefix, tokens] = longer
+            prefix._next_tokens = tokens
             prefix = longer
         return prefix
 
