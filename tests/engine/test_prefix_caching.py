@@ -106,6 +106,14 @@ def test_prompts_that_begin_alike_and_arrive_together_compute_the_beginning_once
     assert [output.num_cached_tokens for output in outputs] == [0, 20, 20, 20, 20]
 
 
+def test_any_number_of_prompts_that_are_there_as_a_whole_begin_in_one_step():
+    engine = make_engine()
+    ask(engine, range(8))
+    outputs = engine.generate([list(range(8))] * 5, PARAMS)
+    assert engine.model.step_sizes[6:] == [5] * 6
+    assert [output.num_cached_tokens for output in outputs] == [7] * 5
+
+
 def test_two_engines_on_one_model_find_each_others_pages():
     model = FakeModel(page_size=PAGE)
     first, second = Engine(model), Engine(model)
@@ -377,8 +385,11 @@ def test_a_page_that_is_not_what_its_sequence_computed_is_noticed_and_the_others
     ):
         engine.step(), engine.step()  # the sample looks at one request in each step
     assert hit not in engine.table
-    engine.abort(hit)
-    assert drain(engine)[other].token_ids == engine.model.continuation([20, 21], 6)
+    outputs = drain(engine)
+    assert outputs[hit].token_ids == engine.model.continuation(range(9), 6), (
+        "computed again, from other pages"
+    )
+    assert outputs[other].token_ids == engine.model.continuation([20, 21], 6)
 
 
 def test_pages_that_nobody_touched_pass_the_whole_audit(monkeypatch):

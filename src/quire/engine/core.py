@@ -34,7 +34,7 @@ from quire.engine.scheduler import Chunk, Scheduler
 from quire.engine.sequence import Sequence
 from quire.engine.text import TextStream
 from quire.engine.turns import turns_of
-from quire.errors import ArgumentError, OutOfPages, UnsupportedError
+from quire.errors import ArgumentError, OutOfPages, PageStateError, UnsupportedError
 from quire.pages import PageAllocator, PageTable
 from quire.spec import check_size
 
@@ -194,7 +194,8 @@ class Engine:
                 ended with whose sequences need more pages than the pool has, once they were computed again.
             UnsupportedError: this thread holds `model.lock`, or is inside a step.
             PageStateError: a page of the step is not what its sequence computed, as when someone freed it twice. One
-                page is checked in each step, with QUIRE_DEBUG=1 all.
+                page is checked in each step, with QUIRE_DEBUG=1 all. The prefix cache is cleared then, and the next
+                step computes the running requests again.
         """
         self._run_step()
         with self._news:
@@ -391,6 +392,8 @@ class Engine:
                         raise interruption
             return bool(chunks)
         except BaseException as error:
+            if isinstance(error, PageStateError):
+                self.model.prefix_cache.clear()  # or the next step would find the same page again
             try:
                 self._recover()
             except ArgumentError as wrong:  # pages that someone else freed; what the step found says more

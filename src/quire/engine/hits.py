@@ -16,6 +16,7 @@ class Start:
     prefix: what comes before the pages that it fills; None: its pages get no names.
     pages: full pages with its first tokens, which it shares.
     num_computed: how many tokens it need not compute.
+    next_page: the tokens that come next, a page of them or fewer; b"" where they are found too.
     copies: whether it writes its last token into a copy of the last of these pages.
     """
 
@@ -23,6 +24,7 @@ class Start:
     prefix: Prefix | None = None
     pages: tuple[int, ...] = ()
     num_computed: int = 0
+    next_page: bytes = b""
     copies: bool = False
 
 
@@ -54,12 +56,12 @@ class PrefixHits:
     def find(self, request: Request, num_pages: int) -> list[Start] | None:
         """Where the sequences of a waiting request would begin; None while num_pages available pages are too few.
 
-        Changes nothing. Use the result before pages are allocated.
+        Changes no page and no name. Use the result before pages are allocated.
 
         Cost: for one sequence that does not fit, O(1) and what has changed since it was last looked for; else O(pages).
         """
         live = request.live()
-        if len(live) == 1 and self._least_needed(live[0]) > num_pages:
+        if len(live) == 1 and self._least_needed(live[0], num_pages) > num_pages:
             return None
         starts = [self._start(sequence, copies=len(live) == 1) for sequence in live]
         if starts[0].copies and self._needed(starts) > num_pages:
@@ -69,8 +71,7 @@ class PrefixHits:
     def is_coming(self, starts: list[Start]) -> bool:
         """Whether another request computes, in this step, the page that one of these would compute first."""
         return any(
-            start.prefix is not None and (start.prefix, self._page_after(start)) in self._coming
-            for start in starts
+            start.prefix is not None and (start.prefix, start.next_page) in self._coming for start in starts
         )
 
     def begin(self, request: Request, starts: list[Start]) -> None:
@@ -94,7 +95,7 @@ class PrefixHits:
         self._admitted_tokens = self._cached_tokens = 0
         return counts
 
-    def compute(self, sequence: Sequence, num_tokens: int) -> None:
+    def announce(self, sequence: Sequence, num_tokens: int) -> None:
         """Take notice of the next tokens that a step computes."""
         prefix, size = sequence.prefix, self.table.page_size
         if prefix is not None and sequence.num_computed + num_tokens >= (prefix.num_pages + 1) * size:
@@ -126,13 +127,14 @@ class PrefixHits:
             return Start(sequence)
         tokens, size = sequence.tokens, self.table.page_size
         prefix = self.cache.match(tokens, sequence.params.cache_salt)
-        pages = prefix.pages()
-        if prefix.num_pages * size < len(tokens):
-            return Start(sequence, prefix, tuple(pages), prefix.num_pages * size)
+        pages = tuple(prefix.pages())
+        found = len(pages) * size
+        if found < len(tokens):
+            return Start(sequence, prefix, pages, found, tokens[found : found + size].tobytes())
         assert prefix.parent is not None  # there is at least one token
         if copies and size > 1:
-            return Start(sequence, prefix.parent, tuple(pages), len(tokens) - 1, copies=True)
-        return Start(sequence, prefix.parent, tuple(pages[:-1]), prefix.parent.num_pages * size)
+            return Start(sequence, prefix.parent, pages, len(tokens) - 1, copies=True)
+        return Start(sequence, prefix.parent, pages[:-1], found - size)
 
     def _needed(self, starts: list[Start]) -> int:
         """Available pages that sequences take: new ones, a copy, and cached ones that get an owner."""
@@ -142,8 +144,8 @@ class PrefixHits:
         )
         return fresh + len({page for start in starts for page in start.pages if not refcount(page)})
 
-    def _least_needed(self, sequence: Sequence) -> int:
-        """A lower bound of what `_needed` says of a sequence alone, and that number as a rule."""
+    def _least_needed(self, sequence: Sequence, enough: int) -> int:
+        """A lower bound of what `_needed` says of a sequence alone, as a rule that number; more than enough will do."""
         needed = -(-len(sequence.tokens) // self.table.page_size)
         if self.cache is None:
             return needed
@@ -151,23 +153,20 @@ class PrefixHits:
         sequence.prefix = prefix
         needed -= prefix.num_pages
         # Who owns a page owns those before it: cached ones are the last ones.
-        while prefix.parent is not None and not self.table.allocator.refcount(prefix.page):
+        while (
+            needed <= enough and prefix.parent is not None and not self.table.allocator.refcount(prefix.page)
+        ):
             needed += 1
             prefix = prefix.parent
         return needed
-
-    def _page_after(self, start: Start) -> bytes:
-        assert start.prefix is not None
-        first = start.prefix.num_pages * self.table.page_size
-        return start.sequence.tokens[first : first + self.table.page_size].tobytes()
 
     def _explain(self, start: Start) -> str:
         tokens = start.sequence.tokens
         found = f"{start.num_computed} of {len(tokens)} prompt tokens were found in pages"
         if self.cache is None or start.prefix is None:
             return f"{found}: enable_prefix_caching is off"
-        salt = start.sequence.params.cache_salt
-        if self.cache.match(tokens, salt, near=start.prefix) is not start.prefix:
+        if not start.next_page:
             return f"{found}: the rest is there too, but the last token is computed for its logits"
+        salt = start.sequence.params.cache_salt
         under = "" if salt is None else f", under cache_salt {salt!r}"
         return f"{found}{under}: {self.cache.explain(start.prefix, tokens)}"

@@ -175,9 +175,7 @@ class Scheduler:
         while self.running:
             try:
                 self.preempt_youngest()
-            except (
-                ArgumentError
-            ) as error:  # someone freed its pages: the others give theirs back all the same
+            except ArgumentError as error:  # someone freed its pages; the others still give theirs back
                 wrong = error
         if wrong is not None:
             raise wrong
@@ -216,7 +214,7 @@ class Scheduler:
             self.table.allocator.share(sources)
             self._sources += sources
         if self.waiting:
-            self.hits.compute(sequence, num_tokens)
+            self.hits.announce(sequence, num_tokens)
         return Chunk(request, sequence, num_tokens, slot_mapping, copies)
 
     def _pages_of(self, request: Request) -> int:
