@@ -30,4 +30,4 @@ while llm.has_unfinished:
             print(f"step {step}: request {delta.request_id} ends by {delta.finish_reason}")
             print(delta.output.prompt + delta.output.text)
 
-print(f"{llm.table.allocator.num_available} of {llm.model.num_pages} pages are free again")
+print(f"{llm.table.allocator.num_available} of {llm.model.num_pages} pages have no owner again")

@@ -417,8 +417,8 @@ class Engine:
     def _refuse_oldest(self) -> None:
         request = self._scheduler.oldest
         request.error = OutOfPages(
-            f"the pool must hold all sequences of request {request.request_id}, whose common pages are not shared "
-            f"once it was preempted; got {self.table.allocator.num_pages} pages. "
+            f"the pool must hold all sequences of request {request.request_id}, whose common pages are shared "
+            f"after a preemption only as far as they are found; got {self.table.allocator.num_pages} pages. "
             "Fix: fewer sequences, or more pages"
         )
         self._end([request])

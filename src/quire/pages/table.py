@@ -15,6 +15,7 @@ from quire.pages.allocator import PageAllocator
 from quire.spec import check_size
 
 _PAD = array("i", [-1])
+_FEW = 8  # pages that Python counts faster than NumPy
 
 
 class AppendResult(NamedTuple):
@@ -62,7 +63,10 @@ class PageTable:
         self.allocator = allocator
         self.page_size = page_size
         self._sequences: dict[Hashable, _Pages] = {}
-        self._may_share = False  # whether two sequences may have a page in common
+        # By page, how many sequences of this table hold it; NumPy sees the same memory, for many pages at once.
+        self._holders = array("i", [0]) * allocator.num_pages
+        self._holders_of_many = np.frombuffer(self._holders, dtype=np.int32)
+        self._num_held = 0
 
     @property
     def seq_ids(self) -> list[Hashable]:
@@ -92,9 +96,8 @@ class PageTable:
         """
         self._check_unused(seq_id)
         sequence = _Pages(array("i", pages), len(pages) * self.page_size)
-        if pages:
-            self.allocator.share(sequence.pages)
-            self._may_share = True
+        self.allocator.share(sequence.pages)
+        self._hold(sequence.pages)
         self._sequences[seq_id] = sequence
 
     def page_at(self, seq_id: Hashable, index: int) -> int:
@@ -110,8 +113,9 @@ class PageTable:
         pages = self._sequence(seq_id).pages
         before = pages[self._check_index(seq_id, index)]
         self.allocator.share([page])
+        self._hold([page])
         pages[index] = page
-        self._may_share = True
+        self._let_go([before])
         self.allocator.free([before])
 
     def pages_needed(self, seq_id: Hashable, num_tokens: int) -> int:
@@ -154,8 +158,10 @@ class PageTable:
         needed = self._pages_needed(sequence, num_tokens)
         if needed:
             fresh = self.allocator.allocate(needed)
+            self._hold(fresh)
             if self._last_page_must_be_copied(sequence):
                 shared = pages.pop()
+                self._let_go([shared])
                 self.allocator.free([shared])
                 copies.append((shared, fresh[0]))
             pages.extend(fresh)
@@ -176,7 +182,7 @@ class PageTable:
         source = self._sequence(parent)
         self._check_unused(child)
         self.allocator.share(source.pages)
-        self._may_share = True
+        self._hold(source.pages)
         self._sequences[child] = _Pages(source.pages[:], source.length)
 
     def trim(self, seq_id: Hashable, length: int) -> list[int]:
@@ -198,6 +204,7 @@ class PageTable:
                 f"got {length}. Fix: use append to lengthen a sequence"
             )
         kept = -(-length // self.page_size)
+        self._let_go(sequence.pages[kept:])
         released = self.allocator.free(sequence.pages[kept:])
         del sequence.pages[kept:]
         sequence.length = length
@@ -215,7 +222,7 @@ class PageTable:
         """
         pages = self._sequence(seq_id).pages
         del self._sequences[seq_id]  # first: it ends also where someone freed its pages before
-        self._may_share = self._may_share and bool(self._sequences)
+        self._let_go(pages)
         return self.allocator.free(pages)
 
     def dense(self, seq_ids: Sequence[Hashable]) -> torch.Tensor:
@@ -262,18 +269,26 @@ class PageTable:
 
         What several sequences share counts once.
 
-        Cost: O(sequences); once a sequence was forked, O(pages held × their logarithm).
+        Cost: O(sequences), however many pages they hold.
         """
-        sequences = [sequence for sequence in self._sequences.values() if sequence.pages]
-        if not self._may_share or not sequences:
-            return sum(len(s.pages) for s in sequences), sum(s.length for s in sequences)
-        pages, places = np.unique(_join([s.pages for s in sequences]), return_inverse=True)
-        filled = np.full(len(places), self.page_size)
-        last = np.cumsum([len(s.pages) for s in sequences]) - 1
-        filled[last] -= [-s.length % self.page_size for s in sequences]
-        most = np.zeros(len(pages), dtype=np.int64)
-        np.maximum.at(most, places, filled)
-        return len(pages), int(most.sum())
+        size = self.page_size
+        unused = 0
+        shared: dict[
+            int, tuple[int, int]
+        ] = {}  # last pages of several: how many have not filled it, most tokens
+        for sequence in self._sequences.values():
+            tokens = sequence.length % size
+            if tokens:
+                last = sequence.pages[-1]
+                if self._holders[last] == 1:
+                    unused += size - tokens
+                else:
+                    holders, most = shared.get(last, (0, 0))
+                    shared[last] = holders + 1, max(most, tokens)
+        for page, (holders, most) in shared.items():
+            if holders == self._holders[page]:  # else another one has filled it
+                unused += size - most
+        return self._num_held, self._num_held * size - unused
 
     def page_owners(self) -> list[list[Hashable]]:
         """For each page of the allocator, the sequences of this table that hold it, oldest first.
@@ -296,6 +311,28 @@ class PageTable:
                 f"seq_id must name a sequence of this table ({len(self._sequences)} live); got {seq_id!r}. "
                 "Fix: add(seq_id) or fork(parent, seq_id) first"
             ) from None
+
+    def _hold(self, pages: Sequence[int]) -> None:
+        """Count one more sequence for each of these pages, no two of them the same."""
+        if len(pages) < _FEW:
+            for page in pages:
+                self._num_held += not self._holders[page]
+                self._holders[page] += 1
+        else:
+            index = np.asarray(pages)
+            self._num_held += len(pages) - int(np.count_nonzero(self._holders_of_many[index]))
+            self._holders_of_many[index] += 1
+
+    def _let_go(self, pages: Sequence[int]) -> None:
+        """Count one sequence less for each of these pages."""
+        if len(pages) < _FEW:
+            for page in pages:
+                self._holders[page] -= 1
+                self._num_held -= not self._holders[page]
+        else:
+            index = np.asarray(pages)
+            self._holders_of_many[index] -= 1
+            self._num_held -= len(pages) - int(np.count_nonzero(self._holders_of_many[index]))
 
     def _check_index(self, seq_id: Hashable, index: int) -> int:
         num_pages = len(self._sequence(seq_id).pages)
