@@ -61,6 +61,17 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch_whatever_others_ask_for(
         assert token_logprobs(logits[[row]], [tokens[row]], [nums[row]]) == [together[row]]
 
 
+def test_a_row_is_summed_in_the_same_order_alone_and_in_a_batch(set_threads):
+    """Alone, a row of this length is worth two threads to most of PyTorch's sums."""
+    set_threads(2)
+    logits = torch.randn(40, 50_000, generator=torch.Generator().manual_seed(3)) - 11
+    logits[:, 0] = (
+        0  # as likely as all others together, so that its logarithm shows the last bit of their sum
+    )
+    together = token_logprobs(logits, [0] * 40, [0] * 40)
+    assert [token_logprobs(logits[[row]], [0], [0])[0] for row in range(40)] == together
+
+
 def serve(engine: Engine, requests) -> list:
     ids = [engine.add_request(prompt, params) for prompt, params in requests]
     outputs = {}

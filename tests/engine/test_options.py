@@ -103,6 +103,15 @@ def test_a_stop_string_in_the_last_of_min_tokens_is_text_when_the_length_ends_it
     assert says(b"the END", stop="END", min_tokens=6, max_tokens=7)[:2] == ("the ", "stop")
 
 
+@pytest.mark.parametrize(("min_tokens", "text"), [(6, "the "), (7, "the END")])
+def test_a_stop_string_hidden_behind_a_character_cut_off_may_be_within_min_tokens(min_tokens, text):
+    model = FakeModel(vocab_size=258, rule=scripted(258, 3, [*b"the EN", EOS + 1]))
+    engine = Engine(model, byte_tokenizer(b"D\xe2"))  # the last token: the D, and the first byte of three
+    params = SamplingParams(min_tokens=min_tokens, max_tokens=7, stop="END")
+    [output] = engine.generate([0, 0, 0], params)
+    assert (output.text, output.finish_reason) == (text, "stop" if min_tokens == 6 else "length")
+
+
 def test_stop_tokens_are_not_chosen_within_min_tokens():
     text, reason, tokens = says(b"abcd", stop_token_ids=[ord("b"), -1, 99999], min_tokens=3, max_tokens=9)
     assert (tokens, reason) == ([ord("a"), 0, ord("c"), ord("d"), ord("a"), ord("b")], "stop")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from quire.engine.params import SamplingParams
 from quire.engine.request import Request
 from quire.engine.runner import build_step
@@ -53,6 +55,11 @@ def test_logits_of_prompt_rows_that_are_not_known_yet_come_behind_those_to_choos
     # Tokens 0 to 3, 4 to 9, 10 to 15 and 16. Behind the last token of a prompt comes none of the prompt.
     assert [list(chunk.prompt_rows) for chunk in chunks] == [[0, 1, 2, 3], [], [3, 4], []]
     assert build_step(chunks, table).logits_indices.tolist() == [9, 15, 16, 0, 1, 2, 3, 13, 14]
+    again = Sequence(
+        9, range(6), asks, max_length=99, stop_token_ids=frozenset()
+    )  # the prompt's second sequence
+    requests[0].sequences.append(again)
+    assert len(Chunk(requests[0], again, 6, np.arange(6), []).prompt_rows) == 0
     requests[0].sequences[0].num_computed = 4
     rest = Chunk(requests[0], requests[0].sequences[0], 2, *table.append(0, 2))
     requests[0].prompt_logprobs += [None] * 4

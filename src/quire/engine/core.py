@@ -221,7 +221,8 @@ class Engine:
             One output per prompt, in their order; also for a single prompt a list.
         Raises:
             ArgumentError: a prompt that cannot be served (see `add_request`), named by its index
-                and before any work is done.
+                and before any work is done; also where the rules of a request left no token to choose.
+            Exception: what a logits processor of one of these requests raised; the rest of them are aborted.
         """
         return self._complete(self._make_requests(list_prompts(prompts), params), progress)
 

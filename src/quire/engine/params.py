@@ -28,7 +28,8 @@ class SamplingParams:
     5. temperature 0 takes the likeliest token, whatever min_p, top_k and top_p say. Above 0: temperature, min_p, top_k,
        top_p, and a draw from what is left.
 
-    Names and meaning are vLLM's. logprobs are those of the model's own distribution, before all of this.
+    Names and meaning are vLLM's, some defaults are not. logprobs are those of the model's own distribution, before all
+    of this.
 
     Args:
         temperature: 0.0, the default, takes the likeliest token (greedy, as `model.generate` does);
