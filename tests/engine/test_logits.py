@@ -180,6 +180,20 @@ def test_a_bad_word_is_ruled_out_where_it_would_be_complete_and_only_there():
     assert completed(5, 1) == []
 
 
+def test_tokens_that_the_model_does_not_have_are_no_bad_words_and_end_nothing():
+    of = sequence(bad_word_ids=[[VOCAB], [3, VOCAB], [VOCAB, 3], [4]])
+    logits = rows(1)
+    change_logits(logits, [of])
+    assert logits.isneginf().nonzero().tolist() == [[0, 4]]
+
+
+def test_a_bias_beyond_float32_is_the_largest():
+    logits = torch.zeros(1, VOCAB)
+    change_logits(logits, [sequence(logit_bias={3: 1e300, 4: -1e300})])
+    assert torch.isfinite(logits).all()
+    assert (int(logits.argmax()), int(logits.argmin())) == (3, 4)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_whose_rules_leave_no_token_fails_alone(temperature):
     logits = rows(3)

@@ -163,6 +163,18 @@ def test_logits_of_prompts_are_computed_only_for_those_who_ask_and_once():
     assert outputs[older].prompt_logprobs is None
 
 
+def test_a_prompt_that_others_have_computed_is_reported_whole():
+    """Who finds a prompt in pages must still compute what is asked of it."""
+    model = FakeModel()
+    engine = Engine(model, max_batch_tokens=6)
+    prompt = list(range(17))
+    assert engine.generate(prompt, SamplingParams(max_tokens=4))
+    outputs = engine.generate([prompt] * 3, ASKED)
+    for output in outputs:
+        is_whole_prompt(output, model, 2)
+        is_whole(output, model, 4)
+
+
 def test_a_step_that_breaks_off_reports_nothing_twice():
     model = FakeModel()
     engine = Engine(model, max_batch_tokens=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -116,3 +118,71 @@ def test_stop_tokens_are_not_chosen_within_min_tokens():
     text, reason, tokens = says(b"abcd", stop_token_ids=[ord("b"), -1, 99999], min_tokens=3, max_tokens=9)
     assert (tokens, reason) == ([ord("a"), 0, ord("c"), ord("d"), ord("a"), ord("b")], "stop")
     assert text == "a\0cda"
+
+
+def own_failure(token_ids, logits):
+    if len(token_ids) == 4:
+        raise ZeroDivisionError("my own")
+    return logits
+
+
+MIXED = [
+    {},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"repetition_penalty": 1.5, "logprobs": 3},
+    {
+        "temperature": 0.8,
+        "frequency_penalty": 1.0,
+        "presence_penalty": -1.0,
+        "top_k": 20,
+        "prompt_logprobs": 1,
+    },
+    {"allowed_token_ids": range(30), "min_tokens": 9, "stop_token_ids": range(10), "logprobs": 0},
+    {
+        "bad_words": ["a", "b c"],
+        "logit_bias": {ord("a"): 9.0, ord("d"): 4.0},
+        "temperature": 1.2,
+        "top_p": 0.9,
+    },
+    {"logits_processors": [own_failure]},
+    {"logits_processors": [lambda token_ids, logits: logits.flip(0)], "prompt_logprobs": 0, "logprobs": 1},
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mix_of_options_in_a_small_pool_gives_what_each_gives_alone(seed):
+    random = Random(seed)
+    asked = [
+        (
+            [random.randrange(120) for _ in range(random.randint(1, 20))],
+            SamplingParams(seed=i, max_tokens=14, **mixed),
+        )
+        for i, mixed in enumerate(random.choices(MIXED, k=12))
+    ]
+    model = FakeModel(vocab_size=VOCAB, num_pages=12)
+    roomy = Engine(FakeModel(vocab_size=VOCAB), byte_tokenizer())
+    engine = Engine(model, byte_tokenizer(), max_batch_tokens=random.choice([5, 13, 64]))
+    ids, outputs, failures = [], {}, 0
+    waiting, aborted = list(asked), set()
+    while waiting or engine.has_unfinished:
+        if waiting and random.random() < 0.5:
+            ids.append(engine.add_request(*waiting.pop()))
+        if ids and random.random() < 0.02:
+            aborted.add(request_id := random.choice(ids))
+            engine.abort(request_id)
+        try:
+            outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
+        except ZeroDivisionError:
+            failures += 1
+    assert model.allocator.num_free == model.num_pages
+    fail = {
+        i
+        for i, (_, params) in zip(ids, reversed(asked), strict=True)
+        if params.logits_processors == [own_failure]
+    }
+    assert len(fail - aborted) <= failures <= len(fail)
+    for request_id, (prompt, params) in zip(ids, reversed(asked), strict=True):
+        if request_id not in fail | aborted:
+            [alone] = roomy.generate(prompt, params)
+            found = outputs[request_id]
+            assert (found.outputs, found.prompt_logprobs) == (alone.outputs, alone.prompt_logprobs)

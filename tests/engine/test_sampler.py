@@ -145,6 +145,7 @@ def test_a_draw_takes_one_number_whatever_the_filters():
 def test_a_tiny_temperature_is_greedy_and_not_nan():
     assert set(draws(LOGITS * 1e6, 20, temperature=1e-30)) == {1}
     assert set(draws(LOGITS, 20, temperature=1e-30, top_p=0.9)) == {1}
+    assert set(draws(LOGITS, 20, temperature=1e-300, min_p=0.1)) == {1}
 
 
 def test_tokens_ruled_out_by_the_model_are_never_drawn():

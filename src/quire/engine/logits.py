@@ -58,8 +58,10 @@ def logit_rules(
 ) -> LogitRules | None:
     """The rules of a request, or None where it changes nothing.
 
+    Tokens outside the vocabulary never come, so there is nothing to rule out.
+
     Args:
-        ending_ids: stop tokens and the model's end-of-text tokens; those outside the vocabulary never come.
+        ending_ids: stop tokens and the model's end-of-text tokens.
         bad_words: token ids of each text that must not come up.
     """
     bias = dict(params.logit_bias or {})
@@ -72,10 +74,10 @@ def logit_rules(
     rules = LogitRules(
         params,
         np.array(list(bias), np.int64),
-        np.array(list(bias.values()), np.float32),
+        np.clip(np.array(list(bias.values()), np.float64), -_LARGEST, _LARGEST).astype(np.float32),
         allowed,
         np.array(endings, np.int64),
-        BadWords(bad_words),
+        BadWords(word for word in bad_words if word and max(word) < vocab_size),
         tuple((processor, takes_prompt(processor)) for processor in params.logits_processors or ()),
     )
     changes = rules.penalises or bias or endings or rules.bad_words or rules.processors or allowed is not None

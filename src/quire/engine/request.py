@@ -111,7 +111,8 @@ class Request:
         index: position of the prompt in its caller's list.
     Attributes:
         prompt_logprobs: how likely the prompt's tokens were, from the second on, as far as they were computed; None
-            where nobody asked. Who skips tokens of a prompt must not skip any of a request that has these.
+            where nobody asked. Until all are here, no more than the first len(prompt_logprobs) tokens of the prompt
+            may be taken from pages that someone else computed.
     """
 
     def __init__(self, sequences: abc.Sequence[Sequence], prompt: str | None = None, index: int = 0) -> None:

@@ -88,7 +88,8 @@ def _draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tens
 
 def _probabilities(logits: torch.Tensor, params: abc.Sequence[SamplingParams]) -> torch.Tensor:
     """What a token is drawn from, fp32 [rows, vocab_size]: 0 where a filter rules it out; rows sum to at most 1."""
-    temperature = _column([p.temperature for p in params], logits)
+    least = torch.finfo(logits.dtype).tiny  # what is smaller would be 0 in this dtype
+    temperature = _column([max(p.temperature, least) for p in params], logits)
     # The maximum goes first: it becomes 0, and dividing by a tiny temperature cannot overflow to +inf.
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     return _keep_top_p(_keep_top_k(_keep_min_p(scores, params), params).softmax(dim=-1), params)
