@@ -113,6 +113,9 @@ class SamplingParams:
             raise ArgumentError(
                 f"max_tokens must be None or an int of at least 1; got {self.max_tokens!r}. Fix: max_tokens=1"
             )
+        self._check_logits_numbers()
+        self._check_logits_lists()
+        self._check_what_is_shown()
         stops = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if not (_is_collection(stops) and all(isinstance(stop, str) and stop for stop in stops)):
             raise ArgumentError(
@@ -126,9 +129,13 @@ class SamplingParams:
             )
         if not isinstance(self.ignore_eos, bool):
             raise ArgumentError(f"ignore_eos must be a bool; got {self.ignore_eos!r}. Fix: ignore_eos=True")
-        self._check_logits_numbers()
-        self._check_logits_lists()
-        self._check_what_is_shown()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, empty for None."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def _check_logits_numbers(self) -> None:
         if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
@@ -198,13 +205,6 @@ class SamplingParams:
         for name in ("skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name} must be a bool; got {getattr(self, name)!r}. Fix: {name}=True")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, empty for None."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def is_token_id(value: object) -> bool:
