@@ -30,7 +30,7 @@ def in_chunks_and_with_too_few_pages(paged, prompts, params, *, plain=None) -> l
     llm = LLM(paged, tokenizer=byte_tokenizer(), max_batch_tokens=24)
     outputs = llm.generate(prompts, [plain if plain and i % 2 else params for i in range(len(prompts))])
     assert sum(output.preemptions for output in outputs) > 0, "this pool was meant to be too small"
-    assert paged.allocator.num_free == paged.num_pages
+    assert paged.allocator.num_available == paged.num_pages
     return outputs
 
 

@@ -148,7 +148,7 @@ def test_nothing_is_reported_where_nobody_asked_and_zero_reports_the_token_alone
 def test_logits_of_prompts_are_computed_only_for_those_who_ask_and_once():
     model = FakeModel(num_pages=10, page_size=4)
     engine = Engine(model, max_batch_tokens=8)
-    older = engine.add_request(list(range(9)), SamplingParams(max_tokens=16))
+    older = engine.add_request([40] * 9, SamplingParams(max_tokens=16))
     asks = engine.add_request(list(range(12)), SamplingParams(max_tokens=12, prompt_logprobs=0))
     rows = []
     outputs = {}

@@ -174,7 +174,7 @@ def test_any_mix_of_options_in_a_small_pool_gives_what_each_gives_alone(seed):
             outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
         except ZeroDivisionError:
             failures += 1
-    assert model.allocator.num_free == model.num_pages
+    assert model.allocator.num_available == model.num_pages
     fail = {
         i
         for i, (_, params) in zip(ids, reversed(asked), strict=True)

@@ -63,7 +63,7 @@ def test_a_processor_that_fails_ends_its_request_alone_with_its_error(count, oth
     assert errors == [error]
     assert [tokens[i] for i in (ids[0], *ids[2:])] == [expected[0], *expected[2:]]
     assert len(tokens.get(ids[1], [])) == count
-    assert model.allocator.num_free == model.num_pages
+    assert model.allocator.num_available == model.num_pages
 
 
 def test_rules_that_leave_no_token_end_their_request_alone():
@@ -90,7 +90,7 @@ def test_the_failure_is_raised_to_the_caller_of_the_request_and_to_nobody_else()
         engine.generate(PROMPTS[1], processed(fails_at(2, RuntimeError("my own"))))
     well.join()
     assert outputs["good"] == model.continuation(PROMPTS[0], 40)
-    assert model.allocator.num_free == model.num_pages
+    assert model.allocator.num_available == model.num_pages
 
 
 def test_a_failing_sequence_ends_all_of_its_request_and_nobody_else():
@@ -102,7 +102,7 @@ def test_a_failing_sequence_ends_all_of_its_request_and_nobody_else():
     tokens, errors = steps(engine)
     assert [str(error) for error in errors] == ["my own"]
     assert tokens[other] == engine.model.continuation([4, 5], 6)[1:]
-    assert engine.table.allocator.num_free == engine.model.num_pages
+    assert engine.table.allocator.num_available == engine.model.num_pages
 
 
 def test_an_interrupted_processor_loses_no_request():
@@ -146,7 +146,7 @@ def test_a_processor_may_abort_its_own_request_but_not_wait_for_the_engine():
     assert calls == [True]
     assert aborted not in engine.requests
     assert tokens[other] == engine.model.continuation([5], 6)
-    assert engine.table.allocator.num_free == engine.model.num_pages
+    assert engine.table.allocator.num_available == engine.model.num_pages
 
 
 @pytest.mark.parametrize(("num_pages", "preempted"), [(64, False), (8, True)])
