@@ -27,7 +27,7 @@ BAD_INPUT = {
     "a page without tokens": (["generate", "x", "--page-size", "0"], "--page-size"),
     "words for a number": (["demo", "--max-tokens", "many"], "--max-tokens"),
     "a negative temperature": (["generate", "x", "--temperature", "-1"], "temperature must be"),
-    "a filter for greedy choice": (["generate", "x", "--top-k", "5"], "top_k and top_p must be left out"),
+    "a negative number of tokens to draw from": (["generate", "x", "--top-k", "-5"], "top_k must be"),
     "a probability above one": (["generate", "x", "--temperature", "1", "--top-p", "2"], "top_p must be"),
     "a negative seed": (["generate", "x", "--seed", "-1"], "seed must be"),
     "an empty stop string": (["generate", "x", "--stop", ""], "stop must be"),

@@ -77,11 +77,12 @@ class FakeModel:
         self.slots[slots, 1] = step.position_ids.numpy()
         self.step_sizes.append(step.num_tokens)
         self.logits_rows.append(len(step.logits_indices))
-        ends = step.cu_seqlens_q.numpy()[1:] - 1
+        ends = step.cu_seqlens_q.numpy()[1:]
         rows = [np.zeros((0, self.vocab_size), dtype=np.float32)]
         for row in step.logits_indices.tolist():
-            [sequence] = np.flatnonzero(ends == row)
-            rows.append(self.rule(self._history(step, sequence))[None])
+            sequence = int(np.searchsorted(ends, row, side="right"))
+            history = self._history(step, sequence)
+            rows.append(self.rule(history[: len(history) - (ends[sequence] - 1 - row)])[None])
         return torch.from_numpy(np.concatenate(rows))
 
     def _history(self, step: Step, sequence: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quire.engine.params import SamplingParams
+from quire.engine.params import SamplingParams, takes_prompt
 from quire.errors import ArgumentError
 
 
@@ -19,11 +19,39 @@ from quire.errors import ArgumentError
         ({"temperature": math.nan}, "temperature must be a finite number"),
         ({"temperature": math.inf}, "temperature must be a finite number"),
         ({"temperature": "hot"}, "temperature must be a finite number"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k must be None or an int of at least 1; got 0"),
+        ({"top_k": -2}, r"top_k must be None or an int of at least 1 \(0 and -1: all\); got -2"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1; got 0.0"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p must be above 0 and at most 1"),
-        ({"top_k": 5}, "top_k and top_p must be left out when temperature is 0"),
-        ({"top_p": 0.5}, "top_k and top_p must be left out when temperature is 0"),
+        ({"min_p": -0.1}, "min_p must be from 0 to 1; got -0.1"),
+        ({"min_p": 1.1}, "min_p must be from 0 to 1"),
+        ({"min_p": math.nan}, "min_p must be from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a finite number above 0; got 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must be a finite number above 0"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be from -2 to 2; got 2.1"),
+        ({"frequency_penalty": "a"}, "frequency_penalty must be from -2 to 2; got 'a'"),
+        ({"min_tokens": -1}, "min_tokens must be an int of at least 0; got -1"),
+        ({"min_tokens": True}, "min_tokens must be an int of at least 0; got True"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens must be at most max_tokens, 5; got 6"),
+        ({"logit_bias": [3]}, "logit_bias must be a dict of token ids"),
+        ({"logit_bias": {"3": 1.0}}, "logit_bias must be a dict of token ids"),
+        ({"logit_bias": {3: math.inf}}, "logit_bias must be a dict of token ids to finite numbers"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must be None or a list of at least one int"),
+        ({"allowed_token_ids": 3}, "allowed_token_ids must be None or a list of at least one int; got 3"),
+        ({"allowed_token_ids": [1.0]}, "allowed_token_ids must be None or a list of at least one int"),
+        ({"bad_words": "word"}, "bad_words must be None or a list of non-empty strings; got 'word'"),
+        ({"bad_words": [""]}, "bad_words must be None or a list of non-empty strings"),
+        ({"bad_words": ["\ud800"]}, "bad_words must be None or a list of non-empty strings"),
+        ({"logprobs": -2}, "logprobs must be None or an int of at least 0, or -1 for all tokens; got -2"),
+        ({"logprobs": True}, "logprobs must be None or an int"),
+        ({"prompt_logprobs": 1.0}, "prompt_logprobs must be None or an int of at least 0"),
+        ({"skip_special_tokens": 0}, "skip_special_tokens must be a bool; got 0"),
+        ({"include_stop_str_in_output": None}, "include_stop_str_in_output must be a bool; got None"),
+        ({"logits_processors": print}, "logits_processors must be None or a list of functions"),
+        ({"logits_processors": [3]}, "logits_processors must be None or a list of functions"),
+        (
+            {"logits_processors": [lambda logits: logits]},
+            "logits_processors must take .generated token ids, logits",
+        ),
         ({"seed": -1}, "seed must be None or an int from 0"),
         ({"max_tokens": 0}, "max_tokens must be None or an int of at least 1; got 0"),
         ({"stop": ""}, "stop must be a non-empty string"),
@@ -49,6 +77,18 @@ def test_params_out_of_range_are_refused_in_one_sentence_with_a_fix(params, sent
 @pytest.mark.parametrize("ids", [[5], (5,), {5}, range(5, 6), np.array([5])], ids=str)
 def test_stop_tokens_may_come_in_any_collection(ids):
     assert list(SamplingParams(stop_token_ids=ids).stop_token_ids) == [5]
+
+
+def test_greedy_choice_may_stand_beside_filters_of_a_draw():
+    params = SamplingParams(temperature=0.0, top_k=5, top_p=0.5, min_p=0.5)
+    assert (params.top_k, params.top_p, params.min_p) == (5, 0.5, 0.5)
+
+
+def test_a_processor_takes_the_generated_tokens_or_the_prompt_before_them():
+    assert not takes_prompt(lambda token_ids, logits: logits)
+    assert takes_prompt(lambda prompt, token_ids, logits: logits)
+    assert not takes_prompt(lambda *arguments: arguments[-1])
+    assert not takes_prompt(print)
 
 
 def test_one_stop_string_or_several():

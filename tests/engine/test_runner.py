@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from quire.engine.params import SamplingParams
 from quire.engine.request import Request
 from quire.engine.runner import build_step
@@ -35,3 +37,31 @@ def test_chunks_are_packed_end_to_end_each_at_its_own_position_and_slots():
     assert step.seq_lens.tolist() == [5, 5, 2]
     assert step.page_table.tolist() == [[0, 2], [1, 3], [4, -1]]
     assert step.logits_indices.tolist() == [0, 5]
+
+
+def test_logits_of_prompt_rows_that_are_not_known_yet_come_behind_those_to_choose_from():
+    table = PageTable(PageAllocator(9), page_size=4)
+    asks, silent = SamplingParams(prompt_logprobs=0), SamplingParams()
+    requests = [
+        Request([Sequence(i, range(n), params, max_length=99, stop_token_ids=frozenset())])
+        for i, (n, params) in enumerate([(6, asks), (6, silent), (6, asks), (1, asks)])
+    ]
+    requests[2].prompt_logprobs += ["of token 1", "of token 2", "of token 3"]  # computed once, then preempted
+    chunks = []
+    for request, num_tokens in zip(requests, (4, 6, 6, 1), strict=True):
+        [sequence] = request.sequences
+        table.add(sequence.seq_id)
+        chunks.append(Chunk(request, sequence, num_tokens, *table.append(sequence.seq_id, num_tokens)))
+    # Tokens 0 to 3, 4 to 9, 10 to 15 and 16. Behind the last token of a prompt comes none of the prompt.
+    assert [list(chunk.prompt_rows) for chunk in chunks] == [[0, 1, 2, 3], [], [3, 4], []]
+    assert build_step(chunks, table).logits_indices.tolist() == [9, 15, 16, 0, 1, 2, 3, 13, 14]
+    again = Sequence(
+        9, range(6), asks, max_length=99, stop_token_ids=frozenset()
+    )  # the prompt's second sequence
+    requests[0].sequences.append(again)
+    assert len(Chunk(requests[0], again, 6, np.arange(6), []).prompt_rows) == 0
+    requests[0].sequences[0].num_computed = 4
+    rest = Chunk(requests[0], requests[0].sequences[0], 2, *table.append(0, 2))
+    requests[0].prompt_logprobs += [None] * 4
+    assert list(rest.prompt_rows) == [0]
+    assert build_step([rest], table).logits_indices.tolist() == [1, 0]

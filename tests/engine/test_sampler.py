@@ -58,7 +58,36 @@ def test_each_token_is_drawn_as_often_as_it_is_likely():
     assert torch.allclose(counts / 4000, sharpened, atol=0.025)
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    ("p", "support"),
+    [(0.05, {0, 1, 2, 3}), (0.11, {1, 2, 3}), (0.31, {1, 3}), (0.61, {1}), (1.0, {1}), (0.0, {0, 1, 2, 3})],
+)
+def test_min_p_draws_exactly_what_is_at_least_so_likely_beside_the_likeliest(p, support):
+    assert set(draws(LOGITS, temperature=1.0, min_p=p)) == support
+
+
+def test_min_p_looks_at_what_temperature_made_and_top_p_at_what_min_p_left():
+    # At temperature 2 the probabilities go as their square roots: 0.15 is sqrt(0.3) = 0.55 of the likeliest.
+    assert set(draws(LOGITS, temperature=2.0, min_p=0.5)) == {1, 2, 3}
+    # Of 0.5 and 0.3 the first alone holds 0.625.
+    assert set(draws(LOGITS, temperature=1.0, min_p=0.5, top_p=0.62)) == {1}
+    assert set(draws(LOGITS, temperature=1.0, min_p=0.5, top_p=0.63)) == {1, 3}
+
+
+@pytest.mark.parametrize("k", [None, 0, -1])
+def test_top_k_of_vllm_and_of_generate_for_all_tokens_is_all_tokens(k):
+    assert set(draws(LOGITS, temperature=1.0, top_k=k)) == {0, 1, 2, 3}
+
+
+def test_greedy_choice_wins_over_every_filter():
+    asked = sequence(temperature=0.0, top_k=2, top_p=0.1, min_p=0.9)
+    assert sample(LOGITS, [asked]) == [1]
+    assert asked.generator is None
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.2}]
+)
 def test_a_draw_is_where_one_uniform_number_falls_in_the_cumulative_mass(filters):
     mass = PROBABILITIES.double()
     if filters:
@@ -89,7 +118,7 @@ def test_ties_at_the_edge_of_a_filter_all_stay():
 
 
 def test_a_row_gets_the_same_token_alone_and_in_any_batch():
-    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)) * 3
+    logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(0)) * 3
     params = [
         {"temperature": 1.0},
         {},
@@ -97,6 +126,7 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch():
         {"temperature": 1.3, "top_p": 0.8},
         {},
         {"temperature": 2.0, "top_k": 50, "top_p": 0.5},
+        {"temperature": 1.5, "min_p": 0.05},
     ]
     for seed in range(30):
         together = sample(logits, [sequence(seed=seed, **p) for p in params])
@@ -115,6 +145,7 @@ def test_a_draw_takes_one_number_whatever_the_filters():
 def test_a_tiny_temperature_is_greedy_and_not_nan():
     assert set(draws(LOGITS * 1e6, 20, temperature=1e-30)) == {1}
     assert set(draws(LOGITS, 20, temperature=1e-30, top_p=0.9)) == {1}
+    assert set(draws(LOGITS, 20, temperature=1e-300, min_p=0.1)) == {1}
 
 
 def test_tokens_ruled_out_by_the_model_are_never_drawn():

@@ -38,18 +38,39 @@ def test_pieces_are_whole_characters_and_join_to_the_text(text):
 
 
 @given(texts, stops)
-def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops):
-    stream = TextStream(BYTES, [], tuple(stops))
-    pieces = pieces_of(stream, text.encode())
-    stream.close(cut_off=False)
+def test_text_ends_before_the_stop_string_that_is_complete_first_or_with_it(text, stops):
     expected = text
+    end_of_stop = len(text)
     for end in range(len(text) + 1):
         starts = [text[:end].find(stop) for stop in stops if stop in text[:end]]
         if starts:
+            expected, end_of_stop = text[: min(starts)], end
+            break
+    for include_stop, whole in ((False, expected), (True, text[:end_of_stop])):
+        stream = TextStream(BYTES, [], tuple(stops), include_stop=include_stop)
+        pieces = pieces_of(stream, text.encode())
+        stream.close(cut_off=False)
+        assert stream.text == whole
+        assert whole.startswith("".join(pieces)), "something was shown that had to be taken back"
+
+
+@given(texts, stops, st.integers(0, 12))
+def test_a_stop_string_counts_only_if_it_ends_behind_the_tokens_that_may_not_stop(text, stops, free):
+    stream = TextStream(BYTES, [], tuple(stops))
+    stopped = False
+    for count, token in enumerate(text.encode(), 1):
+        stopped = stream.push(token, may_stop=count > free)
+        if stopped:
+            break
+    stream.close(cut_off=False)
+    expected = text
+    for end in range(1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts and len(text[:end].encode()) > free:
             expected = text[: min(starts)]
             break
     assert stream.text == expected
-    assert expected.startswith("".join(pieces)), "something was shown that had to be taken back"
+    assert stopped == (expected != text)
 
 
 @given(st.lists(st.integers(0, 255), max_size=12))
@@ -94,6 +115,13 @@ def test_special_tokens_are_no_text():
     pieces_of(stream, [ord("a"), EOS, ord("b")])
     stream.close(cut_off=False)
     assert stream.text == "ab"
+
+
+def test_special_tokens_are_text_where_that_is_asked():
+    stream = TextStream(BYTES, [EOS], (), skip_special_tokens=False)
+    assert pieces_of(stream, [ord("a"), EOS, ord("b")]) == ["a", "<eos>", "b"]
+    stream.close(cut_off=False)
+    assert stream.text == "a<eos>b"
 
 
 def test_the_first_word_keeps_the_space_that_divides_it_from_the_prompt():

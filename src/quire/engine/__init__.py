@@ -2,13 +2,16 @@
 
 params.py      SamplingParams: what a caller asks for
 admission.py   which prompts and parameters can be served at all
+chat.py        conversations to prompts, by the tokenizer's chat template
 request.py     a request, what comes back from it, and who has read how much
 sequence.py    one text of a request: its tokens, and how many are in pages
 scheduler.py   who runs in the next step, and on whose pages
 hits.py        what of a request is in pages already
 audit.py       whether the pages of a step are those that its sequences computed
 runner.py      what runs, packed into one forward
-sampler.py     logits to tokens
+logits.py      what changes logits: penalties, bias, a caller's functions, masks
+sampler.py     how a token is drawn
+logprobs.py    how likely tokens were
 text.py        tokens to text, while they come
 turns.py       engines on one model: one at a time, and pages for the oldest
 core.py        Engine: add_request and step, generate and stream, over all of these
@@ -17,6 +20,7 @@ llm.py         LLM: an Engine that loads its model
 
 from quire.engine.core import Engine, EngineStats
 from quire.engine.llm import LLM
+from quire.engine.logprobs import Logprob
 from quire.engine.params import SamplingParams
 from quire.engine.request import CompletionOutput, Delta, RequestOutput
 
@@ -26,6 +30,7 @@ __all__ = [
     "Delta",
     "Engine",
     "EngineStats",
+    "Logprob",
     "RequestOutput",
     "SamplingParams",
 ]

@@ -100,6 +100,26 @@ def check_prompt(prompt: Prompt, token_ids: Sequence[int], model: PagedModel) ->
         )
 
 
+def check_params(params: SamplingParams, model: PagedModel) -> None:
+    """Refuse token ids to change or to allow that the model does not have.
+
+    Raises:
+        ArgumentError: an id outside the vocabulary.
+    """
+    for name in ("logit_bias", "allowed_token_ids"):
+        token_ids = getattr(params, name)
+        if (
+            token_ids is not None
+            and len(token_ids)
+            and not 0 <= min(token_ids) <= max(token_ids) < model.vocab_size
+        ):
+            wrong = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+            raise ArgumentError(
+                f"{name} must hold token ids from 0 to {model.vocab_size - 1}; got {wrong}. "
+                "Fix: use the tokenizer that belongs to this model"
+            )
+
+
 def check_text(text: str, index: int) -> None:
     """Refuse text that a tokenizer could not encode.
 

@@ -18,6 +18,7 @@ from quire.debug import debug_enabled
 from quire.engine.admission import (
     Prompt,
     Prompts,
+    check_params,
     check_prompt,
     check_text,
     list_params,
@@ -25,6 +26,9 @@ from quire.engine.admission import (
     max_length,
 )
 from quire.engine.audit import audit_all, audit_sample
+from quire.engine.chat import Messages, render_chats
+from quire.engine.logits import logit_rules
+from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
 from quire.engine.params import SamplingParams
 from quire.engine.progress import progress_bar
 from quire.engine.request import Delta, Reader, Request, RequestOutput, interrupted_request, raise_first_error
@@ -278,9 +282,35 @@ class Engine:
             One output per prompt, in their order; also for a single prompt a list.
         Raises:
             ArgumentError: a prompt that cannot be served (see `add_request`), named by its index
-                and before any work is done.
+                and before any work is done; also where the rules of a request left no token to choose.
+            Exception: what a logits processor of one of these requests raised; the rest of them are aborted.
         """
-        requests = self._make_requests(prompts, params)
+        return self._complete(self._make_requests(list_prompts(prompts), params), progress)
+
+    def chat(
+        self,
+        messages: Messages | abc.Sequence[Messages],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Write the next turn of conversations, by the tokenizer's chat template.
+
+        Args:
+            messages: a conversation, [{"role": "user", "content": "…"}, …], or a list of them.
+            params, progress: as for `generate`; params for all conversations, or one per conversation.
+        Returns:
+            One output per conversation, in their order; `prompt` is the text that the template made of it, which holds
+            the tokens that a text begins with where the template writes them: none are added.
+        Raises:
+            ArgumentError: messages of another form, or that the template refuses; a prompt that cannot be served.
+            UnsupportedError: the engine has no tokenizer, or a tokenizer without a chat template.
+        """
+        with self._encoding:
+            prompts = render_chats(self.tokenizer, messages)
+        return self._complete(self._make_requests(prompts, params, special_tokens=False), progress)
+
+    def _complete(self, requests: list[Request], progress: bool | None) -> list[RequestOutput]:
         with self._serving(requests), progress_bar(len(requests), shown=progress) as advance:
             if advance is None:
                 self._drive(lambda: _are_settled(requests))
@@ -304,7 +334,7 @@ class Engine:
         Raises:
             ArgumentError: as `generate`, at the call.
         """
-        return self._stream(self._make_requests(prompts, params))
+        return self._stream(self._make_requests(list_prompts(prompts), params))
 
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         with self._serving(requests):
@@ -380,12 +410,18 @@ class Engine:
                 logits = run(self.model, chunks, self.table)
                 self._scheduler.release_sources()
                 complete = [chunk for chunk in chunks if chunk.is_last]
-                tokens = sample(logits, [chunk.sequence for chunk in complete]) if complete else []
+                sequences = [chunk.sequence for chunk in complete]
+                choices = sample(logits[: len(complete)], sequences) if complete else []
+                logprobs = logprobs_of_choices(logits, sequences, choices)
+                of_prompts = prompt_logprobs(logits[len(complete) :], chunks)
                 with self._news:
+                    for request, found in of_prompts:
+                        assert request.prompt_logprobs is not None
+                        request.prompt_logprobs += found
                     self._scheduler.advance(chunks)
                     interruptions = [
-                        self._hand_out(chunk.request, chunk.sequence, token)
-                        for chunk, token in zip(complete, tokens, strict=True)
+                        self._hand_out(chunk.request, chunk.sequence, choice, logprobs.get(row))
+                        for row, (chunk, choice) in enumerate(zip(complete, choices, strict=True))
                     ]
                 for interruption in interruptions:
                     if interruption is not None:
@@ -432,15 +468,25 @@ class Engine:
                 "Fix: free what else was allocated from engine.table.allocator"
             )
 
-    def _hand_out(self, request: Request, sequence: Sequence, token: int) -> BaseException | None:
-        """Add a token to its sequence; returns what interrupted that, Ctrl-C for example.
+    def _hand_out(
+        self, request: Request, sequence: Sequence, choice: int | Exception, logprobs: TokenLogprobs | None
+    ) -> BaseException | None:
+        """Add a token to its sequence, or end the request with what failed; returns what interrupted that, Ctrl-C.
 
         The other requests still get their tokens.
         """
+        if sequence.finish_reason is not None:  # another sequence of the request has just failed
+            return None
+        if isinstance(choice, Exception):
+            request.error = choice
+            self._end([request])
+            return None
         self.stats.generated_tokens += 1
         interruption: BaseException | None = None
         try:
-            sequence.accept(token)
+            if sequence.logprobs is not None and logprobs is not None:
+                sequence.logprobs.append(logprobs)
+            sequence.accept(choice)
         except Exception as error:
             request.error = error
         except BaseException as error:  # the token may be added, but its text lost and its stop unseen
@@ -491,12 +537,16 @@ class Engine:
             audit_sample(chunks, self.table, cache, self.stats.steps)
 
     def _make_requests(
-        self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None
+        self,
+        listed: abc.Sequence[Prompt],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None,
+        *,
+        special_tokens: bool = True,
     ) -> list[Request]:
         """One request per prompt, none of them queued yet, so that a bad one is found before any work."""
-        listed = list_prompts(prompts)
         each = list_params(params, len(listed))
-        encoded = iter(self._encode([prompt for prompt in listed if isinstance(prompt, str)]))
+        texts = [prompt for prompt in listed if isinstance(prompt, str)]
+        encoded = iter(self._encode(texts, special_tokens=special_tokens))
         requests = []
         for index, (prompt, its_params) in enumerate(zip(listed, each, strict=True)):
             token_ids = next(encoded) if isinstance(prompt, str) else prompt
@@ -512,23 +562,58 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int = 0
     ) -> Request:
         check_prompt(prompt, token_ids, self.model)
+        check_params(params, self.model)
         if params.stop_strings and self._decoder is None:
             raise ArgumentError(
                 f"stop must be None, as this engine has no tokenizer to read text with; got {params.stop!r}. "
                 "Fix: stop_token_ids, or pass a tokenizer"
             )
-        eos = () if params.ignore_eos else self.model.eos_token_ids
+        eos = self.model.eos_token_ids
         sequence = Sequence(
             next(self._seq_ids),
             token_ids,
             params,
             max_length=max_length(len(token_ids), params, self.model),
-            stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
-            text=None if self._decoder is None else TextStream(self._decoder, token_ids, params.stop_strings),
+            stop_token_ids=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos))),
+            text=self._make_text(token_ids, params),
+            rules=logit_rules(
+                params,
+                ending_ids=(*params.stop_token_ids, *eos),
+                bad_words=self._encode_bad_words(params.bad_words or ()),
+                vocab_size=self.model.vocab_size,
+            ),
         )
         return Request([sequence], prompt if isinstance(prompt, str) else None, index)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _make_text(self, token_ids: abc.Sequence[int], params: SamplingParams) -> TextStream | None:
+        if self._decoder is None:
+            return None
+        return TextStream(
+            self._decoder,
+            token_ids,
+            params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+
+    def _encode_bad_words(self, words: abc.Sequence[str]) -> list[list[int]]:
+        """The tokens of each text that must not come up, as it is written at the start of a text and after a space."""
+        if words and self.tokenizer is None:
+            raise ArgumentError(
+                f"bad_words must be None, as this engine has no tokenizer to read them with; got {words!r:.60}. "
+                "Fix: logit_bias, or pass a tokenizer"
+            )
+        bare = [word.lstrip() or word for word in words]
+        token_ids = self._encode([text for word in bare for text in (word, f" {word}")], special_tokens=False)
+        for word, ids in zip(words, token_ids[::2], strict=True):
+            if not ids:
+                raise ArgumentError(
+                    f"bad_words must be texts that the tokenizer writes with tokens; got {word!r:.60}, "
+                    "for which it has none. Fix: leave it out"
+                )
+        return token_ids
+
+    def _encode(self, texts: list[str], *, special_tokens: bool = True) -> list[list[int]]:
         if not texts:
             return []
         if self.tokenizer is None:
@@ -539,7 +624,7 @@ class Engine:
         for index, text in enumerate(texts):
             check_text(text, index)
         with self._encoding:
-            token_ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
+            token_ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
         return token_ids
 
     def _enqueue(self, request: Request) -> None:

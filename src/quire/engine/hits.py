@@ -61,6 +61,9 @@ class PrefixHits:
         Cost: for one sequence that does not fit, O(1) and what has changed since it was last looked for; else O(pages).
         """
         live = request.live()
+        if self.cache is not None and request.lacks_prompt_logprobs:
+            starts = [Start(each, self.cache.match((), each.params.cache_salt)) for each in live]
+            return starts if self._needed(starts) <= num_pages else None
         if len(live) == 1 and self._least_needed(live[0], num_pages) > num_pages:
             return None
         starts = [self._start(sequence, copies=len(live) == 1) for sequence in live]
@@ -87,7 +90,7 @@ class PrefixHits:
             self._cached_tokens += start.num_computed
         if len(starts[0].sequence.tokens) == starts[0].sequence.num_prompt_tokens:
             request.num_cached_tokens = starts[0].num_computed
-            request.hit = self._explain(starts[0])
+            request.hit = self._explain(request, starts[0])
 
     def take_counts(self) -> tuple[int, int]:
         """Known tokens of the sequences that began since the last call, and how many of them were found in pages."""
@@ -160,11 +163,13 @@ class PrefixHits:
             prefix = prefix.parent
         return needed
 
-    def _explain(self, start: Start) -> str:
+    def _explain(self, request: Request, start: Start) -> str:
         tokens = start.sequence.tokens
         found = f"{start.num_computed} of {len(tokens)} prompt tokens were found in pages"
         if self.cache is None or start.prefix is None:
             return f"{found}: enable_prefix_caching is off"
+        if request.lacks_prompt_logprobs:
+            return f"{found}: prompt_logprobs asks for logits of all of them"
         if not start.next_page:
             return f"{found}: the rest is there too, but the last token is computed for its logits"
         salt = start.sequence.params.cache_salt

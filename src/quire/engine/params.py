@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
+import torch
+
 from quire.errors import ArgumentError
+
+LogitsProcessor = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when they end.
 
+    The model's logits of a step become a token in this order:
+
+    1. penalties: repetition, then frequency, then presence;
+    2. logit_bias;
+    3. logits_processors, in their order;
+    4. masks: allowed_token_ids, bad_words, min_tokens. Nothing before them can bring a token back;
+    5. temperature 0 takes the likeliest token, whatever min_p, top_k and top_p say. Above 0: temperature, min_p, top_k,
+       top_p, and a draw from what is left.
+
+    Names and meaning are vLLM's, some defaults are not. logprobs are those of the model's own distribution, before all
+    of this.
+
     Args:
         temperature: 0.0, the default, takes the likeliest token (greedy, as `model.generate` does);
             above 0 the logits are divided by it and a token is drawn.
-        top_k: draw from the k likeliest tokens only; None: from all.
+        top_k: draw from the k likeliest tokens only; None, 0 or -1: from all.
         top_p: draw from the smallest set of likeliest tokens whose probabilities reach top_p; 1.0: from all.
         seed: makes the draws of this request repeatable, whatever else is in the batch. None takes a
             seed from PyTorch's global generator, so `torch.manual_seed` repeats a whole run.
@@ -25,10 +42,31 @@ class SamplingParams:
         stop: a string, or several, at which the text ends; the string itself is cut off.
         stop_token_ids: tokens that end the text, beside the model's own end-of-text tokens.
         ignore_eos: go on past the model's end-of-text tokens.
+        min_p: draw from tokens at least min_p times as probable as the likeliest one; 0.0: from all.
+        repetition_penalty: above 1, tokens of the prompt and of the generated text become less likely: their logits
+            are divided by it where positive, else multiplied; 1.0: nothing.
+        presence_penalty: subtracted from the logits of tokens generated before, -2 to 2.
+        frequency_penalty: the same times the number of times that the token was generated, -2 to 2.
+        min_tokens: nothing ends the text within so many tokens: stop tokens and the model's end-of-text tokens are
+            ruled out, stop strings do not count. The first token that may end it is the next one.
+        logit_bias: {token id: what is added to its logit}.
+        allowed_token_ids: the only tokens that may be chosen; None: all.
+        bad_words: texts that must not be generated, as the tokenizer writes them with and without a space before:
+            the last token of such a text is ruled out where the others have just been generated.
+        logprobs: how many of the likeliest tokens to report for each generated token, beside that token itself;
+            -1: all; None: nothing.
+        prompt_logprobs: the same for each token of the prompt but the first. The logits of a whole chunk of prompt are
+            in memory at once, fp32 [tokens, vocab_size].
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: keep the stop string, or the stop token's text, that ended the text.
+        logits_processors: functions (generated token ids, logits) or (prompt token ids, generated token ids, logits)
+            that return logits: lists of int and a float32 tensor [vocab_size] on the model's device, which they
+            may change. A step that was interrupted calls them again with the same tokens. What one raises ends
+            its request alone and is raised to the request's caller. They run inside the step: all requests wait.
         cache_salt: a secret of a tenant: a prompt finds only pages of requests with the same salt, so that nobody
             can time another tenant's prompts; None: pages of all requests without one.
     Raises:
-        ArgumentError: a value out of range or of the wrong type, or a filter that greedy choice would ignore.
+        ArgumentError: a value out of range or of the wrong type.
     """
 
     temperature: float = 0.0
@@ -39,6 +77,19 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Collection[int] | None = None
+    bad_words: Sequence[str] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logits_processors: Sequence[LogitsProcessor] | None = None
     cache_salt: str | None = None
 
     def __post_init__(self) -> None:
@@ -47,20 +98,15 @@ class SamplingParams:
                 f"temperature must be a finite number of at least 0; got {self.temperature!r}. "
                 "Fix: temperature=0.0 for the likeliest token, 1.0 for the model's own distribution"
             )
-        if self.top_k is not None and not (_is_int(self.top_k) and self.top_k >= 1):
+        if self.top_k is not None and not (_is_int(self.top_k) and self.top_k >= -1):
             raise ArgumentError(
-                f"top_k must be None or an int of at least 1; got {self.top_k!r}. "
+                f"top_k must be None or an int of at least 1 (0 and -1: all); got {self.top_k!r}. "
                 "Fix: top_k=None draws from all tokens"
             )
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ArgumentError(
                 f"top_p must be above 0 and at most 1; got {self.top_p!r}. "
                 "Fix: top_p=1.0 draws from all tokens"
-            )
-        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            raise ArgumentError(
-                f"top_k and top_p must be left out when temperature is 0, which draws nothing; got "
-                f"top_k={self.top_k}, top_p={self.top_p}. Fix: temperature=1.0 to draw"
             )
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
             raise ArgumentError(
@@ -70,6 +116,9 @@ class SamplingParams:
             raise ArgumentError(
                 f"max_tokens must be None or an int of at least 1; got {self.max_tokens!r}. Fix: max_tokens=1"
             )
+        self._check_logits_numbers()
+        self._check_logits_lists()
+        self._check_what_is_shown()
         stops = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if not (_is_collection(stops) and all(isinstance(stop, str) and stop for stop in stops)):
             raise ArgumentError(
@@ -96,10 +145,105 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def _check_logits_numbers(self) -> None:
+        if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise ArgumentError(
+                f"min_p must be from 0 to 1; got {self.min_p!r}. Fix: min_p=0.0 draws from all tokens"
+            )
+        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf):
+            raise ArgumentError(
+                f"repetition_penalty must be a finite number above 0; got {self.repetition_penalty!r}. "
+                "Fix: repetition_penalty=1.0 for none"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not (_is_number(value) and -2 <= value <= 2):
+                raise ArgumentError(f"{name} must be from -2 to 2; got {value!r}. Fix: {name}=0.0 for none")
+        if not (_is_int(self.min_tokens) and self.min_tokens >= 0):
+            raise ArgumentError(
+                f"min_tokens must be an int of at least 0; got {self.min_tokens!r}. Fix: min_tokens=0"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ArgumentError(
+                f"min_tokens must be at most max_tokens, {self.max_tokens}; got {self.min_tokens}. "
+                "Fix: a larger max_tokens"
+            )
+
+    def _check_logits_lists(self) -> None:
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not (
+            isinstance(bias, Mapping)
+            and all(is_token_id(token) for token in bias)
+            and all(_is_number(value) and math.isfinite(value) for value in bias.values())
+        ):
+            raise ArgumentError(
+                f"logit_bias must be a dict of token ids to finite numbers; got {bias!r:.60}. "
+                "Fix: {token_id: -100.0}; allowed_token_ids and bad_words rule tokens out"
+            )
+        allowed = self.allowed_token_ids
+        if allowed is not None and not (
+            _is_collection(allowed) and len(allowed) and all(map(is_token_id, allowed))
+        ):
+            raise ArgumentError(
+                f"allowed_token_ids must be None or a list of at least one int; got {allowed!r:.60}. "
+                "Fix: None allows all"
+            )
+        words = () if self.bad_words is None else self.bad_words
+        if not (_is_collection(words) and all(map(_is_text, words))):
+            raise ArgumentError(
+                f"bad_words must be None or a list of non-empty strings; got {words!r:.60}. Fix: bad_words=['word']"
+            )
+        processors = () if self.logits_processors is None else self.logits_processors
+        if not (_is_collection(processors) and all(map(callable, processors))):
+            raise ArgumentError(
+                f"logits_processors must be None or a list of functions; got {processors!r:.60}. "
+                "Fix: logits_processors=[function]"
+            )
+        for processor in processors:
+            takes_prompt(processor)
+
+    def _check_what_is_shown(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not (_is_int(value) and value >= -1):
+                raise ArgumentError(
+                    f"{name} must be None or an int of at least 0, or -1 for all tokens; got {value!r}. "
+                    f"Fix: {name}=1"
+                )
+        for name in ("skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name} must be a bool; got {getattr(self, name)!r}. Fix: {name}=True")
+
 
 def is_token_id(value: object) -> bool:
     """An int, also one of NumPy's; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def takes_prompt(processor: LogitsProcessor) -> bool:
+    """Whether a logits processor takes the prompt's tokens before the generated ones and the logits.
+
+    Raises:
+        ArgumentError: it takes neither two arguments nor three.
+    """
+    try:
+        signature = inspect.signature(processor)
+    except (TypeError, ValueError):  # compiled code may not tell
+        return False
+    for arguments in (2, 3):
+        try:
+            signature.bind(*[None] * arguments)
+        except TypeError:
+            continue
+        return arguments == 3
+    raise ArgumentError(
+        "logits_processors must take (generated token ids, logits), or the prompt's token ids before them; got "
+        f"{processor!r:.60} with parameters {signature}. Fix: def processor(token_ids, logits): return logits"
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _is_collection(values: object) -> bool:

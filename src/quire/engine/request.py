@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import abc
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from quire.engine.logprobs import Logprob, TokenLogprobs
 from quire.engine.sequence import FinishReason, Sequence
 from quire.errors import QuireError
 
@@ -17,16 +19,20 @@ class CompletionOutput:
 
     Attributes:
         index: its place among the sequences of the request.
-        text: the generated text, without stop string and special tokens.
+        text: the generated text, by default without stop string and special tokens.
         token_ids: every generated token, the one that ended the sequence included.
         finish_reason: "stop" (end-of-text, stop token or stop string), "length" (max_tokens or the
             model's longest sequence), "abort".
+        cumulative_logprob: the sum of the generated tokens' logprobs; None unless SamplingParams.logprobs asked.
+        logprobs: for each generated token those of it, first, and of the likeliest, by token id; None unless asked.
     """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class RequestOutput:
         preemptions: how often the request gave its pages back and was computed again.
         num_cached_tokens: tokens of the prompt that were found in pages and not computed.
         hit: the same in a sentence, and why no more were found; "" where the request never ran.
+        prompt_logprobs: for each token of the prompt those of it, first, and of the likeliest, by token id; None for
+            the first, before which there is nothing. None unless SamplingParams.prompt_logprobs asked. Of a
+            request aborted inside its prompt, those so far.
     """
 
     request_id: int
@@ -52,6 +61,7 @@ class RequestOutput:
     preemptions: int
     num_cached_tokens: int = 0
     hit: str = ""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def text(self) -> str:
@@ -103,6 +113,10 @@ class Request:
         sequences: at least one.
         prompt: the prompt's text, if it was text.
         index: position of the prompt in its caller's list.
+    Attributes:
+        prompt_logprobs: how likely the prompt's tokens were, from the second on, as far as they were computed; None
+            where nobody asked. Until all are here, no more than the first len(prompt_logprobs) tokens of the prompt
+            may be taken from pages that someone else computed.
     """
 
     def __init__(self, sequences: abc.Sequence[Sequence], prompt: str | None = None, index: int = 0) -> None:
@@ -114,6 +128,9 @@ class Request:
         self.num_cached_tokens = 0
         self.hit = ""  # how much of the prompt was found in pages, and why no more
         self.error: Exception | None = None  # what ended it, for its caller to see
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            None if sequences[0].params.prompt_logprobs is None else []
+        )
         self.arrived = time.perf_counter()
 
     @property
@@ -127,6 +144,12 @@ class Request:
     def live(self) -> list[Sequence]:
         """The sequences that have not finished."""
         return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether logits of its prompt are still wanted, so that the prompt has to be computed."""
+        wanted = self.sequences[0].num_prompt_tokens - 1
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < wanted
 
     def abort(self) -> None:
         """Finish every sequence that has not; what fails on the way is left for the request's caller."""
@@ -153,13 +176,29 @@ class Request:
             preemptions=self.preemptions,
             num_cached_tokens=self.num_cached_tokens,
             hit=self.hit,
+            prompt_logprobs=None
+            if self.prompt_logprobs is None
+            else [None, *_as_dicts(first, self.prompt_logprobs)],
         )
 
 
 def _completion(index: int, sequence: Sequence) -> CompletionOutput:
     assert sequence.finish_reason is not None
     tokens = sequence.tokens[sequence.num_prompt_tokens :].tolist()
-    return CompletionOutput(index, sequence.text, tokens, sequence.finish_reason)
+    found = sequence.logprobs
+    return CompletionOutput(
+        index,
+        sequence.text,
+        tokens,
+        sequence.finish_reason,
+        cumulative_logprob=None if found is None else sum(each.logprobs[0] for each in found),
+        logprobs=None if found is None else _as_dicts(sequence, found),
+    )
+
+
+def _as_dicts(sequence: Sequence, found: abc.Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
+    decode = functools.cache(sequence.decode)  # a text repeats its likely tokens
+    return [each.as_dict(decode) for each in found]
 
 
 class Reader:

@@ -20,7 +20,7 @@ def run(model: PagedModel, chunks: abc.Sequence[Chunk], table: PageTable) -> tor
     """Make the copies that the chunks ask for, then run the model on them.
 
     Returns:
-        Logits, fp32 [rows, vocab_size]; row i belongs to the i-th chunk with `is_last`.
+        Logits, fp32 [rows, vocab_size], as `build_step` orders them.
     """
     copies = [pair for chunk in chunks for pair in chunk.copies]
     if copies:
@@ -31,13 +31,15 @@ def run(model: PagedModel, chunks: abc.Sequence[Chunk], table: PageTable) -> tor
 def build_step(chunks: abc.Sequence[Chunk], table: PageTable) -> Step:
     """Pack the chunks of a step end to end.
 
-    Logits are asked for only where a chunk is the last of its sequence: at its last token.
+    Logits are asked for where a chunk is the last of its sequence, at its last token; behind those at the
+    `prompt_rows` of each chunk.
 
     Args:
         chunks: what the scheduler chose; their slots are already appended to the table.
         table: the pages of their sequences.
     Returns:
-        A step with CPU tensors; logits row i belongs to the i-th chunk with `is_last`.
+        A step with CPU tensors; logits row i belongs to the i-th chunk with `is_last`; after them come each chunk's
+        prompt rows, in the order of the chunks.
     Cost: O(chunks) Python, O(tokens) NumPy.
     """
     num_chunks = len(chunks)
@@ -53,6 +55,10 @@ def build_step(chunks: abc.Sequence[Chunk], table: PageTable) -> Step:
     )
     # Row r of chunk i stands at position starts[i] + (r - cu_seqlens_q[i]).
     positions = np.arange(cu_seqlens_q[-1]) + np.repeat(starts - cu_seqlens_q[:-1], lengths)
+    wanted = [cu_seqlens_q[1:][is_last] - 1]
+    for i, chunk in enumerate(chunks):
+        if chunk.request.prompt_logprobs is not None:
+            wanted.append(cu_seqlens_q[i] + np.array(chunk.prompt_rows, dtype=np.int64))
     return Step(
         input_ids=torch.from_numpy(np.frombuffer(token_bytes, dtype=np.int64)),
         position_ids=torch.from_numpy(positions),
@@ -60,5 +66,5 @@ def build_step(chunks: abc.Sequence[Chunk], table: PageTable) -> Step:
         seq_lens=torch.from_numpy((starts + lengths).astype(np.int32)),
         cu_seqlens_q=torch.from_numpy(cu_seqlens_q.astype(np.int32)),
         slot_mapping=torch.from_numpy(np.concatenate([chunk.slot_mapping for chunk in chunks])),
-        logits_indices=torch.from_numpy(cu_seqlens_q[1:][is_last] - 1),
+        logits_indices=torch.from_numpy(np.concatenate(wanted)),
     )

@@ -1,19 +1,23 @@
-"""Logits to tokens, all rows at once."""
+"""How a token is drawn, for all rows at once."""
 
 from __future__ import annotations
 
+import math
 from collections import abc
 
 import torch
 
+from quire.engine.logits import change_logits
 from quire.engine.params import SamplingParams
 from quire.engine.sequence import Sequence
+from quire.errors import ArgumentError
 
 _FIRST_RANKS = 128  # how deep to sort for top_p at first
+_NONE_LEFT = -1  # in place of a token
 
 
-def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[int]:
-    """Choose the next token of each sequence as its parameters say.
+def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[int | Exception]:
+    """Choose the next token of each sequence as its parameters say; their order stands in SamplingParams.
 
     A sequence that draws takes exactly one number per token from its own generator, and no row is mixed with
     another: its tokens depend on its logits and its seed only, not on the batch it is in. Tokens that
@@ -23,28 +27,57 @@ def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[int]
         logits: fp32 [len(sequences), vocab_size], on any device; not changed.
         sequences: whose logits these are, row by row.
     Returns:
-        Token ids. Greedy ties go to the token `torch.argmax` takes.
+        A token id for each row, or what ends its request: what its logits_processors raised, or an ArgumentError where
+        its rules leave no token. Greedy ties go to the token `torch.argmax` takes.
     Cost: greedy rows one pass; rows that draw a softmax and a cumulative sum; of these, rows with
-        top_k or top_p a partial sort as deep as they reach. One host sync, with top_p one or a few more.
-    Source: top-k, arXiv:1805.04833 §5.4; top-p (nucleus), arXiv:1904.09751 §3.1.
+        top_k or top_p a partial sort as deep as they reach; rows with rules a copy, and what `change_logits` costs. One
+        host sync, with top_p one or a few more.
+    Source: top-k, arXiv:1805.04833 §5.4; top-p (nucleus), arXiv:1904.09751 §3.1; min-p, arXiv:2407.01082 §3.
     """
-    drawing = [row for row, sequence in enumerate(sequences) if sequence.generator is not None]
+    ruled = [row for row, sequence in enumerate(sequences) if sequence.rules is not None]
+    if not ruled:
+        return _choose(logits, sequences, _drawing(sequences)).tolist()
+    rows = torch.tensor(ruled, device=logits.device)
+    changed, their_sequences = logits[rows], [sequences[row] for row in ruled]
+    failures = change_logits(changed, their_sequences)
+    tokens = _choose(changed, their_sequences, _drawing(their_sequences))
+    tokens[~(changed.amax(dim=-1) > -torch.inf)] = _NONE_LEFT  # also a row of NaN
+    if len(ruled) < len(sequences):
+        drawing = [row for row in _drawing(sequences) if sequences[row].rules is None]
+        of_all = _choose(logits, sequences, drawing)
+        of_all[rows] = tokens
+        tokens = of_all
+    choices: list[int | Exception] = tokens.tolist()
+    for place, row in enumerate(ruled):
+        if place in failures:
+            choices[row] = failures[place]
+        elif choices[row] == _NONE_LEFT:
+            choices[row] = ArgumentError(
+                "allowed_token_ids, bad_words, min_tokens and logits_processors must leave a token to choose; got "
+                f"none after {sequences[row].num_generated} generated tokens. Fix: rule out less"
+            )
+    return choices
+
+
+def _drawing(sequences: abc.Sequence[Sequence]) -> list[int]:
+    return [row for row, sequence in enumerate(sequences) if sequence.generator is not None]
+
+
+def _choose(
+    logits: torch.Tensor, sequences: abc.Sequence[Sequence], drawing: abc.Sequence[int]
+) -> torch.Tensor:
+    """int64 [rows], from logits that are final: drawn in the rows `drawing`, else the likeliest."""
     if len(drawing) == len(sequences):
-        return _draw(logits, sequences).tolist()
+        return _draw(logits, sequences)
     tokens = logits.argmax(dim=-1)
     if drawing:
         rows = torch.tensor(drawing, device=logits.device)
         tokens[rows] = _draw(logits[rows], [sequences[row] for row in drawing])
-    return tokens.tolist()
+    return tokens
 
 
 def _draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
-    params = [sequence.params for sequence in sequences]
-    temperature = _column([p.temperature for p in params], logits)
-    # The maximum goes first: it becomes 0, and dividing by a tiny temperature cannot overflow to +inf.
-    scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    probabilities = _keep_top_p(_keep_top_k(scores, params).softmax(dim=-1), params)
-
+    probabilities = _probabilities(logits, [sequence.params for sequence in sequences])
     # u is uniform in [0, total mass): the token drawn is the first whose cumulative mass exceeds u.
     mass = probabilities.double().cumsum(dim=-1)
     uniform = torch.cat([sequence.draw() for sequence in sequences])
@@ -53,10 +86,27 @@ def _draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tens
     return torch.searchsorted(mass, u, right=True).minimum(last_possible).squeeze(-1)
 
 
+def _probabilities(logits: torch.Tensor, params: abc.Sequence[SamplingParams]) -> torch.Tensor:
+    """What a token is drawn from, fp32 [rows, vocab_size]: 0 where a filter rules it out; rows sum to at most 1."""
+    least = torch.finfo(logits.dtype).tiny  # what is smaller would be 0 in this dtype
+    temperature = _column([max(p.temperature, least) for p in params], logits)
+    # The maximum goes first: it becomes 0, and dividing by a tiny temperature cannot overflow to +inf.
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    return _keep_top_p(_keep_top_k(_keep_min_p(scores, params), params).softmax(dim=-1), params)
+
+
+def _keep_min_p(scores: torch.Tensor, params: abc.Sequence[SamplingParams]) -> torch.Tensor:
+    """Rule out what is less than min_p times as probable as the likeliest token, whose score is 0."""
+    if not any(p.min_p for p in params):
+        return scores
+    lowest = _column([math.log(p.min_p) if p.min_p else -math.inf for p in params], scores)
+    return scores.masked_fill(scores < lowest, -torch.inf)
+
+
 def _keep_top_k(scores: torch.Tensor, params: abc.Sequence[SamplingParams]) -> torch.Tensor:
     """Rule out what scores below the k-th likeliest token of its row; ties with that one stay."""
     vocab_size = scores.shape[-1]
-    ks = [min(p.top_k or vocab_size, vocab_size) for p in params]
+    ks = [min(p.top_k, vocab_size) if p.top_k is not None and p.top_k > 0 else vocab_size for p in params]
     filtered = [row for row, k in enumerate(ks) if k < vocab_size]
     if not filtered:
         return scores

@@ -35,6 +35,15 @@ class Chunk:
         """Whether no known token is left after this chunk, so that the next one can be chosen."""
         return self.num_tokens == self.sequence.num_pending
 
+    @property
+    def prompt_rows(self) -> range:
+        """Its tokens, counted from its first, whose logits the request's prompt_logprobs still lack."""
+        known, sequence = self.request.prompt_logprobs, self.sequence
+        if known is None or sequence is not self.request.sequences[0]:
+            return range(0)
+        start = sequence.num_computed
+        return range(max(len(known) - start, 0), min(sequence.num_prompt_tokens - 1 - start, self.num_tokens))
+
 
 class Scheduler:
     """First come, first served, under a budget of tokens per step and of pages in all.

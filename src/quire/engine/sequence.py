@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from quire.engine.logits import LogitRules, TokenCounts
+from quire.engine.logprobs import TokenLogprobs
 from quire.engine.params import SamplingParams
 from quire.pages import Prefix
 
@@ -27,6 +29,9 @@ class Sequence:
         max_length: most tokens, prompt included, that it may reach.
         stop_token_ids: all tokens that end it, the model's own included.
         text: turns the tokens into text; None without a tokenizer.
+        rules: what changes its logits; None: nothing does.
+    Attributes:
+        logprobs: how likely each generated token was, added before the token; None where nobody asked.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class Sequence:
         max_length: int,
         stop_token_ids: frozenset[int],
         text: TextStream | None = None,
+        rules: LogitRules | None = None,
     ) -> None:
         self.seq_id = seq_id
         self.params = params
@@ -53,11 +59,21 @@ class Sequence:
         self.finished_at = 0.0
         self._stop_token_ids = stop_token_ids
         self._text = text
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.rules = rules
+        self.counts: TokenCounts | None = None
+        if rules is not None and rules.penalises:
+            self.counts = TokenCounts(prompt_token_ids if params.repetition_penalty != 1 else ())
 
     @property
     def num_pending(self) -> int:
         """Known tokens not yet computed: the rest of a prompt, or the token just generated."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def text(self) -> str:
@@ -73,16 +89,38 @@ class Sequence:
             self._drawn = torch.rand(1, dtype=torch.float64, generator=self.generator, device="cpu")
         return self._drawn
 
+    def updated_counts(self) -> TokenCounts:
+        """`counts`, up to the last generated token; for a sequence that has them."""
+        assert self.counts is not None
+        self.counts.update(self.tokens[self.num_prompt_tokens :])
+        return self.counts
+
+    def decode(self, token: int) -> str | None:
+        """A token's text alone; None without a tokenizer."""
+        return None if self._text is None else self._text.decode_token(token)
+
     def accept(self, token: int) -> None:
         """Add a generated token and see whether it ends the sequence."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         self.tokens.append(token)
         self._drawn = None
-        if token in self._stop_token_ids or (self._text is not None and self._text.push(token)):
+        if self._stops_at(token):
             self.finish("stop")
         elif len(self.tokens) >= self.max_length:
             self.finish("length")
+
+    def _stops_at(self, token: int) -> bool:
+        """Add the last token to the text and say whether it is a stop token or completes a stop string."""
+        may_stop = self._may_stop
+        stops = may_stop and token in self._stop_token_ids
+        if self._text is None or (stops and not self.params.include_stop_str_in_output):
+            return stops
+        return self._text.push(token, may_stop=may_stop) or stops
+
+    @property
+    def _may_stop(self) -> bool:
+        return self.num_generated > self.params.min_tokens
 
     def finish(self, reason: FinishReason) -> None:
         """End the sequence and release the text held back so far."""
@@ -90,7 +128,8 @@ class Sequence:
         try:
             if (
                 self._text is not None
-                and self._text.close(cut_off=reason != "stop")  # its last characters completed a stop string
+                # whether its last characters completed a stop string
+                and self._text.close(cut_off=reason != "stop", may_stop=self._may_stop)
                 and reason == "length"
             ):
                 reason = "stop"
