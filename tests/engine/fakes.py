@@ -6,13 +6,15 @@ import threading
 import zlib
 from collections import abc
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from quire.engine import Engine
+from quire.engine import Engine, SamplingParams
+from quire.engine.sampler import sample
 from quire.engine.sequence import Sequence
 from quire.hf import Step
 from quire.pages import PageAllocator, PrefixCache
@@ -98,6 +100,19 @@ class FakeModel:
         for _ in range(num_tokens):
             history.append(int(np.argmax(self.rule(np.array(history)))))
         return history[len(prompt) :]
+
+    def samples(self, prompt: abc.Sequence[int], params: SamplingParams) -> list[list[int]]:
+        """What each sample of a request with a seed must be, drawn one after the other and without any pages."""
+        texts = []
+        for index in range(params.n):
+            alone = replace(params, n=1, seed=params.seed + index)
+            length = len(prompt) + params.max_tokens
+            sequence = Sequence(0, prompt, alone, max_length=length, stop_token_ids=frozenset())
+            while sequence.finish_reason is None:
+                [token] = sample(torch.from_numpy(self.rule(np.array(sequence.tokens)))[None], [sequence])
+                sequence.accept(token)
+            texts.append(sequence.tokens[len(prompt) :].tolist())
+        return texts
 
 
 def fork(engine: Engine, request_id: int, token: int) -> Sequence:

@@ -32,6 +32,42 @@ def test_a_request_goes_as_far_as_its_max_tokens_the_model_and_the_pool_allow(
 
 
 @pytest.mark.parametrize(
+    ("num_prompt_tokens", "n", "max_tokens", "expected"),
+    [
+        (5, 2, 12, 5 + 12),  # one page of the prompt, and 3 of each sample
+        (5, 2, None, 1 * 4 + 3 * 4 + 1),  # 7 pages for two: one stays unused
+        (5, 7, None, 1 * 4 + 1 * 4 + 1),
+        (8, 6, None, 2 * 4 + 1 * 4 + 1),
+        (32, 5, 1, 33),  # nobody writes a token of its own
+        (31, 5, 1, 32),
+        (31, 5, None, 32),
+    ],
+)
+def test_samples_go_as_far_as_the_pool_allows_with_the_full_pages_of_their_prompt_stored_once(
+    num_prompt_tokens, n, max_tokens, expected
+):
+    model = FakeModel(num_pages=8, page_size=4)
+    params = SamplingParams(n=n, temperature=1.0, max_tokens=max_tokens)
+    assert max_length(num_prompt_tokens, params, model) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "n", "max_tokens", "pages"),
+    [(5, 2, 13, 9), (32, 5, 2, 13), (30, 2, 2, 9), (33, 2, 1, 9)],
+)
+def test_samples_that_together_could_not_finish_are_refused_with_the_pages_they_need(
+    num_prompt_tokens, n, max_tokens, pages
+):
+    model = FakeModel(num_pages=8, page_size=4)
+    params = SamplingParams(n=n, temperature=1.0, max_tokens=max_tokens)
+    sentence = (
+        f"plus {max_tokens} to generate in each of {n} samples must fit the pool; got a need of {pages} pages"
+    )
+    with pytest.raises(ArgumentError, match=sentence):
+        max_length(num_prompt_tokens, params, model)
+
+
+@pytest.mark.parametrize(
     ("num_prompt_tokens", "max_tokens", "pages"), [(5, 29, 9), (33, None, 9), (60, 1, 15)]
 )
 def test_what_could_not_finish_with_the_whole_pool_is_refused_with_the_pages_it_needs(

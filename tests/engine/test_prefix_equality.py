@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,3 +95,23 @@ def test_a_prompt_that_is_cached_as_a_whole_gives_the_same_logits():
             [output] = llm.generate(prompt, SamplingParams(max_tokens=1))
             assert output.num_cached_tokens == cached
         torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"), [("llama", None), ("llama", "int8"), ("mistral", None), ("llama4", None)]
+)
+def test_samples_of_a_real_model_are_those_of_requests_that_share_nothing(family, kv_dtype):
+    model = tiny_model(family, eos_token_id=None)
+    params = SamplingParams(n=3, temperature=0.8, max_tokens=NEW_TOKENS, ignore_eos=True, seed=5)
+    prompts = related_prompts(seed=4, number=4)
+    alone = make_llm(model, 40, False, kv_dtype=kv_dtype)
+    expected = [
+        [alone.generate(prompt, replace(params, n=1, seed=5 + i))[0].token_ids for i in range(3)]
+        for prompt in prompts
+    ]
+    for num_pages, caching in ((60, True), (26, True), (26, False)):
+        llm = make_llm(model, num_pages, caching, kv_dtype=kv_dtype)
+        outputs = llm.generate(prompts, params)
+        assert [[completion.token_ids for completion in output.outputs] for output in outputs] == expected
+        assert any(output.preemptions for output in outputs) or num_pages == 60
+        assert llm.model.allocator.num_available == num_pages

@@ -9,9 +9,9 @@ import pytest
 
 from quire.engine.core import Engine
 from quire.engine.params import SamplingParams
-from quire.errors import ArgumentError, OutOfPages, UnsupportedError
+from quire.errors import ArgumentError, UnsupportedError
 
-from .fakes import FakeModel, fork
+from .fakes import FakeModel
 
 PARAMS = SamplingParams(max_tokens=3)
 CALLS = {
@@ -59,26 +59,6 @@ def test_an_engine_wants_a_paged_model_and_abort_an_id():
         ArgumentError, match=r"request_id must be an int that add_request returned; got \[1\]"
     ):
         Engine(FakeModel()).abort([1])
-
-
-def test_a_preempted_request_that_fitted_only_with_shared_pages_ends_with_an_error_and_others_go_on():
-    model = FakeModel(num_pages=6, page_size=4)
-    engine = Engine(
-        model, enable_prefix_caching=False
-    )  # with it, the sequences may find their common pages again
-    shares = engine.add_request([1] * 16, PARAMS)
-    engine.step()
-    fork(engine, shares, 9)
-    engine.step()
-    engine._scheduler.preempt_all()
-    with pytest.raises(OutOfPages, match=f"all sequences of request {shares}"):
-        engine.step()
-    other = engine.add_request([2], PARAMS)
-    outputs = {}
-    while engine.has_unfinished:
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
-    assert outputs[other].token_ids == model.continuation([2], 3)
-    assert model.allocator.num_available == model.num_pages
 
 
 WITHOUT_HF = """

@@ -1,5 +1,5 @@
 """Any schedule of arrivals, aborts, steps and broken steps, of one engine or two on any pool, whose prompts begin alike
-or not: every request gets its own tokens.
+or not, for one sample or several: every sample gets its own tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ prompts = st.builds(
 )
 
 
+def most_pages(prompt: list[int], params: SamplingParams, page_size: int) -> int:
+    """What a request holds at its end: the full pages of its prompt once, the rest for each sample."""
+    shared = len(prompt) // page_size
+    return shared + params.n * (-(-(len(prompt) + params.max_tokens - 1) // page_size) - shared)
+
+
 class Broken(Exception):
     pass
 
@@ -52,13 +58,20 @@ class EngineMachine(RuleBasedStateMachine):
             )
             for enabled in caching
         ]
-        self.expected: dict[tuple[Engine, int], list[int]] = {}
-        self.got: dict[tuple[Engine, int], list[int]] = {}
+        self.expected: dict[tuple[Engine, int], list[list[int]]] = {}  # of each sample
+        self.got: dict[tuple[Engine, int], list[list[int]]] = {}
+        self.most_pages: dict[tuple[Engine, int], int] = {}
         self.first_served: dict[Engine, list[int]] = {engine: [] for engine in self.engines}
 
     @rule(
         arrivals=st.lists(
-            st.tuples(prompts, st.integers(4, 20), st.sampled_from([None, None, "salt"])),
+            st.tuples(
+                prompts,
+                st.integers(4, 20),
+                st.sampled_from([None, None, "salt"]),
+                st.sampled_from([1, 1, 2, 4]),
+                st.integers(0, 3),
+            ),
             min_size=1,
             max_size=4,
         ),
@@ -66,24 +79,28 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def arrive(self, arrivals, data):
         engine = data.draw(st.sampled_from(self.engines))
-        for prompt, max_tokens, salt in arrivals:
-            params = SamplingParams(max_tokens=max_tokens, cache_salt=salt)
-            pages = -(-(len(prompt) + max_tokens - 1) // self.model.page_size)
+        for prompt, max_tokens, salt, n, seed in arrivals:
+            params = SamplingParams(
+                max_tokens=max_tokens, cache_salt=salt, n=n, temperature=0.0 if n == 1 else 1.0, seed=seed
+            )
+            pages = most_pages(prompt, params, self.model.page_size)
             if pages > self.model.num_pages:
                 with pytest.raises(ArgumentError, match="the pool has"):
                     engine.add_request(prompt, params)
                 continue
             request_id = engine.add_request(prompt, params)
-            self.expected[engine, request_id] = self.model.continuation(prompt, max_tokens)
-            self.got[engine, request_id] = []
+            self.expected[engine, request_id] = self.model.samples(prompt, params)
+            self.got[engine, request_id] = [[] for _ in range(n)]
+            self.most_pages[engine, request_id] = pages
 
     @precondition(lambda self: any(engine.requests for engine in self.engines))
     @rule(data=st.data())
     def abort(self, data):
         live = [(engine, request_id) for engine in self.engines for request_id in sorted(engine.requests)]
         engine, request_id = data.draw(st.sampled_from(live))
+        sequences = engine.requests[request_id].sequences
         assert engine.abort(request_id)
-        assert request_id not in engine.table.seq_ids
+        assert not any(sequence.seq_id in engine.table for sequence in sequences)
         del self.expected[engine, request_id], self.got[engine, request_id]
 
     @rule(times=st.integers(1, 8), data=st.data())
@@ -119,7 +136,8 @@ class EngineMachine(RuleBasedStateMachine):
     def every_page_has_as_many_owners_as_live_requests_hold_it(self):
         held = Counter()
         for engine in self.engines:
-            assert set(engine.table.seq_ids) <= set(engine.requests)
+            live = {s.seq_id for request in engine.requests.values() for s in request.live()}
+            assert set(engine.table.seq_ids) <= live
             for owners in engine.table.page_owners():
                 assert len(owners) == len(set(owners))
             for seq_id in engine.table.seq_ids:
@@ -127,6 +145,14 @@ class EngineMachine(RuleBasedStateMachine):
         allocator = self.model.allocator
         assert held == Counter({p: n for p in range(self.model.num_pages) if (n := allocator.refcount(p))})
         assert len(held) == allocator.num_owned
+
+    @invariant()
+    def no_request_holds_more_pages_than_its_samples_need(self):
+        for engine in self.engines:
+            for request in engine.requests.values():
+                live = [s.seq_id for s in request.sequences if s.seq_id in engine.table]
+                held = {page for seq_id in live for page in engine.table.pages(seq_id)}
+                assert len(held) <= self.most_pages[engine, request.request_id]
 
     @invariant()
     def named_pages_hold_the_tokens_of_their_names(self):
@@ -150,7 +176,7 @@ class EngineMachine(RuleBasedStateMachine):
     def limits_hold(self):
         for engine in self.engines:
             assert max(self.model.step_sizes, default=0) <= engine._scheduler.max_batch_tokens
-            assert len(engine.table.seq_ids) <= engine._scheduler.max_num_seqs
+            assert len(engine._scheduler.running) <= engine._scheduler.max_num_seqs
 
     @invariant()
     def older_requests_stand_before_younger_ones(self):
@@ -165,7 +191,7 @@ class EngineMachine(RuleBasedStateMachine):
         # Every round of steps computes at least one token of the oldest request of all, and nothing takes its pages:
         # so this many rounds are enough, or the engines run in circles.
         live = [request for engine in self.engines for request in engine.requests.values()]
-        for _ in range(sum(len(request.sequences[0].tokens) + 40 for request in live)):
+        for _ in range(sum(len(s.tokens) + 40 for request in live for s in request.sequences)):
             for engine in self.engines:
                 self._step(engine)
         assert not any(engine.has_unfinished for engine in self.engines)
@@ -177,12 +203,13 @@ class EngineMachine(RuleBasedStateMachine):
     def _step(self, engine):
         for delta in engine.step():
             got = self.got[engine, delta.request_id]
-            got += delta.token_ids
+            got[delta.sequence] += delta.token_ids
             if delta.output is not None:
-                assert delta.output.token_ids == got
-                assert delta.finish_reason == "length"
+                assert [completion.token_ids for completion in delta.output.outputs] == got
+                assert {completion.finish_reason for completion in delta.output.outputs} == {"length"}
         served = self.first_served[engine]
-        served += [request_id for request_id in engine.table.seq_ids if request_id not in served]
+        running = [request.request_id for request in engine._scheduler.running]
+        served += [request_id for request_id in running if request_id not in served]
 
 
 EngineMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)

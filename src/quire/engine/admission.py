@@ -134,26 +134,31 @@ def check_text(text: str, index: int) -> None:
 
 
 def max_length(num_prompt_tokens: int, params: SamplingParams, model: PagedModel) -> int:
-    """Most tokens a sequence may reach, its prompt included.
+    """Most tokens each sequence of a request may reach, its prompt included.
 
-    The last token is handed out but never computed, so it needs no slot.
+    The last token is handed out but never computed, so it needs no slot. The full pages of a prompt are shared by all
+    samples; of a page that it fills in part each sample that goes on has its own.
 
     Raises:
-        ArgumentError: the sequence would not fit the whole pool even if it were alone.
+        ArgumentError: the samples would not fit the whole pool even if nothing else were in it.
     """
-    num_slots = model.num_pages * model.page_size
+    shared = num_prompt_tokens // model.page_size
+    num_slots = (shared + (model.num_pages - shared) // params.n) * model.page_size
     longest = sys.maxsize if model.max_seq_len is None else model.max_seq_len
     if params.max_tokens is not None:
         longest = min(longest, num_prompt_tokens + params.max_tokens)
     else:
         longest = max(min(longest, num_slots + 1), num_prompt_tokens + 1)
-    pages = -(-(longest - 1) // model.page_size)
+    own = -(-(longest - 1) // model.page_size) - shared
+    pages = shared + (own * params.n if longest - 1 > num_prompt_tokens else own)
     if pages > model.num_pages:
         raise ArgumentError(
-            f"prompt of {num_prompt_tokens} tokens plus {longest - num_prompt_tokens} to generate must fit "
+            f"prompt of {num_prompt_tokens} tokens plus {longest - num_prompt_tokens} to generate"
+            f"{f' in each of {params.n} samples' if params.n > 1 else ''} must fit "
             f"the pool; got a need of {pages} pages of {model.page_size} tokens, the pool has "
             f"{model.num_pages}. "
-            "Fix: a shorter prompt, a smaller max_tokens, or more memory for pages"
+            f"Fix: a shorter prompt, a smaller max_tokens{', a smaller n' if params.n > 1 else ''}, "
+            "or more memory for pages"
         )
     return longest
 

@@ -194,8 +194,7 @@ class Engine:
             and `stream` are served too and read by their own callers. Empty when none gained a token, also because
             other engines on this model hold the pages for now.
         Raises:
-            OutOfPages: someone beside the engines holds so many pages that nothing can run; also what a request is
-                ended with whose sequences need more pages than the pool has, once they were computed again.
+            OutOfPages: someone beside the engines holds so many pages that nothing can run.
             UnsupportedError: this thread holds `model.lock`, or is inside a step.
             PageStateError: a page of the step is not what its sequence computed, as when someone freed it twice. One
                 page is checked in each step, with QUIRE_DEBUG=1 all. The prefix cache is cleared then, and the next
@@ -410,9 +409,17 @@ class Engine:
                 logits = run(self.model, chunks, self.table)
                 self._scheduler.release_sources()
                 complete = [chunk for chunk in chunks if chunk.is_last]
-                sequences = [chunk.sequence for chunk in complete]
-                choices = sample(logits[: len(complete)], sequences) if complete else []
-                logprobs = logprobs_of_choices(logits, sequences, choices)
+                rows: list[int] = []
+                choosing: list[tuple[Request, Sequence]] = []
+                for row, chunk in enumerate(complete):
+                    for sequence in chunk.choosing:
+                        rows.append(row)
+                        choosing.append((chunk.request, sequence))
+                sequences = [sequence for _, sequence in choosing]
+                # Samples of one prompt choose their first tokens from the same row.
+                of_last = logits[: len(complete)] if len(rows) == len(complete) else logits[rows]
+                choices = sample(of_last, sequences) if complete else []
+                logprobs = logprobs_of_choices(of_last, sequences, choices)
                 of_prompts = prompt_logprobs(logits[len(complete) :], chunks)
                 with self._news:
                     for request, found in of_prompts:
@@ -420,8 +427,10 @@ class Engine:
                         request.prompt_logprobs += found
                     self._scheduler.advance(chunks)
                     interruptions = [
-                        self._hand_out(chunk.request, chunk.sequence, choice, logprobs.get(row))
-                        for row, (chunk, choice) in enumerate(zip(complete, choices, strict=True))
+                        self._hand_out(request, sequence, choice, logprobs.get(place))
+                        for place, ((request, sequence), choice) in enumerate(
+                            zip(choosing, choices, strict=True)
+                        )
                     ]
                 for interruption in interruptions:
                     if interruption is not None:
@@ -443,21 +452,10 @@ class Engine:
             if chunks:
                 self._turns.forget_wait(scheduler)
                 return chunks
-            if scheduler.oldest_never_fits():
-                self._refuse_oldest()
-            elif not self._turns.take_pages(scheduler):
+            if not self._turns.take_pages(scheduler):
                 self._check_that_pages_will_come()
                 break
         return []
-
-    def _refuse_oldest(self) -> None:
-        request = self._scheduler.oldest
-        request.error = OutOfPages(
-            f"the pool must hold all sequences of request {request.request_id}, whose common pages are shared "
-            f"after a preemption only as far as they are found; got {self.table.allocator.num_pages} pages. "
-            "Fix: fewer sequences, or more pages"
-        )
-        self._end([request])
 
     def _check_that_pages_will_come(self) -> None:
         if not self._turns.others_hold_pages(self._scheduler):
@@ -569,21 +567,28 @@ class Engine:
                 "Fix: stop_token_ids, or pass a tokenizer"
             )
         eos = self.model.eos_token_ids
-        sequence = Sequence(
-            next(self._seq_ids),
-            token_ids,
+        longest = max_length(len(token_ids), params, self.model)
+        stop_token_ids = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos)))
+        rules = logit_rules(
             params,
-            max_length=max_length(len(token_ids), params, self.model),
-            stop_token_ids=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos))),
-            text=self._make_text(token_ids, params),
-            rules=logit_rules(
-                params,
-                ending_ids=(*params.stop_token_ids, *eos),
-                bad_words=self._encode_bad_words(params.bad_words or ()),
-                vocab_size=self.model.vocab_size,
-            ),
+            ending_ids=(*params.stop_token_ids, *eos),
+            bad_words=self._encode_bad_words(params.bad_words or ()),
+            vocab_size=self.model.vocab_size,
         )
-        return Request([sequence], prompt if isinstance(prompt, str) else None, index)
+        sequences = [
+            Sequence(
+                next(self._seq_ids),
+                token_ids,
+                params,
+                max_length=longest,
+                stop_token_ids=stop_token_ids,
+                text=self._make_text(token_ids, params),
+                rules=rules,
+                index=sample_index,
+            )
+            for sample_index in range(params.n)
+        ]
+        return Request(sequences, prompt if isinstance(prompt, str) else None, index)
 
     def _make_text(self, token_ids: abc.Sequence[int], params: SamplingParams) -> TextStream | None:
         if self._decoder is None:

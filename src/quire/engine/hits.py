@@ -56,20 +56,28 @@ class PrefixHits:
     def find(self, request: Request, num_pages: int) -> list[Start] | None:
         """Where the sequences of a waiting request would begin; None while num_pages available pages are too few.
 
+        Of several sequences, one alone is the leader: it begins with the prompt, and the others as forks of it. Where
+        all of them have generated tokens, and the full pages of the prompt are found, each begins by itself.
+
         Changes no page and no name. Use the result before pages are allocated.
 
-        Cost: for one sequence that does not fit, O(1) and what has changed since it was last looked for; else O(pages).
+        Cost: for a request that does not fit, O(sequences) and what has changed since it was last looked for; else
+            O(pages).
         """
         live = request.live()
+        # The one with the fewest tokens: what has none yet needs the logits of the prompt's last token.
+        first = min(live, key=lambda sequence: len(sequence.tokens))
         if self.cache is not None and request.lacks_prompt_logprobs:
-            starts = [Start(each, self.cache.match((), each.params.cache_salt)) for each in live]
-            return starts if self._needed(starts) <= num_pages else None
-        if len(live) == 1 and self._least_needed(live[0], num_pages) > num_pages:
+            starts = [Start(first, self.cache.match((), first.params.cache_salt))]
+            return starts if self._needed(starts, live) <= num_pages else None
+        if self._least_needed(first, num_pages) > num_pages:
             return None
-        starts = [self._start(sequence, copies=len(live) == 1) for sequence in live]
-        if starts[0].copies and self._needed(starts) > num_pages:
-            starts = [self._start(live[0], copies=False)]
-        return starts if self._needed(starts) <= num_pages else None
+        starts = [self._start(first, copies=True)]
+        if starts[0].copies and self._needed(starts, live) > num_pages:
+            starts = [self._start(first, copies=False)]
+        if len(live) > 1 and first.num_generated and len(starts[0].pages) >= self._shared_pages(first):
+            starts = [self._start(sequence, copies=False) for sequence in live]
+        return starts if self._needed(starts, live) <= num_pages else None
 
     def is_coming(self, starts: list[Start]) -> bool:
         """Whether another request computes, in this step, the page that one of these would compute first."""
@@ -79,6 +87,10 @@ class PrefixHits:
 
     def begin(self, request: Request, starts: list[Start]) -> None:
         """Add sequences to the table, with the pages that were found for them."""
+        live = request.live()
+        request.leader = starts[0].sequence if len(starts) < len(live) else None
+        if request.leader is not None:  # the others' own tokens; those of the prompt count once
+            self._admitted_tokens += sum(each.num_generated for each in live if each is not request.leader)
         for start in starts:
             sequence = start.sequence
             self.table.add(sequence.seq_id, start.pages)
@@ -139,13 +151,30 @@ class PrefixHits:
             return Start(sequence, prefix.parent, pages, len(tokens) - 1, copies=True)
         return Start(sequence, prefix.parent, pages[:-1], found - size)
 
-    def _needed(self, starts: list[Start]) -> int:
-        """Available pages that sequences take: new ones, a copy, and cached ones that get an owner."""
+    def _needed(self, starts: list[Start], live: list[Sequence]) -> int:
+        """Available pages that sequences take: new ones, a copy, and cached ones that get an owner.
+
+        Where a leader begins alone, also those that the others will have beside the full pages of the prompt.
+        """
         refcount, size = self.table.allocator.refcount, self.table.page_size
         fresh = sum(
             -(-len(start.sequence.tokens) // size) - len(start.pages) + start.copies for start in starts
         )
+        if len(starts) < len(live):
+            leader = starts[0].sequence
+            fresh += sum(self._own_pages(sequence) for sequence in live if sequence is not leader)
         return fresh + len({page for start in starts for page in start.pages if not refcount(page)})
+
+    def _own_pages(self, sequence: Sequence) -> int:
+        """Pages that a fork will soon have beside the full ones of the prompt; none if its first token is its last."""
+        num_tokens = max(len(sequence.tokens), sequence.num_prompt_tokens + 1)
+        if num_tokens >= sequence.max_length:
+            return 0
+        return -(-num_tokens // self.table.page_size) - self._shared_pages(sequence)
+
+    def _shared_pages(self, sequence: Sequence) -> int:
+        """Full pages of the prompt."""
+        return sequence.num_prompt_tokens // self.table.page_size
 
     def _least_needed(self, sequence: Sequence, enough: int) -> int:
         """A lower bound of what `_needed` says of a sequence alone, as a rule that number; more than enough will do."""

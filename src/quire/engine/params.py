@@ -63,6 +63,10 @@ class SamplingParams:
             that return logits: lists of int and a float32 tensor [vocab_size] on the model's device, which they
             may change. A step that was interrupted calls them again with the same tokens. What one raises ends
             its request alone and is raised to the request's caller. They run inside the step: all requests wait.
+        n: how many samples of the prompt to draw, `RequestOutput.outputs`. The prompt is computed once and its pages
+            are stored once. Each sample draws from its own generator: sample i draws what a request with n=1 and
+            seed + i draws, so sample 0 draws what it would alone. Without a seed each takes one from PyTorch's global
+            generator, in their order. With temperature 0 it must be 1, as for vLLM: all samples would be the same.
         cache_salt: a secret of a tenant: a prompt finds only pages of requests with the same salt, so that nobody
             can time another tenant's prompts; None: pages of all requests without one.
     Raises:
@@ -91,12 +95,20 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logits_processors: Sequence[LogitsProcessor] | None = None
     cache_salt: str | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise ArgumentError(
                 f"temperature must be a finite number of at least 0; got {self.temperature!r}. "
                 "Fix: temperature=0.0 for the likeliest token, 1.0 for the model's own distribution"
+            )
+        if not (_is_int(self.n) and self.n >= 1):
+            raise ArgumentError(f"n must be an int of at least 1; got {self.n!r}. Fix: n=1 for one sample")
+        if self.n > 1 and self.temperature == 0:
+            raise ArgumentError(
+                f"n must be 1 with temperature 0, where all samples are the same; got {self.n}. "
+                "Fix: temperature=1.0, or n=1"
             )
         if self.top_k is not None and not (_is_int(self.top_k) and self.top_k >= -1):
             raise ArgumentError(

@@ -117,6 +117,8 @@ class Request:
         prompt_logprobs: how likely the prompt's tokens were, from the second on, as far as they were computed; None
             where nobody asked. Until all are here, no more than the first len(prompt_logprobs) tokens of the prompt
             may be taken from pages that someone else computed.
+        leader: while it runs, the sequence that computes the prompt for all of them; None once each computes its own
+            tokens, as one alone does from the beginning.
     """
 
     def __init__(self, sequences: abc.Sequence[Sequence], prompt: str | None = None, index: int = 0) -> None:
@@ -127,6 +129,7 @@ class Request:
         self.preemptions = 0
         self.num_cached_tokens = 0
         self.hit = ""  # how much of the prompt was found in pages, and why no more
+        self.leader: Sequence | None = None
         self.error: Exception | None = None  # what ended it, for its caller to see
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if sequences[0].params.prompt_logprobs is None else []

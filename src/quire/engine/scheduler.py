@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import abc, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,16 @@ class Chunk:
         return self.num_tokens == self.sequence.num_pending
 
     @property
+    def choosing(self) -> abc.Sequence[Sequence]:
+        """The sequences whose next token the logits of its last token give, if it is the last chunk.
+
+        Its own; at the end of a prompt that is computed for all samples, those that have no token yet.
+        """
+        if self.request.leader is None:
+            return (self.sequence,)
+        return [sequence for sequence in self.request.live() if not sequence.num_generated]
+
+    @property
     def prompt_rows(self) -> range:
         """Its tokens, counted from its first, whose logits the request's prompt_logprobs still lack."""
         known, sequence = self.request.prompt_logprobs, self.sequence
@@ -57,10 +67,14 @@ class Scheduler:
     are computed again, as far as they are not found in cached pages. The youngest itself never takes pages from anyone:
     it stands still until there are some. So the oldest request always moves, and every request becomes the oldest.
 
-    The sequences of a request run, wait and give their pages up together. They may share partly filled pages with one
-    another (`PageTable.fork`), full ones also with those of other requests (`PrefixHits`). Nobody is preempted once
-    a request was let in, so no page that a chunk is about to copy is freed by that. A kept page that a chunk copies
-    has an owner until `release_sources`, so that a later chunk of the same step cannot take it.
+    The sequences of a request run, wait and give their pages up together. One of them, the leader, computes the prompt
+    and the others begin as forks of it, also when they are computed again, so that the prompt is never in pages twice.
+    They share partly filled pages with one another (`PageTable.fork`), full ones also with those of other requests
+    (`PrefixHits`).
+
+    Nobody is preempted once a request was let in, so no page that a chunk is about to copy is freed by that. A kept
+    page that a chunk copies has an owner until `release_sources`, so that a later chunk of the same step cannot take
+    it.
 
     Args:
         table: hands out pages; this scheduler adds, extends and frees sequences under their seq_id.
@@ -122,10 +136,10 @@ class Scheduler:
         budget = self.max_batch_tokens
         self.hits.new_step()
         for request in self.running:  # making room may shorten the list, but only behind this request
-            for sequence in request.sequences:
+            for sequence in request.sequences if request.leader is None else (request.leader,):
                 if sequence.finish_reason is not None:
                     continue
-                num_tokens = self._make_room(request, sequence, min(sequence.num_pending, budget))
+                num_tokens = self._make_room(request, sequence, min(_pending(request, sequence), budget))
                 if not num_tokens:
                     return chunks
                 chunks.append(self._extend(request, sequence, num_tokens))
@@ -139,20 +153,34 @@ class Scheduler:
             self.running.append(request)
             self.waiting.popleft()
             self.hits.begin(request, starts)
-            for sequence in request.live():
-                num_tokens = min(sequence.num_pending, budget)
+            for start in starts:
+                num_tokens = min(_pending(request, start.sequence), budget)
                 if num_tokens:
-                    chunks.append(self._extend(request, sequence, num_tokens))
+                    chunks.append(self._extend(request, start.sequence, num_tokens))
                     budget -= num_tokens
         return chunks
 
     def advance(self, chunks: list[Chunk]) -> None:
-        """The keys and values of these chunks are written: count them, and name the pages that they have filled."""
+        """The keys and values of these chunks are written: count them, and name the pages that they have filled.
+
+        Where a leader has computed the prompt, the other sequences of its request begin as forks of it.
+        """
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_computed += chunk.num_tokens
             if sequence.num_computed % self.table.page_size < chunk.num_tokens:
                 self.hits.name_pages(sequence)
+            request = chunk.request
+            if sequence is request.leader and sequence.num_computed == sequence.num_prompt_tokens:
+                self._fork(request, sequence)
+
+    def _fork(self, request: Request, leader: Sequence) -> None:
+        for sequence in request.live():
+            if sequence is not leader:
+                self.table.fork(leader.seq_id, sequence.seq_id)
+                sequence.num_computed = leader.num_computed
+                sequence.prefix = leader.prefix
+        request.leader = None
 
     def finish(self, request: Request, sequence: Sequence) -> None:
         """Free the pages of a running request's sequence that has finished, and forget the request after its last."""
@@ -172,10 +200,6 @@ class Scheduler:
         if self._sources:
             self.table.allocator.free(self._sources)
             self._sources = []
-
-    def oldest_never_fits(self) -> bool:
-        """Whether the oldest request waits for more pages than there are: it ran while its sequences shared some."""
-        return not self.running and self._pages_of(self.waiting[0]) > self.table.allocator.num_pages
 
     def preempt_all(self) -> None:
         """Take the pages of every running request; all will be computed again, in the same order."""
@@ -226,5 +250,9 @@ class Scheduler:
             self.hits.announce(sequence, num_tokens)
         return Chunk(request, sequence, num_tokens, slot_mapping, copies)
 
-    def _pages_of(self, request: Request) -> int:
-        return sum(-(-sequence.num_pending // self.table.page_size) for sequence in request.live())
+
+def _pending(request: Request, sequence: Sequence) -> int:
+    """How many tokens a running sequence has to compute: a leader those of the prompt, for all."""
+    if request.leader is None:
+        return sequence.num_pending
+    return sequence.num_prompt_tokens - sequence.num_computed

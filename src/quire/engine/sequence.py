@@ -30,6 +30,7 @@ class Sequence:
         stop_token_ids: all tokens that end it, the model's own included.
         text: turns the tokens into text; None without a tokenizer.
         rules: what changes its logits; None: nothing does.
+        index: its place among the samples of its request; its seed is params.seed + index.
     Attributes:
         logprobs: how likely each generated token was, added before the token; None where nobody asked.
     """
@@ -44,6 +45,7 @@ class Sequence:
         stop_token_ids: frozenset[int],
         text: TextStream | None = None,
         rules: LogitRules | None = None,
+        index: int = 0,
     ) -> None:
         self.seq_id = seq_id
         self.params = params
@@ -52,7 +54,7 @@ class Sequence:
         self.num_computed = 0  # leading tokens whose keys and values are in pages
         self.prefix: Prefix | None = None  # its named pages; while it waits, those last found; see PrefixHits
         self.max_length = max_length
-        self.generator = _seeded_generator(params)
+        self.generator = _seeded_generator(params, index)
         self._drawn: torch.Tensor | None = None
         self.finish_reason: FinishReason | None = None
         self.first_token_at: float | None = None
@@ -137,8 +139,9 @@ class Sequence:
             self.finish_reason = reason
 
 
-def _seeded_generator(params: SamplingParams) -> torch.Generator | None:
+def _seeded_generator(params: SamplingParams, index: int) -> torch.Generator | None:
     if params.temperature == 0:
         return None
-    seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if params.seed is None else params.seed
+    seed = params.seed
+    seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if seed is None else seed + index
     return torch.Generator().manual_seed(seed)
