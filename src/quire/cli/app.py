@@ -218,6 +218,7 @@ def _bench() -> None:
       quire bench attention --vllm-python ~/vllm/bin/python --out mine.csv
       quire bench generation 8x16-256:64               8 prompts, end to end
       quire bench generation 4x128:32 --engines quire model.generate
+      quire bench prefix                               what prefix caching saves
     """
 
 
@@ -235,3 +236,11 @@ def generation(context: typer.Context) -> None:
     from quire.cli.bench import run
 
     raise typer.Exit(run("generation", context.args))
+
+
+@bench.command(context_settings=_PASSED_ON)
+def prefix(context: typer.Context) -> None:
+    """What prefix caching saves: growing conversations, common examples, a long prompt again."""
+    from quire.cli.bench import run
+
+    raise typer.Exit(run("prefix", context.args))
