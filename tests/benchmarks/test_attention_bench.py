@@ -32,7 +32,7 @@ def measure(text, names, spec=SPEC):
     "text",
     [
         MIXED,
-        "3x17:1@bfloat16",
+        pytest.param("3x17:1@bfloat16", marks=pytest.mark.exhaustive),
         pytest.param(f"{MIXED}@bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("3x17:1@float16", marks=pytest.mark.exhaustive),
     ],

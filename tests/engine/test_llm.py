@@ -74,6 +74,7 @@ def test_tokens_equal_one_by_one_generate_with_the_kernels_a_user_gets(model, pr
     assert [output.token_ids for output in llm.generate(prompts, GREEDY)] == expected
 
 
+@pytest.mark.exhaustive  # one step compiled gives the ordinary logits: tests/hf/test_compiled.py
 @pytest.mark.xdist_group("torch-compile")
 def test_tokens_equal_one_by_one_generate_also_compiled(model, prompts, expected):
     llm = make_llm(model, backend="auto", num_pages=18, max_batch_tokens=24, compile=True)

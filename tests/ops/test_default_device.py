@@ -61,7 +61,7 @@ EVERY_DOOR = """
 """
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "fp8_e4m3"])
+@pytest.mark.parametrize("kv_dtype", [None, pytest.param("fp8_e4m3", marks=pytest.mark.exhaustive)])
 def test_every_door_computes_in_host_memory_under_any_default_device(kv_dtype):
     results = run_python(f"KV_DTYPE = {kv_dtype!r}\n" + textwrap.dedent(EVERY_DOOR), QUIRE_DEBUG="1")
 
