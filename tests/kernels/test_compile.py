@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numba
 import pytest
+import torch
 from processes import run_python
 
 import quire
@@ -281,11 +282,18 @@ print(json.dumps(compiled))
     assert "part_end" in outputs([start(other, 0, 1)])[0]
 
 
-def test_a_second_process_finds_every_kernel_on_disk(tmp_path):
+def test_later_processes_find_every_kernel_on_disk_with_openmp_or_without(tmp_path):
+    """Machine code is linked against nothing that it calls: without OpenMP the same runs on one thread."""
     code = (
         RUN
         + """
-import torch, quire
+import ctypes, torch, numba
+if hidden:
+    class Hidden:
+        def __init__(self, name): raise OSError("no OpenMP here")
+    ctypes.CDLL = Hidden
+import quire
+from quire.kernels.cpu import threads
 from quire.kernels.cpu.attend.decode import decode
 from quire.kernels.cpu.attend.merge import merge
 from quire.kernels.cpu.attend.prefill import prefill
@@ -298,17 +306,25 @@ quire.write_kv(torch.randn(1280, 1, 1), torch.randn(1280, 1, 1), k, v, torch.ara
 table = torch.arange(80, dtype=torch.int32).view(2, 40)
 lens, starts = torch.tensor([640, 600], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
 out = quire.paged_attention(torch.randn(3, 1, 1), k, v, table, lens, starts)
+num_threads = threads.num_threads()
 torch.set_num_threads(3)
-out = quire.paged_attention(torch.randn(3, 1, 1), k, v, table, lens, starts)
-assert out.isfinite().all()
+quire.paged_attention(torch.randn(3, 1, 1), k, v, table, lens, starts)
 kernels = {"decode": decode, "prefill": prefill, "merge": merge, "write": write}
 hits = {name: sum(kernel.stats.cache_hits.values()) for name, kernel in kernels.items()}
-print(json.dumps({"compiled": compiled, "hits": hits}))
+print(json.dumps({"compiled": compiled, "hits": hits, "threads": num_threads, "out": out.tolist()}))
 """
     )
-    first = run_python(code, timeout=1800, NUMBA_CACHE_DIR=str(tmp_path))
+    first, second, without = (
+        run_python(f"hidden = {hidden}\n{code}", timeout=1800, NUMBA_CACHE_DIR=str(tmp_path))
+        for hidden in (False, False, True)
+    )
     assert {"decode", "prefill", "merge", "write"} <= set(first["compiled"])
     assert first["hits"] == {"decode": 0, "prefill": 0, "merge": 0, "write": 0}
-    second = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
-    assert second["compiled"] == []
+    for later in (second, without):
+        assert later["compiled"] == []
     assert min(second["hits"].values()) >= 1
+    assert min(without["hits"][name] for name in ("decode", "prefill", "write")) >= 1
+    assert without["hits"]["merge"] == 0, "one worker splits nothing"
+    assert (first["threads"], second["threads"], without["threads"]) == (2, 2, 1)
+    assert second["out"] == first["out"]
+    torch.testing.assert_close(torch.tensor(without["out"]), torch.tensor(first["out"]), atol=1e-6, rtol=0)

@@ -150,30 +150,6 @@ def test_a_process_that_may_use_one_core_runs_on_one_thread(monkeypatch):
     assert run_python(f"{bound}\n{STEP}\n{COUNT}") == [1, 1]
 
 
-def test_without_openmp_the_same_machine_code_runs_on_one_thread(tmp_path):
-    """Linked against nothing that it calls, and found on disk where a process with OpenMP left it."""
-    code = (
-        STEP
-        + """
-import ctypes, numba
-if hidden:
-    class Hidden:
-        def __init__(self, name): raise OSError("no OpenMP here")
-    ctypes.CDLL = Hidden
-from quire.kernels.cpu import threads
-from quire.kernels.cpu.attend.decode import decode
-torch.set_num_threads(2)
-print(json.dumps([threads.num_threads(), compute(), sum(decode.stats.cache_hits.values())]))
-"""
-    )
-    there, here = (
-        run_python(f"hidden = {hidden}\n{code}", NUMBA_CACHE_DIR=str(tmp_path)) for hidden in (False, True)
-    )
-    assert (there[0], here[0]) == (2, 1)
-    assert (there[2], here[2]) == (0, 1)
-    torch.testing.assert_close(torch.tensor(here[1]), torch.tensor(there[1]), atol=1e-6, rtol=0)
-
-
 @own_worker
 def test_threads_set_in_one_python_thread_count_for_those_started_later(set_threads):
     with ThreadPoolExecutor(1) as other:

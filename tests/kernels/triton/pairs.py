@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
+import pytest
+
 
 def every_pair(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Choices of one value per factor such that any two values of any two factors meet in some choice.
@@ -31,6 +33,14 @@ def every_pair(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         missing -= {(x, y) for x, y in combinations(((name, case[name]) for name in names), 2)}
         cases.append({name: factors[name][case[name]] for name in names})
     return cases
+
+
+def one_in(stride: int, cases: Sequence[Any]) -> list[Any]:
+    """Parameters of which every stride-th runs always and the others with the exhaustive cases."""
+    return [
+        case if i % stride == 0 else pytest.param(case, marks=pytest.mark.exhaustive)
+        for i, case in enumerate(cases)
+    ]
 
 
 def _gain(missing: set[Any], case: Mapping[str, int], names: Sequence[str], name: str, value: int) -> int:

@@ -9,7 +9,7 @@ import gluon_machine
 import pytest
 import torch
 from accuracy import assert_accurate, exact, plain
-from pairs import every_pair
+from pairs import every_pair, one_in
 from support import Shape, make_batch
 
 import quire
@@ -119,7 +119,7 @@ CASES = every_pair(
 )
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
+@pytest.mark.parametrize("number", one_in(2, range(len(CASES))))
 def test_every_pair_of_choices(number):
     case = CASES[number]
     lens, q_lens = STEPS[case["step"]]
@@ -141,7 +141,7 @@ def small_batch(seed):
     return make_batch(Shape(BF16, 64, group=4), [500, 77, 200], [40, 77, 5], page_size=32, seed=seed)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", one_in(4, range(8)))
 def test_any_order_of_events_gives_the_same_bits(seed):
     batch = small_batch(0)
     assert torch.equal(simulate(batch, seed=seed).out, simulate(batch, seed=seed + 100).out)

@@ -30,7 +30,7 @@ grouped = [
         id=str(s),
         marks=[
             pytest.mark.xdist_group(f"decode-{s}"),
-            *([pytest.mark.exhaustive] if s in SHAPES[3:5] else []),
+            *([pytest.mark.exhaustive] if s in SHAPES[2:5] else []),
         ],
     )
     for s in SHAPES

@@ -21,14 +21,14 @@ ODD = Shape(BF16, 88, group=7)  # five vectors, of which the first four are take
 SHAPES = [
     SMALL,
     SPLIT,
-    Shape(F32, 1, group=1, num_kv_heads=3),
     Shape(F32, 16, group=100, num_kv_heads=1),  # seven tiles of 15, the last one short
-    Shape(F16, 80, group=1, kv_dtype="fp8_e4m3", num_kv_heads=1),
     ODD,
     INT8,
     NARROW,
 ]
 MORE_SHAPES = [
+    Shape(F32, 1, group=1, num_kv_heads=3),
+    Shape(F16, 80, group=1, kv_dtype="fp8_e4m3", num_kv_heads=1),
     Shape(F32, 40, group=2),
     Shape(F32, 256, group=2, num_kv_heads=1),
     Shape(F32, 8, group=16),

@@ -12,10 +12,10 @@ shapes = pytest.mark.parametrize(
     "shape",
     [
         pytest.param(
-            Shape(torch.float32, dim, group),
-            marks=pytest.mark.xdist_group(f"decode-float32-same-d{dim}-g{group}"),
+            shape,
+            marks=pytest.mark.xdist_group(f"decode-{shape}"),
         )
-        for dim, group in ((16, 3), (1, 1))
+        for shape in (Shape(torch.float32, 16, 3), Shape(torch.float32, 40, 3, "fp8_e5m2"))
     ],
     ids=str,
 )

@@ -14,12 +14,12 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SMALL, NARROW = Shape(F32, 16, group=3), Shape(F32, 40, 3, kv_dtype="fp8_e5m2")
 SHAPES = [
     SMALL,
-    Shape(F32, 1, group=1, num_kv_heads=3),
     Shape(BF16, 128, group=4),
     Shape(BF16, 64, group=4, kv_dtype="int8"),
     NARROW,
 ]
 MORE_SHAPES = [
+    Shape(F32, 1, group=1, num_kv_heads=3),
     Shape(F32, 40, group=2),
     Shape(F16, 80, group=1, num_kv_heads=1),
     Shape(F32, 64, group=1),
