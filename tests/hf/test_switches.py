@@ -189,6 +189,9 @@ def interrupted_at(moment, call):
                 raise KeyboardInterrupt
         return trace
 
+    sys._getframe().f_trace_opcodes = (
+        True  # Python 3.12 reports opcodes only where a frame asked before settrace
+    )
     sys.settrace(trace)
     try:
         call()

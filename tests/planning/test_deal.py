@@ -19,7 +19,7 @@ def step_of(sequences, num_kv_heads=8, causal=True, window_left=-1):
 
 def dealt(sequences, num_kv_heads, num_workers):
     """Tiles of 32 queries and blocks of 128 keys, each of which costs 370 keys more."""
-    tiles = Tiles(1, 10**9, 32, 128, 0, num_workers, 0, True)
+    tiles = Tiles(1, 10**9, 32, 128, 0, 16, num_workers, 0, True)
     return deal.deal_tiles(step_of(sequences, num_kv_heads), tiles, 370)
 
 
@@ -39,7 +39,7 @@ def test_the_tiles_are_those_of_the_line_of_work(
     sequences, least_q, q_tokens, kv_tokens, tile_cost, num_kv_heads, causal, window_left, num_workers
 ):
     step = step_of(sequences, num_kv_heads, causal, window_left)
-    arguments = (step, Tiles(least_q, 99, q_tokens, kv_tokens, 0, num_workers, 0, True), tile_cost)
+    arguments = (step, Tiles(least_q, 99, q_tokens, kv_tokens, 0, 16, num_workers, 0, True), tile_cost)
 
     items, worker_indptr, evenly = deal.deal_tiles(*arguments)
     tiling = Tiling(1, TileShape(1, 1), TileShape(q_tokens, kv_tokens), least_q - 1, whole_tiles=True)

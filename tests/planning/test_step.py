@@ -13,8 +13,8 @@ from quire.errors import ArgumentError, ShapeError
 from quire.planning.step import plan_step
 from quire.planning.work_list import TileShape, Tiling
 
-# What an item costs beside its tokens, in tokens: the cut's cost model as the module's docstring states it.
-ITEM_OVERHEAD = 16
+# What an item costs beside its tokens, in tokens, where a backend says nothing else.
+ITEM_COST = 16
 
 
 def plan(
@@ -188,7 +188,7 @@ def test_where_splitting_has_a_price_no_worker_pays_it_twice_while_there_is_one_
         assert per_worker.max(initial=0) <= 1 or len(work.items) == len(straddled.items)
         if per_worker.max(initial=0) <= 1 and work.num_partials:
             most = straddled.kv_tokens_per_worker().max() + step["kv_tokens"]
-            assert longest <= most + 2 * part_cost + ITEM_OVERHEAD, "no slower than equal shares"
+            assert longest <= most + 2 * part_cost + ITEM_COST, "no slower than equal shares"
 
 
 def test_a_tile_is_split_only_where_that_is_done_sooner():
@@ -238,7 +238,7 @@ def test_shares_of_fixed_parts_are_equal_but_for_a_part_at_each_end(step, kv_spl
     ):
         if not len(work.items):
             continue
-        weight = work.column("q_len") * (work.column("kv_end") - work.column("kv_begin") + ITEM_OVERHEAD)
+        weight = work.column("q_len") * (work.column("kv_end") - work.column("kv_begin") + ITEM_COST)
         share = np.diff(np.concatenate([[0], np.cumsum(weight)])[work.worker_indptr])
         assert share.max() <= weight.sum() / step["num_workers"] + 2 * weight.max()
 
@@ -264,11 +264,11 @@ def test_no_worker_has_more_than_its_share_and_a_grain_at_each_end(step):
         if not len(work.items):
             continue
         q_len = work.column("q_len")
-        overhead = np.where(_closes(work), ITEM_OVERHEAD, 0)  # a tile's overhead goes with its last part
+        overhead = np.where(_closes(work), ITEM_COST, 0)  # a tile's overhead goes with its last part
         weight = q_len * (work.column("kv_end") - work.column("kv_begin") + overhead)
         read = np.concatenate([[0], np.cumsum(weight)])
         share = np.diff(read[work.worker_indptr])
-        slack = 2 * q_len.max() * (2 * step["kv_tokens"] + ITEM_OVERHEAD)
+        slack = 2 * q_len.max() * (2 * step["kv_tokens"] + ITEM_COST)
         assert share.max() <= weight.sum() / step["num_workers"] + slack
 
 

@@ -42,6 +42,7 @@ def assert_same_work(got, wanted):
     kv_split=st.sampled_from([0, 1, 8, 32]),
     kv_tokens=st.sampled_from([1, 4, 16]),
     part_cost=st.sampled_from([0, 5, 40]),
+    item_cost=st.sampled_from([0, 16, 90]),
     whole_tiles=st.booleans(),
     num_kv_heads=st.integers(1, 3),
     causal=st.booleans(),
@@ -49,12 +50,20 @@ def assert_same_work(got, wanted):
     num_workers=st.integers(1, 12),
 )
 def test_compiled_shares_are_those_of_the_python_source(
-    sequences, least_q, more_q, q_tokens, kv_split, kv_tokens, part_cost, whole_tiles, num_kv_heads, causal,
-    window_left, num_workers,
+    sequences, least_q, more_q, q_tokens, kv_split, kv_tokens, part_cost, item_cost, whole_tiles, num_kv_heads,
+    causal, window_left, num_workers,
 ):  # fmt: skip
     step = sequences_of(sequences, num_kv_heads, causal, window_left)
     tiles = Tiles(
-        least_q, least_q + more_q, q_tokens, kv_tokens, part_cost, num_workers, kv_split, whole_tiles
+        least_q,
+        least_q + more_q,
+        q_tokens,
+        kv_tokens,
+        part_cost,
+        item_cost,
+        num_workers,
+        kv_split,
+        whole_tiles,
     )
     assert_same_work(shares(step, tiles), shares_in_python(step, tiles))
 
@@ -75,8 +84,8 @@ def test_a_steps_two_lists_are_those_of_its_two_kinds_of_sequence(
 
     numbers, longest, *work = cut.share_step(7, step, tiling)
 
-    decode = shares(step, Tiles(1, decode_max_q_len, 4, 16, 0, 3, kv_split, whole_tiles))
-    prefill = shares(step, Tiles(decode_max_q_len + 1, 99, 8, 32, 64, 5, kv_split, whole_tiles))
+    decode = shares(step, Tiles(1, decode_max_q_len, 4, 16, 0, 16, 3, kv_split, whole_tiles))
+    prefill = shares(step, Tiles(decode_max_q_len + 1, 99, 8, 32, 64, 16, 5, kv_split, whole_tiles))
     for got, wanted in zip(work, (decode, prefill), strict=True):
         assert_same_work(WorkList(numbers, *got), wanted)
     assert work[0][0] == 7
@@ -121,8 +130,8 @@ def test_a_step_is_copied_from_integers_of_either_width(lengths, far, dtypes, on
     highest = table[used].max(initial=-1)
     assert sizes == [starts[-1], np.diff(starts).max(initial=0), seq_lens.max(initial=0), highest]
     step = Sequences(seq_lens.astype(np.int64), starts.astype(np.int64), 2, True, -1)
-    assert_same_work(WorkList(numbers, *decode), shares(step, Tiles(1, 4, 8, 32, 0, 3, 0, False)))
-    assert_same_work(WorkList(numbers, *prefill), shares(step, Tiles(5, 9, 8, 32, 0, 3, 0, False)))
+    assert_same_work(WorkList(numbers, *decode), shares(step, Tiles(1, 4, 8, 32, 0, 16, 3, 0, False)))
+    assert_same_work(WorkList(numbers, *prefill), shares(step, Tiles(5, 9, 8, 32, 0, 16, 3, 0, False)))
 
 
 def test_a_step_whose_table_is_elsewhere_has_no_page_ids():

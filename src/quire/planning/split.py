@@ -1,6 +1,6 @@
 """Where tiles are split along their keys. Compiled by Numba.
 
-A tile of q query tokens against n KV tokens weighs ``q × (n + ITEM_OVERHEAD)``. With ``kv_split``
+A tile of q query tokens against n KV tokens weighs ``q × (n + item_cost)``. With ``kv_split``
 every tile is split at multiples of kv_split, whatever else is in the batch. Where splitting has a price, ``own_parts``
 finds the ``kv_split`` with which every part has a worker of its own: then no worker pays the price twice.
 """
@@ -10,10 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from quire.kernels.compile import compiled
-
-# What loading the queries and writing the result of an item costs, in KV tokens. It keeps a share of many short
-# sequences from being taken for a cheap one.
-ITEM_OVERHEAD = 16
 
 
 class Sequences(NamedTuple):
@@ -34,6 +30,7 @@ class Tiles(NamedTuple):
     q_tokens: int
     kv_tokens: int
     part_cost: int
+    item_cost: int
     num_workers: int
     kv_split: int
     whole: bool  # a tile weighs the same however few of its rows are filled
@@ -70,7 +67,7 @@ def count_parts(step: Sequences, tiles: Tiles, kv_split: int) -> tuple[int, int,
                 pieces = max(1, (end - 1) // kv_split - begin // kv_split + 1) if kv_split else 1
                 count += 1
                 parts += pieces
-                weight += (tiles.q_tokens if tiles.whole else rows) * (end - begin + pieces * ITEM_OVERHEAD)
+                weight += (tiles.q_tokens if tiles.whole else rows) * (end - begin + pieces * tiles.item_cost)
                 longest = max(longest, end - begin)
     return count, parts, weight, longest
 

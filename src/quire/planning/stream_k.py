@@ -14,7 +14,6 @@ import numpy as np
 from quire.kernels.compile import compiled
 from quire.planning.copying import copy_ints, copy_pages, is_step
 from quire.planning.split import (
-    ITEM_OVERHEAD,
     Sequences,
     Tiles,
     count_parts,
@@ -97,7 +96,8 @@ def tiles_of(tiling: Any, shape: Any, least_q: int, most_q: int) -> Tiles:
     """One kernel's tiles in a tiling."""
     workers = shape.num_workers or tiling.num_workers
     return Tiles(
-        least_q, most_q, shape.q_tokens, shape.kv_tokens, shape.part_cost, workers, tiling.kv_split, tiling.whole_tiles
+        least_q, most_q, shape.q_tokens, shape.kv_tokens, shape.part_cost, shape.item_cost, workers, tiling.kv_split,
+        tiling.whole_tiles,
     )  # fmt: skip
 
 
@@ -117,8 +117,8 @@ def measure_work(step: Sequences, tiles: Tiles) -> tuple[int, int, int, int, boo
     most_merges = count * step.num_kv_heads if kv_split else tiles.num_workers
     room = most_items * ITEM_WIDTH + tiles.num_workers + 1 + most_merges * MERGE_WIDTH
     chosen = Tiles(
-        tiles.least_q, tiles.most_q, tiles.q_tokens, tiles.kv_tokens, tiles.part_cost, tiles.num_workers, kv_split,
-        tiles.whole,
+        tiles.least_q, tiles.most_q, tiles.q_tokens, tiles.kv_tokens, tiles.part_cost, tiles.item_cost, tiles.num_workers,
+        kv_split, tiles.whole,
     )  # fmt: skip
     return room, most_items, most_merges, weight * step.num_kv_heads, own_split > 0, chosen
 
@@ -152,7 +152,7 @@ def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[i
                 first_item, last = num_items, begin
                 while last < end or num_items == first_item:
                     last = part_end(begin, end, kv_split)
-                    line_end = line + lines * (last - begin + ITEM_OVERHEAD)
+                    line_end = line + lines * (last - begin + tiles.item_cost)
                     at_end = 0
                     while worker + 1 < num_workers and total * (worker + 1) // num_workers < line_end:
                         ahead = (total * (worker + 1) // num_workers - line) // lines

@@ -60,6 +60,9 @@ class TileShape(NamedTuple):
     kv_tokens: int
     num_workers: int = 0  # 0: as many as the tiling says
     part_cost: int = 0  # what splitting a tile costs, in KV tokens; 0: so little that equal shares are best
+    # What loading the queries and writing the result of an item costs, in KV tokens. It keeps a share of many short
+    # sequences from being taken for a cheap one.
+    item_cost: int = 16
 
 
 class Tiling(NamedTuple):
