@@ -19,6 +19,13 @@ SKEWED_LABEL, SKEWED = (
     "64 skewed",
     "1x32k:1+63x3641:1",
 )  # the tokens of 64x4k, and one sequence with eight times the others'
+# 64 lengths from 256 to 16k, each a constant factor above the one before.
+_GEOMETRIC = [round(256 * 64 ** (i / 63)) for i in range(64)]
+MANY_ITEMS = {
+    "+".join(f"1x{n}:1" for n in _GEOMETRIC): "64 ascending",
+    "+".join(f"1x{n}:1" for n in random.Random(0).sample(_GEOMETRIC, 64)): "64 shuffled",
+    "1024x300:1": "1024x300:1",
+}
 SPECULATIVE = ["8x4k:4", "8x32k:4"]  # a few tokens each, to be verified at once
 HEAD_DIMS = ["32/8x64", "16/8x256"]
 PREFILL = ["4x2k:2k", "2x4k:4k", "1x8k:8k", "1x16k:16k", "1x32k:32k"]
@@ -111,11 +118,11 @@ def ceiling_jobs(quick: bool, seed: int) -> list[Job]:
 
 def decode_jobs(quick: bool, seed: int) -> list[Job]:
     """Lengths × page sizes × page dtypes at 32/8 × 128; several queries, other heads at page 16; the store."""
-    cases = {case: case for case in DECODE} | {SKEWED: SKEWED_LABEL}
+    cases, many_items = {case: case for case in DECODE} | {SKEWED: SKEWED_LABEL}, MANY_ITEMS
     heads, others = "32/8x128", ["32/32x128", "64/8x128"]
     several, head_dims, of_head_dims = SPECULATIVE, HEAD_DIMS, "8x8k:1"
     if quick:
-        cases = {"2x60:1": "2x60:1", "1x90:1+3x20:1": "skewed"}
+        cases, many_items = {"2x60:1": "2x60:1", "1x90:1+3x20:1": "skewed"}, {}
         heads, others = "4/2x16", ["4/4x16"]
         several, head_dims, of_head_dims = ["2x60:4"], ["4/2x32"], "2x70:1"
     jobs = []
@@ -126,6 +133,10 @@ def decode_jobs(quick: bool, seed: int) -> list[Job]:
                     page_size
                 ]
                 jobs.append(_timed("decode", case, heads, page_size, kv_dtype, label, priority))
+        jobs += [
+            _timed("decode", case, heads, 16, kv_dtype, label, 1 if kv_dtype else 0)
+            for case, label in many_items.items()
+        ]
     for other in others:
         jobs += [_timed("decode", case, other, 16, None, label, 1) for case, label in cases.items()]
     jobs += [_timed("decode", case, heads, 16, kv, case, 1) for kv in (None, "int8") for case in several]

@@ -165,9 +165,9 @@ def test_the_triton_kernels_take_their_tiles_from_the_table_that_is_overridden(k
     spec = parse_spec("32/8x128", 16, "bfloat16", None)
     chosen = {name: values[-1] for name, values in tune.CANDIDATES[kernel].items()} | {"kv_tokens": 32}
     with tune.override(Setting(backend="triton"), kernel, chosen):
-        changed = getattr(triton.tiling(spec, torch.device("cpu")), kernel)
+        changed = getattr(triton.tiling(spec, torch.device("cpu"), 8), kernel)
     assert changed.kv_tokens == 32
-    assert changed != getattr(triton.tiling(spec, torch.device("cpu")), kernel)
+    assert changed != getattr(triton.tiling(spec, torch.device("cpu"), 8), kernel)
 
 
 def test_every_kernel_that_is_timed_is_compiled_ahead():

@@ -31,7 +31,7 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     return None
 
 
-def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
+def tiling(spec: AttentionSpec, device: torch.device, batch: int) -> Tiling:
     """One worker and whole sequences: the work lists are not used."""
     whole = TileShape(q_tokens=1 << 30, kv_tokens=1 << 30)
     return Tiling(num_workers=1, decode=whole, prefill=whole)

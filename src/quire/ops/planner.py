@@ -77,7 +77,7 @@ def plan_within(
     _check_spec(spec)
     table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
     where = checks.resolve_device(device, page_table)
-    name, kernels, tiling = _service(backend, spec, where, batch_invariant)
+    name, kernels, tiling = _service(backend, spec, where, batch_invariant, lens.shape[0])
     if not table.is_cpu:
         table = _within_reach(table, kernels, where)
     rules = causal, window_left, tiling
@@ -107,7 +107,8 @@ class Planner:
 
     Plan and replay on one stream. Outside of graphs a plan may be run on any stream: launches there wait for the plan's
     copy, and the next plan for those launches, on the device. Memory that a captured launch reads is never freed, as
-    its graph may be replayed when the Planner is gone. A Planner keeps no tensor that its plans were run on.
+    its graph may be replayed when the Planner is gone. A Planner keeps no tensor that its plans were run on. Its tiles
+    are those of its largest batch, so that last bits may differ from those of ``quire.plan``.
 
     Args:
         spec: the layers' shape.
@@ -145,7 +146,9 @@ class Planner:
         self._token_limit = self.limits.max_tokens, self.limits.check_lengths
         self.spec, self.causal, self.window_left = spec, causal, window_left
         self.device = existing_device(device)
-        self.backend, self._kernels, self._tiling = _service(backend, spec, self.device, batch_invariant)
+        self.backend, self._kernels, self._tiling = _service(
+            backend, spec, self.device, batch_invariant, max_batch
+        )
         self._reserved = self._reserve()
         # By a step's number of tokens, the latest last.
         self._bound: dict[int, dict[Hashable, BoundCall]] = {}
@@ -234,9 +237,9 @@ def _backend(requested: str, spec: AttentionSpec, where: torch.device) -> tuple[
 
 
 def _service(
-    requested: str, spec: AttentionSpec, where: torch.device, batch_invariant: bool
+    requested: str, spec: AttentionSpec, where: torch.device, batch_invariant: bool, batch: int
 ) -> tuple[str, ModuleType, Tiling]:
     """A backend's name, its kernels, and how they want the work cut just now."""
     name, kernels = _backend(requested, spec, where)
-    tiling: Tiling = kernels.tiling(spec, where)
+    tiling: Tiling = kernels.tiling(spec, where, batch)
     return name, kernels, tiling.batch_invariant(name) if batch_invariant else tiling

@@ -117,8 +117,8 @@ def measure_work(step: Sequences, tiles: Tiles) -> tuple[int, int, int, int, boo
     most_merges = count * step.num_kv_heads if kv_split else tiles.num_workers
     room = most_items * ITEM_WIDTH + tiles.num_workers + 1 + most_merges * MERGE_WIDTH
     chosen = Tiles(
-        tiles.least_q, tiles.most_q, tiles.q_tokens, tiles.kv_tokens, tiles.part_cost, tiles.item_cost, tiles.num_workers,
-        kv_split, tiles.whole,
+        tiles.least_q, tiles.most_q, tiles.q_tokens, tiles.kv_tokens, tiles.part_cost, tiles.item_cost,
+        tiles.num_workers, kv_split, tiles.whole,
     )  # fmt: skip
     return room, most_items, most_merges, weight * step.num_kv_heads, own_split > 0, chosen
 

@@ -25,7 +25,7 @@ def step_of(batch, device_table=None):
     """A step whose page table is on the device, if one is given; its host table is then nonsense."""
     spec = batch.shape.spec(16)
     table = batch.page_table if device_table is None else torch.full_like(batch.page_table, 10**6)
-    tiling = backend.tiling(spec, batch.q.device)
+    tiling = backend.tiling(spec, batch.q.device, 6)
     step = plan_step(table, batch.seq_lens, batch.cu_seqlens_q, spec.num_kv_heads, 16, True, -1, tiling)
     step.device_table = device_table
     return step
@@ -41,7 +41,7 @@ def attend(batch, step, reserved=None):
 def reserve(max_batch=6, max_seq_len=512, max_tokens=64):
     """Room for larger steps, filled with what a plan must overwrite or leave unread."""
     spec, device = SHAPE.spec(16), torch.device("cpu")
-    tiling = backend.tiling(spec, device)
+    tiling = backend.tiling(spec, device, max_batch)
     work = largest_work(tiling, spec.num_kv_heads, max_batch, max_tokens, max_seq_len, max_tokens)
     reserved = backend.reserve(
         spec, Capacity(max_batch, max_seq_len // 16, max_tokens, *work, True, -1, 0), device

@@ -42,7 +42,7 @@ def test_bytes_are_those_of_rows_and_their_scales():
 
 
 def test_the_expected_time_is_bytes_over_the_rate_and_a_launch():
-    tile = tune.decode_tile(SPEC, tune.known_chip("cuda", 90, 132), few_rows=True)
+    tile = tune.decode_tile(SPEC, tune.known_chip("cuda", 90, 132), few_rows=True, many_items=False)
     work = work_of([1000], [1])
     rates = forecast.Rates(decode_bytes=1e9, prefill_flops=1e9, launch=5e-6)
     text = forecast.describe("decode", SPEC, tile, work, True, rates)

@@ -176,7 +176,7 @@ def test_every_launch_on_another_stream_asks_for_the_order(q_lens, monkeypatch):
     with standing_in(CHIPS["sm_90"]):
         spec = batch.shape.spec(16)
         rules = {"num_kv_heads": 2, "page_size": 16, "causal": True, "window_left": -1}
-        step = plan_step(*batch.lengths, **rules, tiling=backend.tiling(spec, batch.q.device))
+        step = plan_step(*batch.lengths, **rules, tiling=backend.tiling(spec, batch.q.device, 2))
         call = AttentionCall(*batch.pages, torch.empty_like(batch.q), torch.empty(batch.q.shape[:2]))
         bound = backend.bind(backend.prepare(spec, step, batch.q.device), call)
         bound(*call.tensors)
@@ -194,7 +194,7 @@ def test_each_plan_orders_before_it_copies(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", lambda *_, **__: before.append("copy"))
     spec = batch.shape.spec(16)
     rules = {"num_kv_heads": 2, "page_size": 16, "causal": True, "window_left": -1}
-    step = plan_step(*batch.lengths, **rules, tiling=backend.tiling(spec, torch.device("cpu")))
+    step = plan_step(*batch.lengths, **rules, tiling=backend.tiling(spec, torch.device("cpu"), 2))
     plan = DevicePlan.reserve(step.capacity, ((16, 32), (16, 32)), torch.device("cpu"))
     plan.fill(step)
     assert before == [plan.order, "copy"]

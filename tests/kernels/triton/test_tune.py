@@ -1,5 +1,7 @@
 """The table of tiles: every chip holds what it is given, and a step's rows fit the tile that it was cut for."""
 
+import itertools
+
 import pytest
 import torch
 from support import Shape, make_batch
@@ -25,7 +27,8 @@ def test_a_tile_holds_the_query_heads_of_a_kv_head_and_its_stages_fit_the_chip(c
     for spec in SPECS:
         if not tune.fits(spec, chip):
             continue
-        for tile in (tune.decode_tile(spec, chip, few_rows=False), tune.prefill_tile(spec, chip)):
+        decodes = (tune.decode_tile(spec, chip, few_rows=False, many_items=many) for many in (False, True))
+        for tile in (*decodes, tune.prefill_tile(spec, chip)):
             assert tile.rows >= spec.group_size
             assert tile.kv_tokens & (tile.kv_tokens - 1) == 0
             in_flight = max(tile.num_stages - 1, 1) * tile.kv_tokens * tune.token_bytes(spec)
@@ -34,17 +37,27 @@ def test_a_tile_holds_the_query_heads_of_a_kv_head_and_its_stages_fit_the_chip(c
 
 @pytest.mark.parametrize("chip", [*NVIDIA, AMD], ids=lambda chip: f"{chip.name}{chip.capability}")
 def test_few_rows_change_nothing_that_work_is_cut_by(chip):
-    for spec in SPECS:
-        usual, few = (tune.decode_tile(spec, chip, few_rows) for few_rows in (False, True))
+    for spec, many_items in itertools.product(SPECS, (False, True)):
+        usual, few = (tune.decode_tile(spec, chip, few_rows, many_items) for few_rows in (False, True))
         assert few._replace(rows=usual.rows, transposed=usual.transposed) == usual
         assert few.rows <= usual.rows
 
 
 def test_bfloat16_decode_of_few_rows_lies_transposed_and_serves_four_tokens_all_the_same():
     spec, hopper = Shape(BF16, 128, group=4).spec(16), tune.known_chip("cuda", 90, 132)
-    few = tune.decode_tile(spec, hopper, few_rows=True)
+    few = tune.decode_tile(spec, hopper, few_rows=True, many_items=False)
     assert (few.rows, few.transposed) == (tune.MIN_COLUMNS, True)
-    assert tune.decode_tile(spec, hopper, few_rows=False).rows // spec.group_size == 4
+    assert tune.decode_tile(spec, hopper, few_rows=False, many_items=False).rows // spec.group_size == 4
+
+
+@pytest.mark.parametrize(("batch", "workers", "kv_tokens"), [(32, 132, 128), (33, 264, 64)])
+def test_on_hopper_two_workers_share_a_multiprocessor_once_each_has_two_items(
+    batch, workers, kv_tokens, monkeypatch
+):
+    monkeypatch.setattr(tune, "chip_of", lambda _: tune.known_chip("cuda", 90, 132))
+    spec = quire.AttentionSpec(32, 8, 128, 16, BF16)
+    tiling = backend.tiling(spec, torch.device("cuda"), batch)
+    assert (tiling.num_workers, tiling.decode.kv_tokens) == (workers, kv_tokens)
 
 
 @pytest.mark.interpreted

@@ -34,7 +34,7 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     return None
 
 
-def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
+def tiling(spec: AttentionSpec, device: torch.device, batch: int) -> Tiling:
     """One share per thread; a prefill tile holds as many tokens as fit its rows with their whole group."""
     return _tiling(spec, num_threads())
 

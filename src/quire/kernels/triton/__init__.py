@@ -55,16 +55,17 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
     return None
 
 
-def _tiles(spec: AttentionSpec, chip: tune.Chip, max_q_len: int) -> tuple[tune.Tile, tune.Tile]:
+def _tiles(spec: AttentionSpec, chip: tune.Chip, max_q_len: int, batch: int) -> tuple[tune.Tile, tune.Tile]:
     """Those of decode and of the portable prefill."""
     few_rows = max_q_len * spec.group_size <= tune.MIN_COLUMNS
-    return tune.decode_tile(spec, chip, few_rows), tune.prefill_tile(spec, chip)
+    many_items = batch * spec.num_kv_heads >= tune.MANY_ITEMS * chip.multiprocessors
+    return tune.decode_tile(spec, chip, few_rows, many_items), tune.prefill_tile(spec, chip)
 
 
-def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
+def tiling(spec: AttentionSpec, device: torch.device, batch: int) -> Tiling:
     """A share per worker that the chip holds at once; queries that fit the smallest tile count as decode."""
     chip = tune.chip_of(device)
-    decode, prefill = _tiles(spec, chip, max_q_len=tune.MIN_ROWS)
+    decode, prefill = _tiles(spec, chip, tune.MIN_ROWS, batch)
     prefill_shape = TileShape(
         prefill.rows // spec.group_size, prefill.kv_tokens, chip.multiprocessors * tune.PREFILL_WAVES
     )
@@ -73,7 +74,12 @@ def tiling(spec: AttentionSpec, device: torch.device) -> Tiling:
         prefill_shape, tile_cost = hopper.tile_shape(spec, chip), hopper.TILE_COST
     return Tiling(
         num_workers=chip.multiprocessors * decode.workers_per_sm,
-        decode=TileShape(decode.rows // spec.group_size, decode.kv_tokens, part_cost=tune.PART_COST),
+        decode=TileShape(
+            decode.rows // spec.group_size,
+            decode.kv_tokens,
+            part_cost=tune.PART_COST,
+            item_cost=tune.ITEM_COST,
+        ),
         prefill=prefill_shape,
         decode_max_q_len=decode.rows // spec.group_size,
         whole_tiles=True,
@@ -117,7 +123,7 @@ class _Prepared(NamedTuple):
 def reserve(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Reserved:
     """Room for every step within a capacity, and its launches: a decode, a prefill or both."""
     chip = tune.chip_of(device)
-    decode, prefill = tiles = _tiles(spec, chip, capacity.max_q_len)
+    decode, prefill = tiles = _tiles(spec, chip, capacity.max_q_len, capacity.batch)
     reason = hopper.why_not(spec, chip) or hopper.why_not_rules(capacity)
     block_dim = tune.block_dim(spec.head_dim)
     shapes = PartialShape(decode.rows, block_dim), PartialShape(prefill.rows, block_dim)

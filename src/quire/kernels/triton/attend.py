@@ -61,13 +61,13 @@ def attend(
     FOLD_ROWS: tl.constexpr, FOLD_PARTS: tl.constexpr, ITEM: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, FORMAT: tl.constexpr,
     PACKED: tl.constexpr, ALIGNED: tl.constexpr, SAME_STRIDES: tl.constexpr, TRANSPOSED: tl.constexpr,
-    INVARIANT: tl.constexpr, OVERLAPS: tl.constexpr, CAPABILITY: tl.constexpr, PHASES: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    INVARIANT: tl.constexpr, OVERLAPS: tl.constexpr, LOOKS_AHEAD: tl.constexpr, CAPABILITY: tl.constexpr,
+    PHASES: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend this worker's items, whose columns are ``device_plan.ITEM_COLUMNS``.
 
     With two PHASES, the keys that every row of a tile sees are walked first and without a mask. A kernel that OVERLAPS
-    may begin while the kernel ahead of it in the stream still runs.
+    may begin while the kernel ahead of it in the stream still runs; it also LOOKS_AHEAD to its next items.
     """
     FINE: tl.constexpr = FORMAT != "same" and out.dtype.element_ty == tl.float16
     APART: tl.constexpr = TRANSPOSED and PACKED
@@ -84,22 +84,40 @@ def attend(
     (
         sequence, kv_head, q_begin, q_len, q_position, begin, end, partial, first_partial, num_parts,
     ) = load_item(items + worker * ITEM, True)  # fmt: skip
-    last_item = tl.load(worker_indptr + worker + 1)
-    for item in range(tl.load(worker_indptr + worker), last_item):
-        # Page ids before queries: storing queries to shared memory ends in a barrier, and no load moves ahead of one.
+    first_item, last_item = tl.load(worker_indptr + worker), tl.load(worker_indptr + worker + 1)
+    if LOOKS_AHEAD:
+        # Columns are loaded two items ahead and first page ids one item ahead, so that an item waits for its queries
+        # and keys alone.
         table = page_table + sequence.to(tl.int64) * table_row
-        start = begin // BLOCK_N * BLOCK_N
-        page = page_ids(table, start, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
-        k_here, v_here = k + kv_head * k_head, v + kv_head * v_head
+        page = page_ids(table, begin // BLOCK_N * BLOCK_N, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
+        (
+            sequence2, kv_head2, q_begin2, q_len2, q_position2, begin2, end2, partial2, first_partial2, num_parts2,
+        ) = load_item(items + (first_item + 1) * ITEM, first_item + 1 < last_item)  # fmt: skip
         if OVERLAPS:
-            # The plan was complete before the kernel ahead began. Keys may be written by that kernel, so that until
-            # it has ended they are only prefetched, into the cache that all multiprocessors share.
-            slot = slots_in_page(start, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
-            at = page.to(tl.int64)
-            prefetch_rows(k_here, at * k_page + slot * k_slot, HEAD_DIM, PACKED)
-            prefetch_rows(v_here, at * v_page + slot * v_slot, HEAD_DIM, PACKED)
+            # The plan was complete before the kernel ahead began. Keys may be written by that kernel, so that until it
+            # has ended they are only prefetched, into the cache that all multiprocessors share.
+            if first_item < last_item:
+                slot = slots_in_page(begin // BLOCK_N * BLOCK_N, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
+                at = page.to(tl.int64)
+                prefetch_rows(k + kv_head * k_head, at * k_page + slot * k_slot, HEAD_DIM, PACKED)
+                prefetch_rows(v + kv_head * v_head, at * v_page + slot * v_slot, HEAD_DIM, PACKED)
+            # Also without items: if this program ended before the kernel ahead, the one behind could begin too early.
             gdc_wait()
             gdc_launch_dependents()
+    for item in range(first_item, last_item):
+        start = begin // BLOCK_N * BLOCK_N
+        k_here, v_here = k + kv_head * k_head, v + kv_head * v_head
+        if LOOKS_AHEAD:
+            table2 = page_table + sequence2.to(tl.int64) * table_row
+            start2 = begin2 // BLOCK_N * BLOCK_N
+            page2 = page_ids(table2, start2, begin2, end2 - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
+            (
+                sequence3, kv_head3, q_begin3, q_len3, q_position3, begin3, end3, partial3, first_partial3, num_parts3,
+            ) = load_item(items + (item + 2) * ITEM, item + 2 < last_item)  # fmt: skip
+        else:
+            # Before queries: storing queries to shared memory ends in a barrier, and no load moves ahead of one.
+            table = page_table + sequence.to(tl.int64) * table_row
+            page = page_ids(table, start, begin, end - 1, PAGE_SIZE, BLOCK_N, ALIGNED)
 
         token = q_begin + row // GROUP
         head = kv_head * GROUP + row % GROUP
@@ -166,22 +184,39 @@ def attend(
                         q_begin + fold_row // GROUP, kv_head * GROUP + fold_row % GROUP, fold_valid,
                         out_token, out_head, lse_token, HEAD_DIM, BLOCK_D,
                     )  # fmt: skip
-        (
-            sequence, kv_head, q_begin, q_len, q_position, begin, end, partial, first_partial, num_parts,
-        ) = load_item(items + (item + 1) * ITEM, item + 1 < last_item)  # fmt: skip
-    if OVERLAPS:
-        # Also without items: if this program ended before the kernel ahead, the kernel behind could begin too early.
-        gdc_wait()
+        if LOOKS_AHEAD:
+            sequence, kv_head, q_begin, q_len, q_position = sequence2, kv_head2, q_begin2, q_len2, q_position2
+            begin, end, partial, first_partial, num_parts = begin2, end2, partial2, first_partial2, num_parts2
+            sequence2, kv_head2, q_begin2, q_len2, q_position2 = (
+                sequence3,
+                kv_head3,
+                q_begin3,
+                q_len3,
+                q_position3,
+            )
+            begin2, end2, partial2, first_partial2, num_parts2 = (
+                begin3,
+                end3,
+                partial3,
+                first_partial3,
+                num_parts3,
+            )
+            table, page = table2, page2
+        else:
+            (
+                sequence, kv_head, q_begin, q_len, q_position, begin, end, partial, first_partial, num_parts,
+            ) = load_item(items + (item + 1) * ITEM, item + 1 < last_item)  # fmt: skip
 
 
 @triton.jit
 def load_item(entry, exists):
-    """The columns of an item; ``kv_head`` in 64 bits, as addresses are computed with it."""
+    """The columns of an item, zeros where there is none; ``kv_head`` in 64 bits, as addresses are computed with it."""
     return (
-        tl.load(entry, mask=exists), tl.load(entry + 1, mask=exists).to(tl.int64), tl.load(entry + 2, mask=exists),
-        tl.load(entry + 3, mask=exists), tl.load(entry + 4, mask=exists), tl.load(entry + 5, mask=exists),
-        tl.load(entry + 6, mask=exists), tl.load(entry + 7, mask=exists), tl.load(entry + 8, mask=exists),
-        tl.load(entry + 9, mask=exists),
+        tl.load(entry, mask=exists, other=0), tl.load(entry + 1, mask=exists, other=0).to(tl.int64),
+        tl.load(entry + 2, mask=exists, other=0), tl.load(entry + 3, mask=exists, other=0),
+        tl.load(entry + 4, mask=exists, other=0), tl.load(entry + 5, mask=exists, other=0),
+        tl.load(entry + 6, mask=exists, other=0), tl.load(entry + 7, mask=exists, other=0),
+        tl.load(entry + 8, mask=exists, other=0), tl.load(entry + 9, mask=exists, other=0),
     )  # fmt: skip
 
 
@@ -208,6 +243,7 @@ class Constants(NamedTuple):
     transposed: bool
     invariant: bool
     overlaps: bool
+    looks_ahead: bool
     capability: int
     phases: int
     precision: str
@@ -269,6 +305,7 @@ def _constants(
         transposed=tile.transposed,
         invariant=invariant,
         overlaps=phases == 1 and chip.overlaps_launches and not INTERPRETED,
+        looks_ahead=phases == 1,
         capability=chip.capability if chip.name == "cuda" else 0,
         phases=1 if window else phases,
         # Three products of tf32 halves carry float32's precision on the matrix units.

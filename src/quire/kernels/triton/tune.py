@@ -20,7 +20,11 @@ MIN_ROWS, MIN_COLUMNS = 16, 8  # the sides of the matrix units' smallest tile
 KIB = 1024
 # Shares per multiprocessor: tiles take unequal times, and a multiprocessor that is free takes the next share.
 PREFILL_WAVES = 4
-PART_COST = 384  # KV tokens that a worker reads while a split tile's parts meet, about 5 µs
+# In KV tokens that a worker reads meanwhile, measured of decode on an H100 (docs/experiments.md): what it takes that a
+# split tile's parts meet, about 5 µs, and that an item's first keys arrive and its result is written.
+PART_COST = 384
+ITEM_COST = 256
+MANY_ITEMS = 2  # items per multiprocessor from which one that begins should not leave its multiprocessor idle
 
 
 class Tile(NamedTuple):
@@ -97,11 +101,12 @@ def token_bytes(spec: AttentionSpec) -> int:
 
 
 @functools.lru_cache
-def decode_tile(spec: AttentionSpec, chip: Chip, few_rows: bool) -> Tile:
+def decode_tile(spec: AttentionSpec, chip: Chip, few_rows: bool, many_items: bool) -> Tile:
     """Few rows, bound by memory: enough bytes in flight, and on Hopper as measured (docs/experiments.md).
 
-    One worker of large blocks per multiprocessor loses nothing to two of small ones and splits tiles half as
-    often. Quantised blocks cost arithmetic instead: there many workers of few warps wait for one another least.
+    One worker of large blocks per multiprocessor splits tiles half as often as two of small ones. With ``many_items``
+    few are split, and one of two workers reads while the other's item ends and begins. Quantised blocks cost arithmetic
+    instead: there many workers of few warps wait for one another least.
     ``few_rows``: no sequence of the step has more than MIN_COLUMNS. That may only change the tile's rows,
     as the step is already cut.
     """
@@ -131,6 +136,10 @@ def decode_tile(spec: AttentionSpec, chip: Chip, few_rows: bool) -> Tile:
     stage_bytes = min(stage_bytes, room // 5 * 2)  # two of them, and a fifth for what else there is
     kv_tokens = min(128, max(16, power_of_two(stage_bytes // token_bytes(spec) + 1) // 2))
     tile = Tile(rows, kv_tokens, num_warps=4, num_stages=3, workers_per_sm=1)
+    if many_items and narrow and chip.capability == 90 and block_dim(spec.head_dim) in (64, 128):
+        needed = 2 * 64 * token_bytes(spec) + 2 * query_bytes(spec, rows)
+        if 2 * needed <= chip.shared_bytes:
+            tile = tile._replace(kv_tokens=64, workers_per_sm=2)
     return tile._replace(rows=MIN_COLUMNS, transposed=True) if few_rows and narrow else tile
 
 
