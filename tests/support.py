@@ -10,9 +10,11 @@ import ctypes
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -179,12 +181,31 @@ def empty_pages(sizes: tuple[int, int, int, int], dtype: torch.dtype, layout: st
 # --- running ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def sharing_all_work() -> Iterator[None]:
+    """Plans that are made here are cut for all threads, however little there is to do."""
+    from quire.kernels.cpu import backend
+
+    planned = backend.tiling
+
+    def tiling(spec: quire.AttentionSpec, device: torch.device) -> Any:
+        shapes = planned(spec, device)
+        decode, prefill = (shape._replace(least_shared=0) for shape in (shapes.decode, shapes.prefill))
+        return shapes._replace(decode=decode, prefill=prefill)
+
+    with mock.patch.object(backend, "tiling", tiling):
+        yield
+
+
 def plan_for(batch: Batch, workers: int | None = None, **rules: Any) -> quire.AttentionPlan:
-    """A plan cut for so many threads; it may be run on any other number of them."""
+    """A plan cut for so many threads, however little its work is; it may be run on any other number of them."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads if workers is None else workers)
-        return quire.plan(*batch.lengths[:2], batch.shape.spec(batch.page_size), batch.cu_seqlens_q, **rules)
+        with sharing_all_work() if workers else nullcontext():
+            return quire.plan(
+                *batch.lengths[:2], batch.shape.spec(batch.page_size), batch.cu_seqlens_q, **rules
+            )
     finally:
         torch.set_num_threads(threads)
 

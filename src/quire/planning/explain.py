@@ -39,6 +39,6 @@ def _describe(spec: AttentionSpec, work: WorkList) -> str:
     megabytes, mean = per_worker.sum() * spec.bytes_per_token / 1e6, per_worker.mean()
     balance = f"{per_worker.max() / mean:.2f} × the mean" if mean else "no keys"
     return (
-        f"{len(work.items)} items on {len(per_worker)} workers, {len(work.merges)} tiles split into "
-        f"{work.num_partials} parts; reads {megabytes:.1f} MB; busiest worker {balance}"
+        f"{len(work.items)} items on {len(per_worker)} worker{'s' * (len(per_worker) > 1)}, {len(work.merges)} tiles "
+        f"split into {work.num_partials} parts; reads {megabytes:.1f} MB; busiest worker {balance}"
     )

@@ -1,6 +1,7 @@
 """Where tiles are split along their keys. Compiled by Numba.
 
-A tile of q query tokens against n KV tokens weighs ``q × (n + item_cost)``. With ``kv_split``
+A tile of q query tokens against n KV tokens weighs ``q × (n + item_cost)``. Work that weighs less than
+``least_shared`` is not shared at all. With ``kv_split``
 every tile is split at multiples of kv_split, whatever else is in the batch. Where splitting has a price, ``own_parts``
 finds the ``kv_split`` with which every part has a worker of its own: then no worker pays the price twice.
 """
@@ -34,6 +35,7 @@ class Tiles(NamedTuple):
     num_workers: int
     kv_split: int
     whole: bool  # a tile weighs the same however few of its rows are filled
+    least_shared: int = 0
 
 
 @compiled

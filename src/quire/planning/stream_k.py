@@ -53,7 +53,7 @@ def cut_step(
     seq_lens, starts = lengths[:batch], lengths[batch:]
     copy_ints(lens_at, lens_bytes, seq_lens)
     copy_ints(starts_at, starts_bytes, starts)
-    nothing = 0, 0, 0, 0, 0
+    nothing = 0, 0, 0, 0, 0, 0
     if not is_step(seq_lens, starts, max_pages * page_size, most_tokens):
         return lengths, False, 0, 0, 0, -1, nothing, nothing
     table_len = batch * max_pages if table_at else 0
@@ -97,7 +97,7 @@ def tiles_of(tiling: Any, shape: Any, least_q: int, most_q: int) -> Tiles:
     workers = shape.num_workers or tiling.num_workers
     return Tiles(
         least_q, most_q, shape.q_tokens, shape.kv_tokens, shape.part_cost, shape.item_cost, workers, tiling.kv_split,
-        tiling.whole_tiles,
+        tiling.whole_tiles, shape.least_shared,
     )  # fmt: skip
 
 
@@ -107,24 +107,26 @@ def measure_work(step: Sequences, tiles: Tiles) -> tuple[int, int, int, int, boo
 
     Returns:
         Room for its lists, and in it for how many items and merges; the weight of all work; whether every part has a
-        worker of its own; the tiles with the kv_split that was chosen.
+        worker of its own; the tiles with the kv_split and the number of workers that were chosen.
     """
     kv_split, own_split = tiles.kv_split, 0
     if tiles.part_cost and not kv_split:
         kv_split = own_split = own_parts(step, tiles)
     count, parts, weight, _ = count_parts(step, tiles, kv_split)
-    most_items = parts * step.num_kv_heads + tiles.num_workers
-    most_merges = count * step.num_kv_heads if kv_split else tiles.num_workers
-    room = most_items * ITEM_WIDTH + tiles.num_workers + 1 + most_merges * MERGE_WIDTH
+    total = weight * step.num_kv_heads
+    num_workers = 1 if total < tiles.least_shared else tiles.num_workers
+    most_items = parts * step.num_kv_heads + num_workers
+    most_merges = count * step.num_kv_heads if kv_split else num_workers
+    room = most_items * ITEM_WIDTH + num_workers + 1 + most_merges * MERGE_WIDTH
     chosen = Tiles(
-        tiles.least_q, tiles.most_q, tiles.q_tokens, tiles.kv_tokens, tiles.part_cost, tiles.item_cost,
-        tiles.num_workers, kv_split, tiles.whole,
+        tiles.least_q, tiles.most_q, tiles.q_tokens, tiles.kv_tokens, tiles.part_cost, tiles.item_cost, num_workers,
+        kv_split, tiles.whole, tiles.least_shared,
     )  # fmt: skip
-    return room, most_items, most_merges, weight * step.num_kv_heads, own_split > 0, chosen
+    return room, most_items, most_merges, total, own_split > 0, chosen
 
 
 @compiled
-def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[int, int, int, int, int]:
+def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[int, int, int, int, int, int]:
     """Write one kernel's work into ``numbers`` from ``at`` on; the other fields of ``work_list.WorkList``.
 
     ``measured`` is what ``measure_work`` says of the step and its tiles.
@@ -136,7 +138,7 @@ def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[i
     items = numbers[items_at : items_at + most_items * ITEM_WIDTH].reshape(most_items, ITEM_WIDTH)
     worker_indptr[:] = 0
     if total == 0:
-        return at, num_workers, 0, 0, 0
+        return at, num_workers, 0, 0, 0, 0
     merges = np.empty((most_merges, MERGE_WIDTH), np.int64)
     num_items = num_merges = num_partials = worker = line = 0
     for i in range(len(step.seq_lens)):
@@ -184,4 +186,4 @@ def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[i
             worker_indptr[worker] = min(worker, num_items)
     behind = items_at + num_items * ITEM_WIDTH
     numbers[behind : behind + num_merges * MERGE_WIDTH] = merges[:num_merges].reshape(-1)
-    return at, num_workers, num_items, num_merges, num_partials
+    return at, num_workers, num_items, num_merges, num_partials, total

@@ -63,6 +63,8 @@ class TileShape(NamedTuple):
     # What loading the queries and writing the result of an item costs, in KV tokens. It keeps a share of many short
     # sequences from being taken for a cheap one.
     item_cost: int = 16
+    # Work that weighs less (see ``split``) is one worker's, because waking the others would take longer.
+    least_shared: int = 0
 
 
 class Tiling(NamedTuple):
@@ -122,6 +124,7 @@ class WorkList(NamedTuple):
     num_items: int
     num_merges: int = 0  # tiles that are split
     num_partials: int = 0
+    weight: int = 0  # of all items together, as ``split`` weighs them
 
     @property
     def worker_indptr(self) -> Ints:

@@ -14,7 +14,7 @@ import torch
 from accuracy import assert_accurate, exact, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Shape, features, make_batch, plan_for
+from support import Shape, features, make_batch, plan_for, sharing_all_work
 
 import quire
 
@@ -92,7 +92,7 @@ class Rows:
         table = self.batch.page_table[[i for i, _, _ in chunks]]
         lens = torch.tensor([b for _, _, b in chunks], dtype=torch.int32)
         cu = torch.tensor([0, *[b - a for _, a, b in chunks]], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        with threads(num_threads):
+        with threads(num_threads), sharing_all_work():
             state = quire.paged_attention(
                 self.batch.q[rows], self.batch.k_pages, self.batch.v_pages, table, lens, cu,
                 batch_invariant=True, return_state=True, **self.batch.scales, **self.rules,

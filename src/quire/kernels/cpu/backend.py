@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 
 from quire.kernels.call import AttentionCall, BoundCall, outside_the_pool
 from quire.kernels.compile import compiled
+from quire.kernels.cpu import wake
 from quire.kernels.cpu.attend import decode as decoding
 from quire.kernels.cpu.attend import prefill as prefilling
 from quire.kernels.cpu.attend import scores
@@ -20,7 +22,7 @@ from quire.kernels.cpu.attend.notes import describe_machine, describe_tile
 from quire.kernels.cpu.attend.products import BLOCK
 from quire.kernels.cpu.attend.rows import ITEM_BYTES, Call, Step
 from quire.kernels.cpu.store import Layout, Write, write
-from quire.kernels.cpu.threads import num_threads, run
+from quire.kernels.cpu.threads import num_threads, run, threads_for
 from quire.planning.work_list import StepPlan, TileShape, Tiling, WorkList
 from quire.spec import PAGE_ALIGNMENT_BYTES, AttentionSpec
 
@@ -35,16 +37,20 @@ def why_not(spec: AttentionSpec, device: torch.device) -> str | None:
 
 
 def tiling(spec: AttentionSpec, device: torch.device, batch: int) -> Tiling:
-    """One share per thread; a prefill tile holds as many tokens as fit its rows with their whole group."""
+    """A share for each thread, or one share of little work.
+
+    A prefill tile holds as many tokens as fit its rows with their whole group.
+    """
     return _tiling(spec, num_threads())
 
 
 @functools.cache
 def _tiling(spec: AttentionSpec, threads: int) -> Tiling:
+    least = math.ceil(wake.PAYS / wake.key_takes(spec))
     return Tiling(
         num_workers=threads,
-        decode=TileShape(q_tokens=1, kv_tokens=BLOCK),
-        prefill=TileShape(q_tokens=_prefill_tokens(spec), kv_tokens=scores.BLOCK),
+        decode=TileShape(q_tokens=1, kv_tokens=BLOCK, least_shared=least),
+        prefill=TileShape(q_tokens=_prefill_tokens(spec), kv_tokens=scores.BLOCK, least_shared=least),
         rows_stand_alone=True,
     )
 
@@ -58,9 +64,11 @@ class _Kernel(NamedTuple):
 
     function: Any
     config: Config
+    merge_config: Config
     partial_rows: int
     row_bytes: int  # of a row in a partial state, with its m and l
     scratch_bytes: int  # per worker
+    takes: float  # nanoseconds of one thread for work of weight 1
 
 
 @functools.cache
@@ -68,20 +76,25 @@ def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
     """Decode and prefill."""
     config = Config(DTYPE_CODES[spec.dtype], DTYPE_CODES[spec.storage_dtype], spec.head_dim)
     tiles, row_bytes = -(-spec.group_size // config.most_heads), config.row_bytes + 8
+    takes = wake.key_takes(spec)
     return (
         _Kernel(
             decoding.decode,
             config._replace(heads=-(-spec.group_size // tiles)),
+            config,
             spec.group_size,
             row_bytes,
             _apart(decoding.scratch_bytes(spec.head_dim, tiles)),
+            takes,
         ),
         _Kernel(
             prefilling.prefill,
             config,
+            config,
             _prefill_tokens(spec) * spec.group_size,
             row_bytes,
             _apart(prefilling.scratch_bytes(spec.head_dim)),
+            takes,
         ),
     )
 
@@ -106,18 +119,22 @@ class _Launch:
     def __init__(self, kernel: _Kernel, spec: AttentionSpec, plan: StepPlan, work: WorkList) -> None:
         self._kernel, self._spec, self._plan, self._work = kernel, spec, plan, work
         self._partials_at = work.num_workers * kernel.scratch_bytes
-        self._nbytes = self._partials_at + work.num_partials * kernel.partial_rows * kernel.row_bytes
+        partials = work.num_partials * kernel.partial_rows * kernel.row_bytes
+        self._nbytes = self._partials_at + partials
+        self._takes, self._merging_takes = work.weight * kernel.takes, wake.reading_takes(partials)
         self._step: Step | None = None
 
     def __call__(self, call: Call) -> None:
         kernel, work = self._kernel, self._work
-        threads, scratch = num_threads(), borrow_scratch(self._nbytes)
+        shared = work.num_workers > 1 and not wake.stays_calm(self._takes)
+        threads, scratch = num_threads() if shared else 1, borrow_scratch(self._nbytes)
         step = self._step
         if step is None or step.scratch != scratch:  # mostly it is where it was for the layer before
             step = self._step = self._in_scratch(scratch)
-        run(kernel.function, kernel.config, threads, work.num_workers, step, call)
+        run(kernel.function, kernel.config, threads, self._takes, work.num_workers, step, call)
         if work.num_merges:
-            run(merge, kernel.config, threads, work.num_merges, step, call)
+            takes = self._merging_takes
+            run(merge, kernel.merge_config, threads_for(takes), takes, work.num_merges, step, call)
 
     def _in_scratch(self, scratch: int) -> Step:
         """What the kernel reads, with its places in scratch memory."""
@@ -165,7 +182,8 @@ class _Prepared(NamedTuple):
         if len(self.step.prefill.items):
             rows, at_once = prefill.partial_rows, 2 if prefill.config.prefill_pairs else 1
             lines.append(describe_tile("prefill", tiles.prefill, rows, at_once))
-        return [*lines, describe_machine(num_threads())] if lines else []
+        shared = max(self.step.decode.num_workers, self.step.prefill.num_workers) > 1
+        return [*lines, describe_machine(num_threads() if shared else 1)] if lines else []
 
 
 def prepare(spec: AttentionSpec, step: StepPlan, device: torch.device) -> _Prepared:
@@ -237,6 +255,7 @@ def bind_write(
     slot_bytes, num_slots = slot_mapping.stride(0) * 8, num_pages * page_size
     layout = Layout(tokens, heads, slot_bytes, num_slots, page_size, int(given))
     k_strides, v_strides = _write_strides(k, k_pages, k_scale), _write_strides(v, v_pages, v_scale)
+    takes = wake.reading_takes(2 * k.numel() * (k.element_size() + k_pages.element_size()))
 
     def write_tokens(
         k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,
@@ -244,7 +263,9 @@ def bind_write(
     ) -> None:  # fmt: skip
         k_write = Write(k.data_ptr(), k_pages.data_ptr(), _address(k_scale), *k_strides)
         v_write = Write(v.data_ptr(), v_pages.data_ptr(), _address(v_scale), *v_strides)
-        if not run(write, config, num_threads(), layout, slot_mapping.data_ptr(), k_write, v_write):
+        if not run(
+            write, config, threads_for(takes), takes, layout, slot_mapping.data_ptr(), k_write, v_write
+        ):
             raise outside_the_pool(slot_mapping, num_slots)
 
     return write_tokens

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from quire.kernels.compile import compile_time, compiled, part
+from quire.kernels.cpu import wake
 from quire.kernels.cpu.attend.config import DTYPE_CODES
 from quire.kernels.cpu.attend.products import add_product
 from quire.kernels.cpu.backend import borrow_scratch
@@ -28,7 +29,7 @@ from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import BF16, BYTES, F32, load, load_head, prefetch, store, store_head
 from quire.kernels.cpu.simd.pairs import PAIRED, has_pair_products, load_pairs
 from quire.kernels.cpu.simd.vectors import add, fma, splat, sum_rows, tile
-from quire.kernels.cpu.threads import num_threads, parallel_for, run
+from quire.kernels.cpu.threads import parallel_for, run, threads_for
 
 MAX_TOKENS = LANES // 2  # of one tile
 LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token
@@ -176,7 +177,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
     tiles, vectors = -(-tokens // tile_tokens), -(-width // config.at_once)
     # An odd number of lines apart, so that workers' tokens do not fight for the same sets of a shared cache.
     scratch_bytes = (tiles * vectors * tile_tokens + 2 | 1) * CACHE_LINE
-    threads, element = num_threads(), x.element_size()
+    element, num_rows = x.element_size(), weight.shape[0]
+    takes = max(
+        wake.reading_takes(num_rows * width * element), wake.multiplying_takes(tokens * num_rows * width)
+    )
+    threads = threads_for(takes)
     product = Product(
         x=x.data_ptr(),
         x_token=x.stride(0) * element,
@@ -186,9 +191,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         out=out.data_ptr(),
         out_token=out.stride(0) * element,
         num_tokens=tokens,
-        num_rows=weight.shape[0],
+        num_rows=num_rows,
         width=width,
         scratch=borrow_scratch(threads * scratch_bytes),
         scratch_bytes=scratch_bytes,
     )
-    run(multiply, config, threads, threads, product)
+    run(multiply, config, threads, takes, threads, product)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quire.kernels.compile import machine_code
+from quire.kernels.cpu import wake
 
 
 def _find_openmp() -> bool:
@@ -51,6 +53,11 @@ HAS_OPENMP = _find_openmp()
 def num_threads() -> int:
     """Threads a kernel runs on: torch's, as set by torch.set_num_threads, OMP_NUM_THREADS or the CPU affinity."""
     return torch.get_num_threads() if HAS_OPENMP else 1
+
+
+def threads_for(nanoseconds: float) -> int:
+    """Threads for work that takes one thread so long: all, or one where waking the others does not pay."""
+    return num_threads() if nanoseconds >= wake.PAYS and not wake.stays_calm(nanoseconds) else 1
 
 
 def _is_forked() -> bool:
@@ -170,15 +177,22 @@ def _emit_thread_main(
 _entries: dict[tuple[Any, tuple[int, ...]], Callable[..., Any]] = {}
 
 
-def run(function: Any, config: tuple[int, ...], threads: int, *args: Any) -> Any:
+def run(function: Any, config: tuple[int, ...], threads: int, nanoseconds: float, *args: Any) -> Any:
     """Run a kernel's machine code for a Config on so many threads, compiling it first if need be.
 
     A kernel's other arguments have one type each (ints, and tuples of ints and floats), so the Config alone
-    says which code.
+    says which code. A call on one thread does not enter OpenMP: it wakes no thread and leaves none spinning.
+
+    nanoseconds: what the work takes one thread, by estimate (``wake``).
     """
     entry = _entries.get((function, config))
     if entry is None:
         entry = _entries[function, config] = machine_code(function, config, threads, *args)
-    if _forked and threads > 1 and threading.current_thread() is threading.main_thread():
+    if threads == 1:
+        return entry(config, 1, *args)
+    if _forked and threading.current_thread() is threading.main_thread():
         return _run_on_younger_thread(entry, config, threads, *args)
-    return entry(config, threads, *args)
+    began = time.perf_counter_ns()
+    result = entry(config, threads, *args)
+    wake.note(nanoseconds, time.perf_counter_ns() - began)
+    return result

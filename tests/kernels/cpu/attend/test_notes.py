@@ -53,6 +53,13 @@ def test_threads_are_those_of_now(set_threads):
     assert "\n  3 threads; vectors" in explained([900], [1], spec)
 
 
+def test_little_work_is_one_threads(set_threads):
+    set_threads(3)
+    text = explained([40], [1], quire.AttentionSpec(8, 2, 64))
+    assert "decode: 2 items on 1 worker, 0 tiles split" in text
+    assert "\n  1 thread; vectors" in text
+
+
 def test_a_cpu_that_was_named_without_its_features_has_no_known_registers(monkeypatch):
     for bits, said in ((256, ", in registers of 256 bits"), (0, "")):
         monkeypatch.setattr(notes, "register_bits", lambda features, bits=bits: bits)
