@@ -25,6 +25,7 @@ def shown(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("sys.stdout.write", printed.append)
+        patch.setattr("quire.cli.demo.warning", lambda: "this machine is busy: very")
         code = cli.run(["demo", "--max-tokens", str(MAX_TOKENS), "--runs", "1", "--save", str(picture)])
     return code, "".join(printed), picture.read_text(encoding="utf-8")
 
@@ -48,6 +49,12 @@ def test_it_ends_well_and_the_texts_agree(shown):
     code, text, _ = shown
     assert code == 0
     assert "greedy texts that agree, token for token: 8/8" in text
+
+
+def test_a_busy_machine_is_named_beside_the_figures(shown):
+    _, text, picture = shown
+    assert text.index("tokens per second") < text.index("this machine is busy: very")
+    assert "busy" in picture
 
 
 def test_the_first_snapshot_shows_the_pages_it_says(shown):

@@ -9,6 +9,7 @@ measure.py    ... on pages, and in a contiguous padded cache
 report.py     ... the table of both
 doctor.py     what this machine has
 bench.py      the benchmarks of a checkout
+busy.py       whether other programs are at work
 console.py    terminals, spinners, silence
 model.py      options → LLM
 

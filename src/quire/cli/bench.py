@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import quire
+from quire.cli.busy import warning
 from quire.errors import ArgumentError
 
 
@@ -28,5 +29,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     module = importlib.import_module(f"benchmarks.{name}")
+    busy = None if {"-h", "--help"} & set(arguments) else warning()
+    if busy:
+        print(f"quire: {busy}", file=sys.stderr)
     code: int = module.main(list(arguments), prog=f"quire bench {name}")
     return code

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from quire.assets import DEMO_MODEL
+from quire.cli.busy import warning
 from quire.cli.console import spinner
 from quire.cli.measure import Run, Watch, divergences, serve_on_pages, serve_padded
 from quire.cli.model import load
@@ -55,7 +57,7 @@ def run(
         random.Random(seed).shuffle(prompts)
     params = SamplingParams(max_tokens=max_tokens)
     llm, token_ids = _load(folder, prompts, max_tokens, num_pages, page_size)
-    with spinner("warming up: the first run compiles kernels"):
+    with spinner("warming up"):
         _warm_up(llm, prompts, token_ids, compare)
 
     console.print(
@@ -63,6 +65,7 @@ def run(
         f"up to {max_tokens} new ones each; a pool of {llm.model.num_pages} pages of {page_size} tokens"
     )
     fullest = _show(console, llm, prompts, params)
+    busy = warning() if llm.model.device.type == "cpu" else None
     on_pages, padded = _measure(llm, prompts, token_ids, params, runs, compare)
     parts = [
         report(on_pages, padded, num_pages=llm.model.num_pages, footnote=_conditions(llm, runs, compare))
@@ -70,6 +73,8 @@ def run(
     if compare:
         differing = divergences(llm.model.model, token_ids, on_pages[0], padded[0])
         parts.append(agreement(len(prompts), differing, lambda token: str(llm.tokenizer.decode([token]))))
+    if busy:
+        parts.append(Text(busy, "yellow"))
     for part in parts:
         console.print(part)
     if save is not None:

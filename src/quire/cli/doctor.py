@@ -13,6 +13,7 @@ from rich.text import Text
 
 import quire
 from quire.assets import DEMO_MODEL
+from quire.cli.busy import warning
 from quire.cli.console import spinner
 from quire.errors import QuireError
 from quire.kernels import BACKENDS, load_backend
@@ -75,7 +76,7 @@ def _section(console: Console, title: str, rows: list[Row]) -> None:
 
 
 def _machine() -> list[Row]:
-    rows = [(GOOD, "processor", f"{_cpu_name()}, {_simd()}")]
+    rows = [(GOOD, "processor", f"{_cpu_name()}, {_simd()}"), _load()]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(i)
@@ -87,6 +88,11 @@ def _machine() -> list[Row]:
         )
         rows.append((MISSING, "GPU", f"none: {why}; fine for CPU use"))
     return rows
+
+
+def _load() -> Row:
+    busy = warning()
+    return (MISSING, "load", busy) if busy else (GOOD, "load", "no other program keeps a core busy")
 
 
 def _cpu_name() -> str:
