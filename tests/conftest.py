@@ -1,6 +1,7 @@
 """Conditions that every test starts from."""
 
 import os
+from unittest import mock
 
 # Two xdist workers with two OpenMP threads each would spin against one another on two cores. Tests about
 # threads ask for them. Said here, before anything imports torch.
@@ -12,6 +13,15 @@ from hypothesis import settings
 
 settings.register_profile("quire", deadline=None)  # a first example may compile a kernel
 settings.load_profile("quire")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_compile_nothing_ahead():
+    """The models of tests have shapes of their own, and a test runs few of their kernels."""
+    from quire.kernels import ahead
+
+    with mock.patch.object(ahead, "compile_ahead"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ ROOMS = {
     5: ["cli"],
 }
 # Where the rooms of floor 1 meet: plain values, and the door to the compiler. These import floor 0 and one another.
-MEETING_POINTS = ("planning.work_list", "kernels.compile", "kernels.pipeline")
+MEETING_POINTS = ("planning.work_list", "kernels.compile", "kernels.pipeline", "kernels.ahead")
 BACKENDS = ("reference", "cpu", "triton")
 
 
@@ -163,7 +163,26 @@ def test_the_public_list_is_sorted_and_true():
         assert getattr(quire, name) is not None
 
 
-def test_importing_quire_loads_no_kernels_and_no_models():
-    code = "import sys, quire; print(*(m for m in ('numba', 'triton', 'transformers', 'rich') if m in sys.modules))"
+def loaded(code: str, *modules: str) -> list[str]:
+    """Which of these modules a fresh interpreter has loaded after a few statements."""
+    code += f"\nimport sys; print('LOADED', *(m for m in {modules!r} if m in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == []
+    return result.stdout.rpartition("LOADED")[2].split()
+
+
+def test_importing_quire_loads_no_library():
+    heavy = ("torch", "numpy", "numba", "llvmlite", "triton", "transformers", "rich")
+    assert loaded("import quire; quire.ShapeError, dir(quire)", *heavy) == []
+
+
+def test_the_operators_load_no_compiler_and_no_models():
+    names = "plan, paged_attention, write_kv, merge, warm_up, AttentionSpec, KVPool, PageTable, PrefixCache"
+    assert loaded(f"from quire import {names}", "numba", "triton", "transformers", "rich") == []
+
+
+def test_every_public_name_is_found_where_it_is_said_to_be_and_kept():
+    assert set(quire.__all__) <= set(dir(quire))
+    for name in quire.__all__:
+        assert getattr(quire, name) is vars(quire)[name]
+    with pytest.raises(AttributeError, match="no attribute 'paged_attenton'"):
+        quire.paged_attenton  # noqa: B018

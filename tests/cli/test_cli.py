@@ -1,12 +1,15 @@
 """The frame around every command: exit codes, sentences, and a fast start."""
 
+import io
 import subprocess
 import sys
+import time
 
 import pytest
 from typer import BadParameter
 
 from quire import __version__, cli
+from quire.cli import console
 from quire.errors import ModelError
 
 
@@ -124,14 +127,13 @@ def test_help_of_each_command_shows_how_to_type_it(capsys, command):
     assert out.count(f"quire {command}") >= 3  # the usage line and at least two examples
 
 
-def test_help_loads_no_model_library_and_nothing_that_quire_itself_does_not():
-    program = """
-import sys, quire
-with_quire = set(sys.modules)
-import quire.cli
-assert quire.cli.run(["generate", "--help"]) == 0
-heavy = {"torch", "numba", "llvmlite", "transformers", "tokenizers", "triton"}
-print("LOADED", sorted(heavy & (set(sys.modules) - with_quire)))
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"], ["serve"]])
+def test_help_and_errors_of_the_command_line_load_no_library(arguments):
+    program = f"""
+import sys, quire.cli
+quire.cli.run({arguments!r})
+heavy = {{"torch", "numpy", "numba", "llvmlite", "transformers", "tokenizers", "triton"}}
+print("LOADED", sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "LOADED []"
@@ -146,3 +148,25 @@ def test_a_process_ends_with_the_code_and_without_a_traceback():
     assert done.stdout == ""
     assert done.stderr.startswith("quire: top_p must be")
     assert done.stderr.count("\n") == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_spinner_counts_the_kernels_that_are_compiled_meanwhile(monkeypatch):
+    from quire.kernels import ahead
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with console.spinner("loading the model"):
+        report = ahead._report.get()
+        report(1, 7)
+        time.sleep(0.2)  # a few frames
+        report(7, 7)
+        time.sleep(0.2)
+    _, counted, after = terminal.getvalue().partition("compiling kernels (once): 1 of 7")
+    assert counted
+    assert "loading the model" in after
+    assert ahead._report.get() is None

@@ -9,6 +9,8 @@ import torch
 
 from quire.errors import ArgumentError, DtypeError, UnsupportedError
 from quire.hf import PagedModel, Step
+from quire.kernels import ahead
+from quire.kernels.cpu import threads
 
 from .families import (
     PAGE_SIZE,
@@ -50,6 +52,19 @@ def test_the_pool_holds_the_pages_asked_for_or_as_many_as_fit():
     assert paged.num_pages == 7
     fitted = on_pages(model, num_pages=None, memory_bytes=10 * paged.bytes_per_page + 1)
     assert fitted.num_pages == 10
+
+
+def test_all_that_steps_run_is_compiled_before_the_first(monkeypatch, text):
+    asked = []
+    monkeypatch.setattr(ahead, "compile_ahead", asked.append)
+    monkeypatch.setattr(threads, "_entries", {})  # by function and config
+    paged = on_pages(tiny_model("llama"), num_pages=4)
+    [jobs] = asked
+    paged.forward(prefill(text, range(3), rows=[10]))
+    ready = {(job.function, job.arguments[0]) for job in jobs if isinstance(job.arguments[0], tuple)}
+    ran = {(function.__name__, config) for function, config in threads._entries}
+    assert {name for name, _ in ran} >= {"prefill", "decode", "write", "multiply"}
+    assert ran <= ready
 
 
 def test_bytes_per_page_counts_every_pool_of_a_mixed_model():

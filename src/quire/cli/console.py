@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -28,7 +29,19 @@ def visible(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def spinner(message: str) -> AbstractContextManager[object]:
-    """Show that something is going on, on stderr and only to a person."""
+@contextmanager
+def spinner(message: str) -> Iterator[None]:
+    """Show that something goes on, on stderr and only to a person; kernels that are compiled meanwhile are counted."""
     console = Console(stderr=True)
-    return console.status(message) if console.is_terminal else nullcontext()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(message) as status:
+        # Torch comes with it: the reader waits for that, too.
+        from quire.kernels.ahead import counted, reporting
+
+        def show(ready: int, total: int) -> None:
+            status.update(message if ready == total else counted(ready, total))
+
+        with reporting(show):
+            yield

@@ -21,7 +21,7 @@ def run(llm: LLM, prompt: str, params: SamplingParams) -> None:
     """
     on_terminal = sys.stdout.isatty()
     deltas = llm.stream(prompt, params)
-    with spinner("reading the prompt (a first run also compiles kernels)"):
+    with spinner("reading the prompt"):
         delta = next(deltas)
     if on_terminal:
         Console(highlight=False).print(Text(visible(prompt), style="dim"), end="", soft_wrap=True)

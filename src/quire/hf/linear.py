@@ -11,8 +11,25 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
+from quire.kernels.ahead import Job
 from quire.kernels.cpu import linear as kernels
 from quire.ops.torch_op import register
+
+
+def compile_jobs(model: torch.nn.Module) -> list[Job]:
+    """Whatever the kernel runs for this model's linear layers."""
+    weights = [
+        layer.weight
+        for layer in model.modules()
+        if type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter
+    ]
+    served = [w for w in weights if w.dtype in kernels.FEW_TOKENS and w.shape[0] >= kernels.LEAST_ROWS]
+    dtypes = {w.dtype for w in served}
+    return [
+        job
+        for dtype in dtypes
+        for job in kernels.compile_jobs(dtype, {w.shape[1] for w in served if w.dtype == dtype})
+    ]
 
 
 def few_token_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError
-from quire.hf import limits
+from quire.hf import limits, linear
 from quire.hf.admit import guard
 from quire.hf.admit.rehearsal import Stage
 from quire.hf.attention import RunningStep
@@ -19,10 +19,11 @@ from quire.hf.forward import PackedForward
 from quire.hf.load import load_model
 from quire.hf.planners import Planners
 from quire.hf.step import Step
-from quire.kernels import resolve_backend
+from quire.kernels import ahead, resolve_backend
+from quire.ops.warm_up import compile_jobs
 from quire.pages import PageAllocator, PrefixCache
 from quire.pages.huge_pages import collapse_to_huge_pages
-from quire.spec import KVDtype, check_bytes, check_size, existing_device
+from quire.spec import AttentionSpec, KVDtype, check_bytes, check_size, existing_device
 
 DEFAULT_CPU_POOL_BYTES = 1 << 30
 DEFAULT_GPU_POOL_SHARE = 0.8  # of what the weights leave free; the rest is for activations
@@ -56,7 +57,7 @@ class PagedModel:
             sentence says why (see guard.py, compiled.py).
         ArgumentError: sizes that do not fit, or both num_pages and memory_bytes.
     Cost: eight forwards of at most 70 tokens to check the model, and the pool; on the CPU the weights are moved into
-        huge pages, at about 1 GB/s.
+        huge pages, at about 1 GB/s, and kernels that are not on disk yet are compiled (see ``quire.warm_up``).
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class PagedModel:
         calls = guard.layer_calls(model, self._forward)
         shapes = guard.layer_shapes(model, calls)
         self.bytes_per_page = bytes_per_page(shapes, page_size, kv_dtype)
+        _compile_kernels(model, {shape.spec(page_size, kv_dtype) for shape in shapes.values()}, backend)
         guard.rehearse(model, Stage(self._forward, calls, shapes, page_size, kv_dtype, backend))
 
         self.model = model
@@ -203,6 +205,14 @@ class PagedModel:
             f"page_size={self.page_size}, {self.num_pages * self.bytes_per_page / 1e6:.1f} MB of pages, "
             f"{self.allocator!r})"
         )
+
+
+def _compile_kernels(model: PreTrainedModel, specs: Iterable[AttentionSpec], backend: str) -> None:
+    """All that steps of this model run, before the first of them."""
+    jobs = compile_jobs(specs, backend, model.device)
+    if resolve_backend(backend, model.device) == "cpu":
+        jobs += linear.compile_jobs(model)
+    ahead.compile_ahead(jobs)
 
 
 def _default_pool_bytes(device: torch.device) -> int:

@@ -13,6 +13,10 @@ A backend is a module with five functions:
                                                  called once per layout; what it returns takes seven such tensors and
                                                  writes them. Scales are computed and written, or ``given`` and read
 
+Where its kernels can be compiled before they are first run:
+
+    compile_jobs(spec) -> list[ahead.Job]        all that plans and stores of this spec run
+
 Where a plan's memory must not move, for CUDA graphs, it has one more:
 
     reserve(spec, capacity, device) -> object    room for every step within a capacity; ``prepare`` then takes it as

@@ -63,11 +63,22 @@ def machine_code(function: Callable[..., Any], *arguments: Any) -> Callable[...,
     Numba's own dispatch, which looks at the type of every argument, is left out.
     Cost: seconds to compile, milliseconds from disk; its calls then cost about a microsecond.
     """
-    signature = tuple(numba.typeof(value) for value in arguments)
+    signature = signature_of(*arguments)
     dispatcher: Any = function
     dispatcher.compile(signature)
     code: Callable[..., Any] = dispatcher.overloads[signature].entry_point
     return code
+
+
+def signature_of(*arguments: Any) -> tuple[Any, ...]:
+    """The types that a function is compiled for."""
+    return tuple(numba.typeof(value) for value in arguments)
+
+
+def is_ready(function: Any, *arguments: Any) -> bool:
+    """Whether the machine code for arguments of these types is in this process or on disk."""
+    signature = signature_of(*arguments)
+    return signature in function.overloads or function._cache.holds(signature, function.targetctx.codegen())
 
 
 # --- numbers known to the compiler -----------------------------------------------------------------------
@@ -186,6 +197,18 @@ def _make_folder(folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def can_keep() -> bool:
+    """Whether this process can leave machine code for others."""
+    folder = cache_folder()
+    if folder is None:
+        return False
+    try:
+        _make_folder(folder)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 class _MachineCode(FunctionCache):
     """The machine code of one function on disk: a file for each signature and CPU."""
 
@@ -206,6 +229,11 @@ class _MachineCode(FunctionCache):
         key = place, self._index_key(signature, codegen)  # types, CPU, byte code, and what a closure holds
         digest = hashlib.sha256(repr(key).encode()).hexdigest()
         return folder / f"{function.__qualname__}-{digest[:32]}.nbc"
+
+    def holds(self, signature: Any, codegen: Any) -> bool:
+        """Whether there is a file for this signature; whether it is sound shows when it is loaded."""
+        file = self._file(signature, codegen)
+        return file is not None and file.is_file()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()

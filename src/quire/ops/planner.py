@@ -74,7 +74,7 @@ def plan_within(
 ) -> AttentionPlan:  # fmt: skip
     """``plan``, for a step within a limit of query tokens."""
     step_checks.check_rules(causal, window_left, batch_invariant, backend)
-    _check_spec(spec)
+    check_spec(spec)
     table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
     where = checks.resolve_device(device, page_table)
     name, kernels, tiling = _service(backend, spec, where, batch_invariant, lens.shape[0])
@@ -141,7 +141,7 @@ class Planner:
         device: torch.device | str = "cuda",
     ) -> None:
         step_checks.check_rules(causal, window_left, batch_invariant, backend)
-        _check_spec(spec)
+        check_spec(spec)
         self.limits = step_checks.Limits.checked(max_batch, max_seq_len, max_q_len, max_tokens)
         self._token_limit = self.limits.max_tokens, self.limits.check_lengths
         self.spec, self.causal, self.window_left = spec, causal, window_left
@@ -222,7 +222,7 @@ def _within_reach(page_table: torch.Tensor, kernels: ModuleType, where: torch.de
     return page_table if stays else page_table.cpu()
 
 
-def _check_spec(spec: object) -> None:
+def check_spec(spec: object) -> None:
     if not isinstance(spec, AttentionSpec):
         raise ArgumentError(
             f"spec must be an AttentionSpec; got {describe(spec)}. Fix: quire.AttentionSpec(...)"

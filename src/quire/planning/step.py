@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from quire.errors import ArgumentError, ShapeError
+from quire.kernels.ahead import Job
 from quire.planning.checks import check_page_ids
 from quire.planning.work_list import Ints, StepPlan, TileShape, Tiling, WorkBound, WorkList
 
@@ -165,12 +166,20 @@ def _dealt(step: StepPlan, num_kv_heads: int, tiling: Tiling) -> WorkList | None
     return WorkList(np.concatenate((worker_indptr, items.ravel())), 0, len(worker_indptr) - 1, len(items))
 
 
+def compile_jobs() -> list[Job]:
+    """Whatever ``plan_step`` runs of steps without a ``Tiling.prefill_tile_cost``."""
+    from quire.planning.stream_k import cut_step
+
+    return [Job.of(cut_step, *_TYPES)]
+
+
+_TYPES = (*[0] * 10, Tiling(0, TileShape(0, 0), TileShape(0, 0)), 0, False, 0, 0)  # arguments of cut_step
+
+
 @functools.cache
 def _arithmetic() -> Callable[..., Any]:
-    # Imported late: `import quire` must stay light, and Numba is not.
+    # Imported late: the operators must stay light, and Numba is not.
     from quire.kernels.compile import machine_code
     from quire.planning.stream_k import cut_step
 
-    whole = TileShape(0, 0)
-    tiling = Tiling(0, whole, whole)
-    return machine_code(cut_step, *[0] * 10, tiling, 0, False, 0, 0)
+    return machine_code(cut_step, *_TYPES)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import guarded_copy
 
+from quire.kernels.cpu import linear as kernels
 from quire.kernels.cpu.linear import linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,3 +111,16 @@ def test_more_threads_than_tiles_leave_some_idle(set_threads):
     set_threads(3)
     x, weight, _ = case(1, 16, 32, torch.float32, biased=False)
     assert_accurate(run(x, weight, None), x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_that_layers_run_is_known_before(dtype, monkeypatch):
+    used = set()
+    monkeypatch.setattr(kernels, "run", lambda function, *arguments: used.add((function, arguments[0])))
+    for width in (64, 50):
+        for tokens in range(1, kernels.FEW_TOKENS[dtype] + 1):
+            x, weight, _ = case(tokens, 32, width, dtype, biased=False)
+            linear(x, weight, None, x.new_empty(tokens, 32))
+    jobs = kernels.compile_jobs(dtype, {64, 50})
+    assert {(kernels.multiply, job.arguments[0]) for job in jobs} == used
+    assert {job.function for job in jobs} == {"multiply"}

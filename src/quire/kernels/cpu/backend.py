@@ -8,8 +8,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from quire.kernels.ahead import Job
 from quire.kernels.call import AttentionCall, BoundCall, outside_the_pool
 from quire.kernels.compile import compiled
 from quire.kernels.cpu import wake
@@ -64,7 +66,6 @@ class _Kernel(NamedTuple):
 
     function: Any
     config: Config
-    merge_config: Config
     partial_rows: int
     row_bytes: int  # of a row in a partial state, with its m and l
     scratch_bytes: int  # per worker
@@ -81,7 +82,6 @@ def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
         _Kernel(
             decoding.decode,
             config._replace(heads=-(-spec.group_size // tiles)),
-            config,
             spec.group_size,
             row_bytes,
             _apart(decoding.scratch_bytes(spec.head_dim, tiles)),
@@ -89,7 +89,6 @@ def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
         ),
         _Kernel(
             prefilling.prefill,
-            config,
             config,
             _prefill_tokens(spec) * spec.group_size,
             row_bytes,
@@ -105,6 +104,21 @@ def _apart(nbytes: int) -> int:
     At a power of two the same row of every worker would be in the same set of a shared cache.
     """
     return (-(-nbytes // PAGE_ALIGNMENT_BYTES) | 1) * PAGE_ALIGNMENT_BYTES
+
+
+def compile_jobs(spec: AttentionSpec) -> list[Job]:
+    """Whatever plans and stores of this spec run, the slowest to compile first."""
+    decode, prefill = _kernels(spec)
+    step, call = Step._make([0] * len(Step._fields)), Call._make([0] * (len(Call._fields) - 2) + [0.0, 0.0])
+    tokens = Write._make([0] * len(Write._fields))
+    numbers = np.empty(1, np.int64)
+    return [
+        Job.of(prefill.function, prefill.config, 1, 1, step, call),
+        Job.of(decode.function, decode.config, 1, 1, step, call),
+        Job.of(merge, prefill.config, 1, 1, step, call),
+        Job.of(write, prefill.config, 1, Layout._make([0] * len(Layout._fields)), 0, tokens, tokens),
+        Job.of(addresses, np.empty((1, 1), np.int32), numbers, numbers),
+    ]
 
 
 @compiled
@@ -134,7 +148,8 @@ class _Launch:
         run(kernel.function, kernel.config, threads, self._takes, work.num_workers, step, call)
         if work.num_merges:
             takes = self._merging_takes
-            run(merge, kernel.merge_config, threads_for(takes), takes, work.num_merges, step, call)
+            config = kernel.config._replace(heads=1)  # one merge for both kernels
+            run(merge, config, threads_for(takes), takes, work.num_merges, step, call)
 
     def _in_scratch(self, scratch: int) -> Step:
         """What the kernel reads, with its places in scratch memory."""

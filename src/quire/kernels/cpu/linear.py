@@ -15,11 +15,13 @@ the packing of the large operand left out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from quire.kernels.ahead import Job
 from quire.kernels.compile import compile_time, compiled, part
 from quire.kernels.cpu import wake
 from quire.kernels.cpu.attend.config import DTYPE_CODES
@@ -160,6 +162,19 @@ def finish_tile(cfg: Any, product: Product, row: int, first: int, sums: int) -> 
         store_head(cfg.dtype, out, total, cfg.rows)
 
 
+def compile_jobs(dtype: torch.dtype, widths: Iterable[int]) -> list[Job]:
+    """Whatever layers of these widths run for any number of tokens."""
+    tokens = [1 << i for i in range(MAX_TOKENS.bit_length())]
+    configs = {_config(dtype, width, number) for width in widths for number in tokens}
+    product = Product._make([0] * len(Product._fields))
+    return [Job.of(multiply, config, 1, 1, product) for config in sorted(configs, reverse=True)]
+
+
+def _config(dtype: torch.dtype, width: int, tokens: int) -> LinearConfig:
+    pairs = dtype == torch.bfloat16 and width % PAIRED == 0 and has_pair_products()
+    return LinearConfig(DTYPE_CODES[dtype], min(MAX_TOKENS, 1 << (tokens - 1).bit_length()), int(pairs))
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """out = x · weightᵀ + bias, accumulated in float32.
 
@@ -171,12 +186,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
     Cost: the weight is read once for up to MAX_TOKENS tokens, and from the cache for more.
     """
     tokens, width = x.shape
-    tile_tokens = min(MAX_TOKENS, 1 << (tokens - 1).bit_length())
-    pairs = x.dtype == torch.bfloat16 and width % PAIRED == 0 and has_pair_products()
-    config = LinearConfig(DTYPE_CODES[x.dtype], tile_tokens, int(pairs))
-    tiles, vectors = -(-tokens // tile_tokens), -(-width // config.at_once)
+    config = _config(x.dtype, width, tokens)
+    tiles, vectors = -(-tokens // config.tokens), -(-width // config.at_once)
     # An odd number of lines apart, so that workers' tokens do not fight for the same sets of a shared cache.
-    scratch_bytes = (tiles * vectors * tile_tokens + 2 | 1) * CACHE_LINE
+    scratch_bytes = (tiles * vectors * config.tokens + 2 | 1) * CACHE_LINE
     element, num_rows = x.element_size(), weight.shape[0]
     takes = max(
         wake.reading_takes(num_rows * width * element), wake.multiplying_takes(tokens * num_rows * width)

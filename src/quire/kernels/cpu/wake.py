@@ -1,4 +1,4 @@
-"""When waking threads pays: what work takes one thread, and what waking the others takes, at rest and on a busy machine.
+"""When waking threads pays: what work takes one thread, and what waking others takes, at rest and on a busy machine.
 
 Estimates decide about speed alone. A plan's number of shares follows from its lengths, so that the same input keeps its
 bits; how many threads then run the shares changes none.
