@@ -184,16 +184,16 @@ def empty_pages(sizes: tuple[int, int, int, int], dtype: torch.dtype, layout: st
 @contextmanager
 def sharing_all_work() -> Iterator[None]:
     """Plans that are made here are cut for all threads, however little there is to do."""
-    from quire.kernels.cpu import backend
+    from quire.kernels import cpu
 
-    planned = backend.tiling
+    planned = cpu.tiling
 
     def tiling(spec: quire.AttentionSpec, device: torch.device) -> Any:
         shapes = planned(spec, device)
         decode, prefill = (shape._replace(least_shared=0) for shape in (shapes.decode, shapes.prefill))
         return shapes._replace(decode=decode, prefill=prefill)
 
-    with mock.patch.object(backend, "tiling", tiling):
+    with mock.patch.object(cpu, "tiling", tiling):
         yield
 
 

@@ -30,7 +30,7 @@ import torch
 def compute():
     import quire
     from quire.kernels.cpu import wake
-    wake.PAYS = 0  # the step is little work, which would be one thread's
+    wake.PAYS = wake.LITTLE = 0  # the step is little work, which would be one thread's
     own = torch.Generator().manual_seed(0)  # the global one has locks that a fork may find taken
     q, k, v = (torch.randn(shape, generator=own) for shape in ((2, 3, 16), (1, 80, 16, 16), (1, 80, 16, 16)))
     table = torch.arange(80, dtype=torch.int32).view(2, 40)
