@@ -21,7 +21,7 @@ from quire.spec import AttentionSpec
 # takes 0.8 µs more than one of one thread while the threads still spin, 11 µs more once they sleep, which is
 # 2 ms after the last call, and 60 µs more after 20 ms. Beside a process that keeps one core busy it may take 3 ms.
 PAYS = 10_000  # work that takes one thread less is not shared: two would gain less than half of it
-LITTLE = 200_000  # what one thread may do alone on a busy machine without making it slow
+LITTLE = 1_000_000  # what one thread does alone on a busy machine: less than waiting for a core may take
 LATE = 500_000
 CALM = 250_000_000
 
