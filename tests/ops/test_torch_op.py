@@ -293,3 +293,19 @@ def test_one_function_that_is_gone_is_enough_to_watch(monkeypatch, name):
     assert not torch_op.is_watched(tensor)
     monkeypatch.setattr(torch_op, name, torch_op._of_torch("no.such.function"))
     assert torch_op.is_watched(tensor)
+
+
+@pytest.mark.exhaustive
+def test_the_first_use_of_a_name_may_be_inside_a_compiled_function():
+    """Quire's names are loaded on first use, here while torch traces."""
+    program = """
+import torch, quire
+@torch.compile(fullgraph=True, backend="eager")
+def layer(q, pages, table, lens, k, slots):
+    quire.write_kv(k, k, pages, pages, slots, backend="reference")
+    return quire.paged_attention(q, pages, pages, table, lens, backend="reference") + 1
+one = torch.ones(1, dtype=torch.int32)
+out = layer(torch.ones(1, 2, 8), torch.zeros(1, 4, 4, 8), one[None] * 2, one, torch.ones(1, 1, 8), torch.tensor([8]))
+assert (out == 2).all()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
