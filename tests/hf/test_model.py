@@ -58,7 +58,7 @@ def test_all_that_steps_run_is_compiled_before_the_first(monkeypatch, text):
     asked = []
     monkeypatch.setattr(ahead, "compile_ahead", asked.append)
     monkeypatch.setattr(threads, "_entries", {})  # by function and config
-    paged = on_pages(tiny_model("llama"), num_pages=4)
+    paged = on_pages(tiny_model("llama"), num_pages=4, backend="cpu")
     [jobs] = asked
     paged.forward(prefill(text, range(3), rows=[10]))
     ready = {(job.function, job.arguments[0]) for job in jobs if isinstance(job.arguments[0], tuple)}
