@@ -83,10 +83,11 @@ def test_doctor_says_so(capsys, monkeypatch, text):
     assert line.startswith("○" if text else "●")
 
 
-def test_bench_says_so_before_it_measures(capsys, monkeypatch):
+def test_bench_says_so_beside_its_figures_and_of_none_where_there_are_none(capsys, monkeypatch):
     monkeypatch.setattr("quire.cli.bench.warning", lambda: "this machine is busy: very")
+    with pytest.raises(SystemExit):
+        cli.run(["bench", "attention", "--help"])
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr("benchmarks.attention.main", lambda arguments, prog: 0)
     assert cli.run(["bench", "attention", "8x2k:1"]) == 0
     assert capsys.readouterr().err == "quire: this machine is busy: very\n"
-    assert cli.run(["bench", "attention", "--help"]) == 0
-    assert capsys.readouterr().err == ""

@@ -29,8 +29,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     module = importlib.import_module(f"benchmarks.{name}")
-    busy = None if {"-h", "--help"} & set(arguments) else warning()
-    if busy:
-        print(f"quire: {busy}", file=sys.stderr)
+    busy = warning()  # of the time before: a benchmark is at work itself
     code: int = module.main(list(arguments), prog=f"quire bench {name}")
+    if busy:  # said beside the figures, and of none where there are none
+        print(f"quire: {busy}", file=sys.stderr)
     return code
