@@ -188,8 +188,8 @@ def sharing_all_work() -> Iterator[None]:
 
     planned = cpu.tiling
 
-    def tiling(spec: quire.AttentionSpec, device: torch.device) -> Any:
-        shapes = planned(spec, device)
+    def tiling(spec: quire.AttentionSpec, device: torch.device, batch: int) -> Any:
+        shapes = planned(spec, device, batch)
         decode, prefill = (shape._replace(least_shared=0) for shape in (shapes.decode, shapes.prefill))
         return shapes._replace(decode=decode, prefill=prefill)
 
