@@ -3,7 +3,8 @@
 params.py      SamplingParams: what a caller asks for
 admission.py   which prompts and parameters can be served at all
 chat.py        conversations to prompts, by the tokenizer's chat template
-request.py     a request, what comes back from it, and who has read how much
+request.py     a request, and what comes back from it
+reader.py      what a caller's requests have gained, and who is woken for it
 sequence.py    one text of a request: its tokens, and how many are in pages
 scheduler.py   who runs in the next step, and on whose pages
 hits.py        what of a request is in pages already

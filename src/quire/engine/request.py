@@ -1,16 +1,19 @@
-"""A request while it lives, what comes back from it, and who has read how much of it."""
+"""A request while it lives, and what comes back from it."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections import abc
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quire.engine.logprobs import Logprob, TokenLogprobs
 from quire.engine.sequence import FinishReason, Sequence
 from quire.errors import QuireError
+
+if TYPE_CHECKING:
+    from quire.engine.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Request:
         prompt_logprobs: how likely the prompt's tokens were, from the second on, as far as they were computed; None
             where nobody asked. Until all are here, no more than the first len(prompt_logprobs) tokens of the prompt
             may be taken from pages that someone else computed.
+        reader: whom it tells what it gains; None: nobody.
         leader: while it runs, the sequence that computes the prompt for all of them; None once each computes its own
             tokens, as one alone does from the beginning.
     """
@@ -129,6 +133,7 @@ class Request:
         self.preemptions = 0
         self.num_cached_tokens = 0
         self.hit = ""  # how much of the prompt was found in pages, and why no more
+        self.reader: Reader | None = None
         self.leader: Sequence | None = None
         self.error: Exception | None = None  # what ended it, for its caller to see
         self.prompt_logprobs: list[TokenLogprobs] | None = (
@@ -153,6 +158,12 @@ class Request:
         """Whether logits of its prompt are still wanted, so that the prompt has to be computed."""
         wanted = self.sequences[0].num_prompt_tokens - 1
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < wanted
+
+    def tell(self) -> None:
+        """Tell the reader that it has gained a token, has finished or has failed; with the engine's lock for tokens."""
+        reader = self.reader  # which its caller may take away meanwhile
+        if reader is not None:
+            reader.note(self)
 
     def abort(self) -> None:
         """Finish every sequence that has not; what fails on the way is left for the request's caller."""
@@ -204,62 +215,6 @@ def _as_dicts(sequence: Sequence, found: abc.Sequence[TokenLogprobs]) -> list[di
     return [each.as_dict(decode) for each in found]
 
 
-class Reader:
-    """Reads what a caller's requests gain, every token once.
-
-    Each caller reads only its own requests, whichever thread ran the step. Hold the engine's lock for tokens while
-    reading.
-    """
-
-    def __init__(self, requests: Iterable[Request] = ()) -> None:
-        self.requests = list(requests)  # those not yet read to their end
-        self._seen: dict[Sequence, tuple[int, int]] = {}  # tokens and characters
-
-    def has_news(self) -> bool:
-        """Whether `read` would give anything."""
-        return any(
-            request.finished or any(len(s.tokens) > self._seen_of(s)[0] for s in request.sequences)
-            for request in self.requests
-        )
-
-    def read(self) -> list[Delta]:
-        """What came since the last time, in the order of arrival.
-
-        Raises:
-            Exception: what ended a request before its time, once; the next call goes on.
-        """
-        raise_first_error(self.requests)
-        deltas = []
-        for request in tuple(self.requests):
-            deltas += self._read_request(request)
-            if request.finished:
-                self.forget(request)
-        return deltas
-
-    def forget(self, request: Request) -> None:
-        """Read no more of a request, if it was read here at all."""
-        if request in self.requests:
-            self.requests.remove(request)
-        for sequence in request.sequences:
-            self._seen.pop(sequence, None)
-
-    def _read_request(self, request: Request) -> list[Delta]:
-        deltas = []
-        for index, sequence in enumerate(request.sequences):
-            tokens, chars = self._seen_of(sequence)
-            text, token_ids = sequence.text[chars:], sequence.tokens[tokens:].tolist()
-            if text or token_ids:
-                deltas.append(Delta(request.request_id, request.index, text, token_ids, sequence=index))
-                self._seen[sequence] = (tokens + len(token_ids), chars + len(text))
-        if request.finished:
-            last = deltas.pop() if deltas else Delta(request.request_id, request.index, "", [])
-            deltas.append(replace(last, output=request.output()))
-        return deltas
-
-    def _seen_of(self, sequence: Sequence) -> tuple[int, int]:
-        return self._seen.get(sequence) or (sequence.num_prompt_tokens, 0)
-
-
 def interrupted_request(request_id: int, error: BaseException) -> QuireError:
     """What the caller of a request sees after the thread that ran the step was interrupted as it added a token."""
     interrupted = QuireError(
@@ -268,11 +223,3 @@ def interrupted_request(request_id: int, error: BaseException) -> QuireError:
     )
     interrupted.__cause__ = error
     return interrupted
-
-
-def raise_first_error(requests: Iterable[Request]) -> None:
-    """Raise what ended one of these requests before its time, so that its caller sees it once."""
-    for request in requests:
-        if request.error is not None:
-            error, request.error = request.error, None
-            raise error
