@@ -88,7 +88,11 @@ class Reader:
             tokens, chars = self._seen.get(sequence) or (sequence.num_prompt_tokens, 0)
             text, token_ids = sequence.text[chars:], sequence.tokens[tokens:].tolist()
             if text or token_ids:
-                deltas.append(Delta(request.request_id, request.index, text, token_ids, sequence=index))
+                shown = sequence.shown_logprobs()
+                new = shown if shown is None else shown[tokens - sequence.num_prompt_tokens :]
+                deltas.append(
+                    Delta(request.request_id, request.index, text, token_ids, sequence=index, logprobs=new)
+                )
                 self._seen[sequence] = (tokens + len(token_ids), chars + len(text))
         if request.finished:
             last = deltas.pop() if deltas else Delta(request.request_id, request.index, "", [])

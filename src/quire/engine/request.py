@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import abc
 from dataclasses import dataclass
@@ -92,6 +91,8 @@ class Delta:
         token_ids: new tokens.
         output: the whole result, with the last delta of a request that has finished.
         sequence: which sequence of the request.
+        logprobs: for each new token those of it, first, and of the likeliest, by token id; None unless
+            SamplingParams.logprobs asked.
     """
 
     request_id: int
@@ -100,6 +101,7 @@ class Delta:
     token_ids: list[int]
     output: RequestOutput | None = None
     sequence: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -192,27 +194,22 @@ class Request:
             hit=self.hit,
             prompt_logprobs=None
             if self.prompt_logprobs is None
-            else [None, *_as_dicts(first, self.prompt_logprobs)],
+            else [None, *(found.as_dict(first.decode) for found in self.prompt_logprobs)],
         )
 
 
 def _completion(index: int, sequence: Sequence) -> CompletionOutput:
     assert sequence.finish_reason is not None
     tokens = sequence.tokens[sequence.num_prompt_tokens :].tolist()
-    found = sequence.logprobs
+    found, shown = sequence.logprobs, sequence.shown_logprobs()
     return CompletionOutput(
         index,
         sequence.text,
         tokens,
         sequence.finish_reason,
         cumulative_logprob=None if found is None else sum(each.logprobs[0] for each in found),
-        logprobs=None if found is None else _as_dicts(sequence, found),
+        logprobs=None if shown is None else list(shown),
     )
-
-
-def _as_dicts(sequence: Sequence, found: abc.Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
-    decode = functools.cache(sequence.decode)  # a text repeats its likely tokens
-    return [each.as_dict(decode) for each in found]
 
 
 def interrupted_request(request_id: int, error: BaseException) -> QuireError:
