@@ -32,12 +32,13 @@ from quire.spec import AttentionSpec
 from quire.state import SoftmaxState, merge
 
 if TYPE_CHECKING:
-    from quire.engine import LLM, RequestOutput, SamplingParams
+    from quire.engine import LLM, AsyncLLM, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022  # sorted as sorted() does
     "ArgumentError",
+    "AsyncLLM",
     "AttentionPlan",
     "AttentionSpec",
     "DeviceError",
@@ -64,7 +65,7 @@ __all__ = [  # noqa: RUF022  # sorted as sorted() does
     "write_kv",
 ]
 
-_FROM_ENGINE = ("LLM", "RequestOutput", "SamplingParams")  # they load transformers
+_FROM_ENGINE = ("AsyncLLM", "LLM", "RequestOutput", "SamplingParams")  # they load transformers
 
 
 def __getattr__(name: str) -> Any:

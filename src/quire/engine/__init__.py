@@ -17,8 +17,10 @@ text.py        tokens to text, while they come
 turns.py       engines on one model: one at a time, and pages for the oldest
 core.py        Engine: add_request and step, generate and stream, over all of these
 llm.py         LLM: an Engine that loads its model
+async_llm.py   AsyncLLM: an Engine for coroutines
 """
 
+from quire.engine.async_llm import Answer, AsyncLLM
 from quire.engine.core import Engine, EngineStats
 from quire.engine.llm import LLM
 from quire.engine.logprobs import Logprob
@@ -27,6 +29,8 @@ from quire.engine.request import CompletionOutput, Delta, RequestOutput
 
 __all__ = [
     "LLM",
+    "Answer",
+    "AsyncLLM",
     "CompletionOutput",
     "Delta",
     "Engine",

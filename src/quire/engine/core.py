@@ -31,7 +31,7 @@ from quire.engine.logits import logit_rules
 from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
 from quire.engine.params import SamplingParams
 from quire.engine.progress import progress_bar
-from quire.engine.reader import Reader, raise_first_error
+from quire.engine.reader import Reader, Waiter, raise_first_error
 from quire.engine.request import Delta, Request, RequestOutput, interrupted_request
 from quire.engine.runner import run
 from quire.engine.sampler import sample
@@ -156,7 +156,7 @@ class Engine:
         self._reader = Reader()  # what `step` has returned of the requests of `add_request`
         self._driver: int | None = None  # the thread in _drive's loop
         self._num_turns = 0  # of steps, those with nothing to run included
-        self._sleepers: dict[int, Reader] = {}  # by thread: what it waits for while another runs steps
+        self._sleepers: dict[int, Waiter] = {}  # by thread: what it waits for while another runs steps
 
     def __repr__(self) -> str:
         num_running = len(self._scheduler.running)
@@ -305,9 +305,7 @@ class Engine:
             ArgumentError: messages of another form, or that the template refuses; a prompt that cannot be served.
             UnsupportedError: the engine has no tokenizer, or a tokenizer without a chat template.
         """
-        with self._encoding:
-            prompts = render_chats(self.tokenizer, messages)
-        return self._complete(self._make_requests(prompts, params, special_tokens=False), progress)
+        return self._complete(self._make_chats(messages, params), progress)
 
     def _complete(self, requests: list[Request], progress: bool | None) -> list[RequestOutput]:
         with progress_bar(len(requests), shown=progress) as advance:
@@ -359,11 +357,9 @@ class Engine:
         finally:
             for request in requests:
                 request.reader = None
-            if not all(request.finished for request in requests):
-                # Deferred: the garbage collector may run this in the middle of a step.
-                self._turns.defer(lambda: self._end(requests))
+            self._give_up(requests)
 
-    def _drive(self, reader: Reader) -> None:
+    def _drive(self, reader: Waiter) -> None:
         """Run steps until a reader has news, or sleep until then while another thread runs them."""
         self._turns.check_may_wait()
         thread = threading.get_ident()
@@ -392,7 +388,7 @@ class Engine:
                     reader.wake()
                 break
 
-    def _sleep(self, reader: Reader) -> None:
+    def _sleep(self, reader: Waiter) -> None:
         """Sleep until a reader has news or this thread is to run steps; with _news held."""
         thread = threading.get_ident()
         condition = threading.Condition(self._news)  # its own: nobody is woken for another's tokens
@@ -523,6 +519,12 @@ class Engine:
                 request.tell()
         return aborts
 
+    def _give_up(self, requests: list[Request]) -> None:
+        """Abort what has not finished of requests, after the step that runs now; never waits."""
+        if not all(request.finished for request in requests):
+            # Deferred: the garbage collector may run this in the middle of a step.
+            self._turns.defer(lambda: self._end(requests))
+
     def _recover(self) -> None:
         """Bring the queues in order after a step that broke off, wherever that was; in a turn."""
         self._scheduler.preempt_all()
@@ -569,6 +571,15 @@ class Engine:
                     raise
                 raise type(error)(f"prompts[{index}]: {error}") from error
         return requests
+
+    def _make_chats(
+        self,
+        messages: Messages | abc.Sequence[Messages],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None,
+    ) -> list[Request]:
+        with self._encoding:
+            prompts = render_chats(self.tokenizer, messages)
+        return self._make_requests(prompts, params, special_tokens=False)
 
     def _make_request(
         self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int = 0

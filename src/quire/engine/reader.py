@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Protocol
 
 from quire.engine.request import Delta, Request
 from quire.engine.sequence import Sequence
+
+
+class Waiter(Protocol):
+    """What a thread may wait for while others run steps; `Reader` says what its members mean."""
+
+    wake: Callable[[], object] | None
+
+    def has_news(self) -> bool: ...
 
 
 class Reader:

@@ -24,7 +24,7 @@ class CompletionOutput:
         text: the generated text, by default without stop string and special tokens.
         token_ids: every generated token, the one that ended the sequence included.
         finish_reason: "stop" (end-of-text, stop token or stop string), "length" (max_tokens or the
-            model's longest sequence), "abort".
+            model's longest sequence), "abort"; None of a sequence that has not ended, see `AsyncLLM`.
         cumulative_logprob: the sum of the generated tokens' logprobs; None unless SamplingParams.logprobs asked.
         logprobs: for each generated token those of it, first, and of the likeliest, by token id; None unless asked.
     """
@@ -32,20 +32,20 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """One finished request.
+    """One request: finished, but for those that an `AsyncLLM` shows on their way.
 
     Attributes:
         prompt: the prompt's text; None when token ids were given.
         outputs: one per sequence; `text`, `token_ids` and `finish_reason` are the first one's.
-        time_to_first_token, seconds: from the request's arrival; time_to_first_token is None when no
-            token was generated.
+        time_to_first_token, seconds: from the request's arrival to its end, or to now; time_to_first_token is None
+            when no token was generated.
         preemptions: how often the request gave its pages back and was computed again.
         num_cached_tokens: tokens of the prompt that were found in pages and not computed.
         hit: the same in a sentence, and why no more were found; "" where the request never ran.
@@ -76,9 +76,14 @@ class RequestOutput:
         return self.outputs[0].token_ids
 
     @property
-    def finish_reason(self) -> FinishReason:
-        """Why the first sequence ended."""
+    def finish_reason(self) -> FinishReason | None:
+        """Why the first sequence ended; None before."""
         return self.outputs[0].finish_reason
+
+    @property
+    def finished(self) -> bool:
+        """Whether all sequences have ended."""
+        return all(output.finish_reason is not None for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ class Request:
                     self.error = self.error or error
 
     def output(self) -> RequestOutput:
-        """The result of a finished request."""
+        """What has come of it so far: the result, once it has finished."""
         first = self.sequences[0]
         began = [
             sequence.first_token_at for sequence in self.sequences if sequence.first_token_at is not None
@@ -188,7 +193,7 @@ class Request:
             prompt_token_ids=first.tokens[: first.num_prompt_tokens].tolist(),
             outputs=[_completion(index, sequence) for index, sequence in enumerate(self.sequences)],
             time_to_first_token=min(began) - self.arrived if began else None,
-            seconds=max(sequence.finished_at for sequence in self.sequences) - self.arrived,
+            seconds=self._ended_at() - self.arrived,
             preemptions=self.preemptions,
             num_cached_tokens=self.num_cached_tokens,
             hit=self.hit,
@@ -197,9 +202,13 @@ class Request:
             else [None, *(found.as_dict(first.decode) for found in self.prompt_logprobs)],
         )
 
+    def _ended_at(self) -> float:
+        if self.finished:
+            return max(sequence.finished_at for sequence in self.sequences)
+        return time.perf_counter()
+
 
 def _completion(index: int, sequence: Sequence) -> CompletionOutput:
-    assert sequence.finish_reason is not None
     tokens = sequence.tokens[sequence.num_prompt_tokens :].tolist()
     found, shown = sequence.logprobs, sequence.shown_logprobs()
     return CompletionOutput(
