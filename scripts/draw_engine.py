@@ -59,7 +59,7 @@ def request() -> tuple[int, list[Box], list[Arrow]]:
         616, 60, 194, 78, "running", ("one token a step for each", "of its n samples, all forks"), BUSY
     )
     output = Box(616, 206, 194, 62, "finished", ("output: stop or length",), GONE)
-    ended = Box(212, 206, 332, 62, "ended", ("by abort, by its caller leaving, by its own failure",), GONE)
+    ended = Box(212, 206, 332, 62, "ended", ("by abort, as its caller left, or by a failure",), GONE)
     step = Box(20, 312, 790, 62, "a step of the engine", (
         "choose chunks and pages  →  check a page  →  one forward, packed  →  choose tokens  →  "
         "hand out, wake who has news",))  # fmt: skip
