@@ -25,6 +25,7 @@ from .fakes import EOS, FakeModel, byte_tokenizer
 from .test_threads import HANGS, Gate, all_pages_are_free, running, until
 
 GREEDY = SamplingParams(max_tokens=12)
+ENDLESS = SamplingParams(max_tokens=5000)
 LONG = SamplingParams(max_tokens=60)
 
 
@@ -35,7 +36,7 @@ def _nobody_relies_on_a_timeout(monkeypatch):
 
 def served(coroutine):
     """The result of a coroutine in a loop of its own, which is not to hang."""
-    return asyncio.run(asyncio.wait_for(coroutine, HANGS))
+    return asyncio.run(asyncio.wait_for(coroutine, 10 * HANGS))
 
 
 def fake(**options) -> Engine:
@@ -157,7 +158,10 @@ def test_sixty_four_coroutines_that_leave_at_any_moment_give_all_pages_back_and_
             assert got[i] == tokens[: len(got[i])]
 
 
-def test_coroutines_join_the_batch_of_threads_and_of_other_engines_on_a_real_model(model, prompts, expected):
+def test_coroutines_join_the_batch_of_threads_and_of_other_engines_on_a_real_model(
+    model, prompts, expected, set_threads
+):
+    set_threads(1)
     paged = PagedModel(model, page_size=4, num_pages=40, backend="reference")
     llm, other = LLM(paged, max_batch_tokens=24), LLM(paged, max_batch_tokens=24)
     params = SamplingParams(max_tokens=NEW_TOKENS)
@@ -178,12 +182,12 @@ def test_coroutines_join_the_batch_of_threads_and_of_other_engines_on_a_real_mod
     assert paged.allocator.num_owned == 0
 
 
-def test_loops_of_several_threads_share_the_batch():
+def test_loops_of_several_threads_share_the_batch_also_through_two_async_llms():
     engine = fake()
-    llm, got = AsyncLLM(engine), {}
+    llms, got = [AsyncLLM(engine), AsyncLLM(engine)], {}
 
     async def ask(i):
-        outputs = await asyncio.gather(*[llm.generate([i, j], GREEDY) for j in range(5)])
+        outputs = await asyncio.gather(*[llms[i % 2].generate([i, j], GREEDY) for j in range(5)])
         got[i] = [output.token_ids for output in outputs]
 
     with running(*[lambda i=i: served(ask(i)) for i in range(4)]):
@@ -284,16 +288,17 @@ def test_leaving_and_coming_wait_for_no_step(leave):
 
 
 def test_a_timeout_aborts_and_a_dropped_answer_too():
-    engine = fake(num_pages=400)
-    endless = SamplingParams(max_tokens=1000)
+    engine = fake(num_pages=2000)
+    gate = Gate(engine.model, at=3)
 
     async def ask():
         llm = AsyncLLM(engine)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(llm.generate([1], endless), 0.02)
-        async for _ in llm.generate([2], endless):
+            await asyncio.wait_for(llm.generate([1], ENDLESS), 0.01)
+        gate.opened.set()
+        async for _ in llm.generate([2], ENDLESS):
             break
-        async for _ in llm.generate([3], endless).deltas():
+        async for _ in llm.generate([3], ENDLESS).deltas():
             break
         await comes(lambda: all_pages_are_free(engine))
         assert not engine.requests
@@ -303,22 +308,63 @@ def test_a_timeout_aborts_and_a_dropped_answer_too():
 
 def test_requests_of_a_loop_that_was_closed_are_ended():
     engine = fake(num_pages=2000)
-    llm = AsyncLLM(engine)
-    loop = asyncio.new_event_loop()
+    gate = Gate(engine.model, at=3)
+    llm, loop = AsyncLLM(engine), asyncio.new_event_loop()
 
-    async def begins(answer):
-        return await anext(aiter(answer))
+    async def waits():
+        async for _ in llm.generate([1], ENDLESS):
+            pass
 
-    answer = llm.generate([1], SamplingParams(max_tokens=5000))
-    loop.run_until_complete(begins(answer))
-    waits = loop.create_task(begins(answer))
-    loop.run_until_complete(asyncio.sleep(0))
+    task = loop.create_task(waits())
+    loop.run_until_complete(comes(gate.reached.is_set))
     loop.run_until_complete(loop.shutdown_default_executor())
+    loop.run_until_complete(asyncio.sleep(0))
     loop.close()
+    gate.opened.set()
     until(lambda: not engine.requests)
-    assert engine.stats.generated_tokens < 5000
+    assert engine.stats.generated_tokens < 10
     assert all_pages_are_free(engine)
-    waits._log_destroy_pending = False
+    task._log_destroy_pending = False
+
+
+def test_a_prompt_that_takes_long_to_encode_holds_up_nobody():
+    engine = texts()
+    encode, opened = engine._encode, threading.Event()
+
+    def slow(prompts, **options):
+        assert "slow" not in prompts or opened.wait(HANGS)
+        return encode(prompts, **options)
+
+    engine._encode = slow
+
+    async def ask():
+        llm = AsyncLLM(engine)
+        first = asyncio.ensure_future(llm.generate("slow", GREEDY))
+        second = await llm.generate("fast", GREEDY)
+        opened.set()
+        return await first, second
+
+    assert [output.prompt for output in served(ask())] == ["slow", "fast"]
+
+
+def test_a_shutdown_inside_a_step_is_refused():
+    engine = fake()
+    forward, refused = engine.model.forward, []
+
+    async def ask():
+        llm = AsyncLLM(engine)
+
+        def shuts_down(step):
+            with pytest.raises(UnsupportedError, match="inside a step"):
+                llm.shutdown()
+            refused.append(step)
+            return forward(step)
+
+        engine.model.forward = shuts_down
+        return await llm.generate([1], GREEDY)
+
+    assert served(ask()).token_ids == engine.model.continuation([1], 12)
+    assert len(refused) == 12
 
 
 def test_a_loop_is_woken_once_a_step_and_for_a_whole_answer_once():
@@ -433,7 +479,8 @@ def test_an_async_llm_that_is_dropped_ends_its_thread_and_lets_its_engine_go_but
 
 def test_the_interpreter_ends_while_requests_live_and_says_nothing():
     code = """
-import asyncio, sys
+import asyncio, atexit, sys
+atexit.register(lambda: print(llm._worker._thread.is_alive()))  # called after those that were registered later
 sys.path.insert(0, "tests")
 from engine.fakes import FakeModel
 from quire.engine import AsyncLLM, Engine, SamplingParams
@@ -451,7 +498,7 @@ loop.run_until_complete(begin())
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=HANGS
     )
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == f"{FakeModel().continuation([1], 1)}\n"
+    assert run.stdout == f"{FakeModel().continuation([1], 1)}\nFalse\n"
 
 
 def test_it_is_made_of_what_an_llm_takes_or_of_an_engine(model):

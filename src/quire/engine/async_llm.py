@@ -48,7 +48,8 @@ class AsyncLLM:
         model: what LLM takes, or an Engine, whose batch the coroutines then join.
         options: as for LLM; none beside an Engine.
     Attributes:
-        engine: the LLM, or the Engine given: stats, prefix cache, model.
+        engine: the LLM, or the Engine given: stats, prefix cache, model. Its methods wait for steps: call them in
+            another thread, as by asyncio.to_thread.
     Raises:
         ArgumentError: options beside an Engine; and what LLM raises.
     """
@@ -95,7 +96,11 @@ class AsyncLLM:
         """Abort what has not finished, and wait for the step that runs now; coroutines get what they have so far.
 
         Afterwards requests are refused. `async with` calls this, and the interpreter at its exit.
+
+        Raises:
+            UnsupportedError: this thread holds `model.lock` or is inside a step, which would never end.
         """
+        self.engine._turns.check_may_wait()
         self._worker.close()
         self._worker.join()
 
@@ -340,8 +345,9 @@ class _Worker:
                     "Fix: make another AsyncLLM"
                 )
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="quire steps", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="quire steps", daemon=True)
+                thread.start()
+                self._thread = thread
             reader = _AnswerReader(request, self)
             self._live[request] = None
             self._engine._enqueue(request)
@@ -377,7 +383,7 @@ class _Worker:
 
     def join(self) -> None:
         """Wait until the thread has ended."""
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
