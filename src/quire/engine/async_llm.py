@@ -332,6 +332,12 @@ class _Worker:
         """Whether the thread has nothing more to wait for."""
         return self._is_closed or not self._live
 
+    def look(self) -> None:
+        """Let every request tell again, where an interrupted thread may not have."""
+        for request in list(self._live):
+            if request.finished or request.error is not None:
+                request.tell()
+
     def start(self, request: Request) -> _AnswerReader:
         """Queue a request.
 

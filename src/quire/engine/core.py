@@ -372,6 +372,8 @@ class Engine:
                 self._driver = thread
             while not reader.has_news():
                 if not self._run_step() and not reader.has_news():
+                    with self._news:
+                        reader.look()
                     self._turns.wait()
         finally:
             with self._news:
@@ -396,9 +398,11 @@ class Engine:
         reader.wake = condition.notify
         self._sleepers[thread] = reader
         try:
-            # A driver that was interrupted as it left, or whose thread is gone, wakes nobody. Two drivers do no harm.
-            if not condition.wait(SILENCE) and num_turns == self._num_turns and not self._turns.has_owner:
-                self._driver = None
+            # Whoever was interrupted as it left or before it told its news, or whose thread is gone, wakes nobody.
+            if not condition.wait(SILENCE):
+                reader.look()
+                if num_turns == self._num_turns and not self._turns.has_owner:
+                    self._driver = None  # two drivers do no harm
         finally:
             reader.wake = None
             self._sleepers.pop(thread, None)
@@ -498,13 +502,13 @@ class Engine:
         except BaseException as error:  # the token may be added, but its text lost and its stop unseen
             interruption = error
             request.error = interrupted_request(request.request_id, error)
+        request.tell()  # before it is forgotten: interrupted here, `_recover` finds it and tells again
         if sequence.finish_reason is not None:
             self._scheduler.finish(request, sequence)
             if request.finished:
                 del self.requests[request.request_id]
         if request.error is not None:
             self._end([request])
-        request.tell()
         return interruption
 
     def _end(self, requests: list[Request]) -> bool:

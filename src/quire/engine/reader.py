@@ -17,6 +17,8 @@ class Waiter(Protocol):
 
     def has_news(self) -> bool: ...
 
+    def look(self) -> None: ...
+
 
 class Reader:
     """Reads what a caller's requests gain, every token once.
@@ -61,6 +63,16 @@ class Reader:
         if self.wake is not None and self.has_news():
             self.wake()
 
+    def look(self) -> None:
+        """Note what requests have gained that nobody told, as whoever Ctrl-C interrupted; looks at all of them."""
+        for request in tuple(self.requests):
+            if (
+                request.finished
+                or request.error is not None
+                or any(len(sequence.tokens) > self._seen_of(sequence)[0] for sequence in request.sequences)
+            ):
+                self.note(request)
+
     def has_news(self) -> bool:
         """Whether `read` would give anything; of a `whole` one: whether its caller need not wait any more."""
         if self.whole:
@@ -94,7 +106,7 @@ class Reader:
     def _read_request(self, request: Request) -> list[Delta]:
         deltas = []
         for index, sequence in enumerate(request.sequences):
-            tokens, chars = self._seen.get(sequence) or (sequence.num_prompt_tokens, 0)
+            tokens, chars = self._seen_of(sequence)
             text, token_ids = sequence.text[chars:], sequence.tokens[tokens:].tolist()
             if text or token_ids:
                 shown = sequence.shown_logprobs()
@@ -107,6 +119,9 @@ class Reader:
             last = deltas.pop() if deltas else Delta(request.request_id, request.index, "", [])
             deltas.append(replace(last, output=request.output()))
         return deltas
+
+    def _seen_of(self, sequence: Sequence) -> tuple[int, int]:
+        return self._seen.get(sequence) or (sequence.num_prompt_tokens, 0)
 
 
 def raise_first_error(requests: Iterable[Request]) -> None:
