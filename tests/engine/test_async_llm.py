@@ -347,6 +347,37 @@ def test_a_prompt_that_takes_long_to_encode_holds_up_nobody():
     assert [output.prompt for output in served(ask())] == ["slow", "fast"]
 
 
+def test_an_answer_keeps_neither_its_request_nor_its_engine_once_it_is_read():
+    kept = []
+
+    async def ask():
+        llm = AsyncLLM(fake())
+        answers = [llm.generate([1], GREEDY) for _ in range(3)]
+        await answers[0]
+        await anext(aiter(answers[1]))
+        kept.extend(weakref.ref(request) for request in llm.engine.requests.values())
+        await answers[1].aclose()
+        task = asyncio.ensure_future(answers[2])
+        await comes(lambda: len(kept) + len(llm.engine.requests) == 2)
+        kept.extend(weakref.ref(request) for request in llm.engine.requests.values())
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        del task
+        await comes(lambda: all_pages_are_free(llm.engine))
+        llm.shutdown()
+        return answers
+
+    gc.disable()  # no circles are made
+    try:
+        answers = served(ask())
+        assert len(kept) == 2
+        until(lambda: all(request() is None for request in kept))
+    finally:
+        gc.enable()
+    assert answers[0]._output is not None
+
+
 def test_a_shutdown_inside_a_step_is_refused():
     engine = fake()
     forward, refused = engine.model.forward, []

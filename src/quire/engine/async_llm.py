@@ -8,8 +8,11 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
+from os import PathLike
 from types import TracebackType
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from quire.assets import DEMO_MODEL
 from quire.engine.admission import Prompt
@@ -20,6 +23,7 @@ from quire.engine.params import SamplingParams
 from quire.engine.reader import Reader
 from quire.engine.request import Delta, Request, RequestOutput
 from quire.errors import ArgumentError, QuireError, UnsupportedError
+from quire.hf import PagedModel
 
 
 class AsyncLLM:
@@ -54,7 +58,11 @@ class AsyncLLM:
         ArgumentError: options beside an Engine; and what LLM raises.
     """
 
-    def __init__(self, model: Any = DEMO_MODEL, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | PathLike[str] | PreTrainedModel | PagedModel | Engine = DEMO_MODEL,
+        **options: Any,
+    ) -> None:
         if isinstance(model, Engine) and options:
             raise ArgumentError(
                 f"{', '.join(options)} must be left out, as an Engine has them already; got {options!r:.60}. "
@@ -62,9 +70,8 @@ class AsyncLLM:
             )
         self.engine = model if isinstance(model, Engine) else LLM(model, **options)
         self._worker = _Worker(self.engine)
-        weakref.finalize(
-            self, self._worker.close
-        ).atexit = False  # at the interpreter's exit _close_all waits for it
+        finalizer = weakref.finalize(self, self._worker.close)
+        finalizer.atexit = False  # _close_all waits for the thread then
 
     def __repr__(self) -> str:
         return f"AsyncLLM({self.engine!r})"
@@ -132,9 +139,7 @@ class Answer:
 
     def __init__(self, worker: _Worker, make: Callable[[], list[Request]]) -> None:
         self._worker = worker
-        self._make: Callable[[], list[Request]] | None = (
-            make  # and keeps the AsyncLLM, which would shut down without
-        )
+        self._make: Callable[[], list[Request]] | None = make  # and keeps the AsyncLLM until the end
         self._reader: _AnswerReader | None = None  # from the first wait to the end
         self._output: RequestOutput | None = None  # the whole one
         self._is_closed = False
@@ -182,9 +187,10 @@ class Answer:
             raise UnsupportedError(
                 "an answer must be awaited by one coroutine at a time; got a second one. Fix: share what the first gets"
             )
-        self._is_awaited = True
+        self._is_awaited, reader = True, self._reader
         try:
-            reader = self._reader or await self._begin()
+            if reader is None:
+                reader = await self._begin()
             await reader.news(whole=whole)
             with self._worker.lock:
                 deltas = reader.read()
@@ -200,6 +206,8 @@ class Answer:
             raise
         finally:
             self._is_awaited = False
+            if self._is_closed and reader is not None:
+                reader.leave()
 
     async def _begin(self) -> _AnswerReader:
         assert self._make is not None
@@ -221,6 +229,8 @@ class Answer:
         reader, self._reader = self._reader, None
         if reader is not None:
             self._worker.give_up(reader.request)
+            if not self._is_awaited:
+                reader.leave()
 
 
 class _Deltas:
@@ -254,6 +264,10 @@ class _AnswerReader(Reader):
         super().note(request)
         if request.finished:
             self._worker.forget(request)
+
+    def leave(self) -> None:
+        """Hear of the request no more; they would keep each other."""
+        self.request.reader = None
 
     async def news(self, *, whole: bool) -> None:
         """Sleep until there is news; whole: until the request has ended."""
@@ -403,7 +417,9 @@ class _Worker:
                 self._engine._drive(self)
             except BaseException as error:  # of a step: without its requests it would be run again for ever
                 self._fail(error)
-        self._engine._give_up(list(self._live))
+        live, engine = list(self._live), self._engine
+        if live:
+            engine._turns.run(lambda: engine._end(live), engine._scheduler)
 
     def _fail(self, error: BaseException) -> None:
         with self.lock:
