@@ -32,6 +32,7 @@ bench: $(READY)  ## Measure this machine, then remake the CPU tables and plots
 	@$(BIN)/python -m benchmarks.attention $(VLLM) --out $(RESULTS)/cpu.csv
 	@$(BIN)/python -m benchmarks.shapes --out $(RESULTS)/cpu-shapes.csv
 	@$(BIN)/python -m benchmarks.host --out $(RESULTS)/cpu-host.csv
+	@$(BIN)/python -m benchmarks.prefix --out $(RESULTS)/cpu-prefix.csv
 	@$(BIN)/python -m benchmarks.generation $(VLLM) $(OPENVINO) --out $(RESULTS)/cpu-generation.csv
 	@$(BIN)/python -m benchmarks.report
 

@@ -22,8 +22,14 @@ COLOURS = {
     "sdpa, contiguous": "#b8c4ce", "gather + sdpa": "#8fa3b3", "flex, paged": "#66829a",
     "vllm": "#e6c36a", "vllm, page 128": "#c99a2e",
     "model.generate": "#b8c4ce", "generate_batch": "#8fa3b3",
+    "with prefix caching": "#d1495b", "without prefix caching": "#b8c4ce",
     "vllm, eager": "#e6c36a", "vllm, compiled": "#c99a2e", "openvino-genai": "#7fa98a",
 }  # fmt: skip
+TRACES = {  # of benchmarks/prefix.py, in words
+    "turns": "conversations,\nturn by turn",
+    "examples": "questions behind\nthe same examples",
+    "again": "a long prompt,\nthe second time",
+}
 WHISKERS = {"ecolor": INK, "elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8}
 STYLE = {
     "svg.fonttype": "none",  # words stay words: small files, and a reader can search them
@@ -84,6 +90,49 @@ def generation(path: Path) -> Path:
         axes.set_title(title, loc="left", fontsize=10)
         figure.suptitle(_about(rows), x=0.005, ha="left", fontsize=8, color=QUIET)
         return _save(figure, path)
+
+
+def prefix(path: Path) -> Path:
+    """Time to the first token and of the whole trace, with prefix caching and without.
+
+    Args:
+        path: the CSV file; the plot lies beside it.
+    """
+    rows = [row for row in records.read(path) if row["status"] == "ok"]
+    with pyplot.rc_context(STYLE):
+        figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+        titles = {
+            "first_token": "Until the first token, milliseconds",
+            "trace": "The whole trace, milliseconds",
+        }
+        for axes, (name, title) in zip(panels, titles.items(), strict=True):
+            _pairs(axes, rows, name)
+            axes.set_title(title, loc="left", fontsize=10)
+        handles, labels = panels[0].get_legend_handles_labels()
+        labels = [f"Quire {label}" for label in labels]
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.suptitle(_about(rows), x=0.005, ha="left", fontsize=8, color=QUIET)
+        return _save(figure, path)
+
+
+def _pairs(axes: Any, rows: Sequence[records.Row], name: str) -> None:
+    """A bar per engine and trace, with its milliseconds behind it."""
+    cases = _cases(rows)
+    who = list(dict.fromkeys(row["who"] for row in rows))
+    height = 0.8 / max(1, len(who))
+    for number, engine in enumerate(who):
+        own = [row for row in rows if row["who"] == engine]
+        at = [cases.index(row["case"]) - 0.4 + height * (number + 0.5) for row in own]
+        middles, lows, highs = (
+            [float(row[f"{name}_{of}_ms"]) for row in own] for of in ("median", "p20", "p80")
+        )
+        axes.barh(at, middles, height * 0.92, label=engine, color=COLOURS.get(engine, QUIET),
+                  xerr=_whiskers(middles, lows, highs), error_kw=WHISKERS)  # fmt: skip
+        for place, middle, high in zip(at, middles, highs, strict=True):
+            axes.annotate(f"{middle:,.0f}", (high, place), (5, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(cases)), [TRACES.get(case, case) for case in cases])
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_xlim(0, max((float(row[f"{name}_p80_ms"]) for row in rows), default=1) * 1.15)
 
 
 def _bars(axes: Any, rows: Sequence[records.Row], rate: str, ceiling: str) -> None:

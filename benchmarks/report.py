@@ -18,8 +18,8 @@ from benchmarks.shapes import COMPARISONS
 from benchmarks.turns import Spread
 
 RESULTS = ROOT / "benchmarks/results"
-ATTENTION, SHAPES, GENERATION, HOST = (
-    RESULTS / f"cpu{name}.csv" for name in ("", "-shapes", "-generation", "-host")
+ATTENTION, SHAPES, GENERATION, HOST, PREFIX = (
+    RESULTS / f"cpu{name}.csv" for name in ("", "-shapes", "-generation", "-host", "-prefix")
 )
 BASELINE = "model.generate"
 NOT_MEASURED = "*Not measured yet.*"
@@ -37,7 +37,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(f"no plots: {error.name} is not installed. Fix: pip install -e '.[bench]'", file=sys.stderr)
         return 0
-    for path in (plots.attention(ATTENTION), plots.generation(GENERATION)):
+    for path in (plots.attention(ATTENTION), plots.generation(GENERATION), plots.prefix(PREFIX)):
         print(path.relative_to(ROOT))
     return 0
 
@@ -55,6 +55,7 @@ def tables() -> dict[Path, dict[str, str]]:
             "shapes": f"{attention_table(shapes, spread=True)}\n\n{origin(shapes)}",
             "comparisons": comparison_table(shapes),
             "host": host_table(records.read(HOST)) if HOST.exists() else NOT_MEASURED,
+            "prefix": prefix_table(records.read(PREFIX)),
         },
     }
 
@@ -140,6 +141,25 @@ def host_table(rows: Sequence[records.Row]) -> str:
         goal = f"≤ {row['goal_us']}" if row["goal_us"] else ""
         lines.append("| " + " | ".join([f"`{row['who']}`", f"`{row['case']}`", *figures, goal]) + " |")
     return "\n".join([*lines, "", origin(rows)])
+
+
+def prefix_table(rows: Sequence[records.Row]) -> str:
+    """One line per trace and engine: what was found in pages, and the milliseconds that it took."""
+    lines = ["| trace | engine | found in pages | full pages allow | first token, ms | whole trace, ms |"]
+    lines.append("| --- | --- |" + " ---: |" * 4)
+    for row in rows:
+        rates = (f"{float(row[name]):.1%}" for name in ("hit_rate", "theoretical_hit_rate"))
+        times = (
+            _between(row, name) if row["status"] == "ok" else row["status"]
+            for name in ("first_token", "trace")
+        )
+        lines.append("| " + " | ".join([f"`{row['case']}`", row["who"], *rates, *times]) + " |")
+    return "\n".join([*lines, "", origin(rows)])
+
+
+def _between(row: records.Row, name: str) -> str:
+    median, p20, p80 = (f"{float(row[f'{name}_{of}_ms']):,.0f}" for of in ("median", "p20", "p80"))
+    return f"{median} ({p20} – {p80})"
 
 
 def _milliseconds(row: records.Row | None, spread: bool) -> str:

@@ -25,7 +25,7 @@ from quire.errors import (
 )
 
 if TYPE_CHECKING:
-    from quire.engine import LLM, RequestOutput, SamplingParams
+    from quire.engine import LLM, AsyncLLM, RequestOutput, SamplingParams
     from quire.ops.attention import paged_attention
     from quire.ops.attention_plan import AttentionPlan
     from quire.ops.flash_attn import flash_attn_with_kvcache
@@ -40,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022  # sorted as sorted() does
     "ArgumentError",
+    "AsyncLLM",
     "AttentionPlan",
     "AttentionSpec",
     "DeviceError",
@@ -69,6 +70,7 @@ __all__ = [  # noqa: RUF022  # sorted as sorted() does
 
 _ENGINE = "quire.engine"  # which loads transformers
 _HOMES = {
+    "AsyncLLM": _ENGINE,
     "AttentionPlan": "quire.ops.attention_plan",
     "AttentionSpec": "quire.spec",
     "KVPool": "quire.pages",

@@ -107,6 +107,26 @@ def test_a_line_per_call_of_the_host_with_what_was_set_out_for():
     assert lines[5] == "*2-core Kind, 2 threads; 2026-01-02, commit abc1234, 9 rounds.*"
 
 
+TRACE = {"machine": "2-core Kind", "threads": "2", "date": "2026-01-02", "commit": "abc1234", "rounds": "3",
+         "case": "again", "status": "ok"}  # fmt: skip
+TIMES = {"first_token_median_ms": "26.4", "first_token_p20_ms": "25.9", "first_token_p80_ms": "27.8",
+         "trace_median_ms": "4634.29", "trace_p20_ms": "4000", "trace_p80_ms": "5000"}  # fmt: skip
+TRACES = [
+    TRACE | {"who": "with prefix caching", "hit_rate": "0.9999", "theoretical_hit_rate": "0.9999"} | TIMES,
+    TRACE
+    | {"who": "without prefix caching", "hit_rate": "0.0", "theoretical_hit_rate": "0.0", "status": "wrong"}
+    | dict.fromkeys(TIMES, ""),
+]
+
+
+def test_a_line_per_trace_and_engine_says_what_was_found_and_how_long_it_took():
+    lines = report.prefix_table(TRACES).splitlines()
+    assert lines[2:4] == [
+        "| `again` | with prefix caching | 100.0% | 100.0% | 26 (26 – 28) | 4,634 (4,000 – 5,000) |",
+        "| `again` | without prefix caching | 0.0% | 0.0% | wrong | wrong |",
+    ]
+
+
 def test_a_table_takes_the_place_of_the_one_before():
     text = "a\n<!-- bench: x -->\nold\n<!-- end -->\nb\n<!-- bench: y -->\nother\n<!-- end -->\n"
     new = report.put(text, "x", "| new |")
@@ -130,6 +150,11 @@ def test_the_plots_show_every_row_that_was_timed(tmp_path):
     assert all(f">{word}<" in text for word in ("quire", "model.generate", "180", "90"))
     assert "openvino" not in text
 
+    records.write(tmp_path / "prefix.csv", TRACES)
+    text = plots.prefix(tmp_path / "prefix.csv").read_text()
+    assert all(f">{word}<" in text for word in ("a long prompt,", "26", "4,634", "Quire with prefix caching"))
+    assert "without" not in text, "what was wrong has no time"
+
 
 def test_the_same_rows_draw_the_same_plot(tmp_path):
     plots = pytest.importorskip("benchmarks.plots")
@@ -138,6 +163,15 @@ def test_the_same_rows_draw_the_same_plot(tmp_path):
         plots.attention(tmp_path / "cpu.csv").read_bytes()
         == plots.attention(tmp_path / "cpu.csv").read_bytes()
     )
+
+
+def test_the_committed_plot_of_prefixes_holds_the_committed_rows():
+    text = report.PREFIX.with_suffix(".svg").read_text()
+    for row in records.read(report.PREFIX):
+        assert f">Quire {row['who']}<" in text
+        assert f">{float(row['first_token_median_ms']):,.0f}<" in text
+        assert f">{float(row['trace_median_ms']):,.0f}<" in text
+        assert row["commit"] in text
 
 
 @pytest.mark.parametrize("path", [report.ATTENTION, report.GENERATION], ids=lambda path: path.stem)
@@ -152,7 +186,9 @@ def test_the_committed_plots_hold_the_committed_rows(path):
 
 def test_committed_rows_name_where_they_come_from():
     found = [
-        path for path in (report.ATTENTION, report.SHAPES, report.GENERATION, report.HOST) if path.exists()
+        path
+        for path in (report.ATTENTION, report.SHAPES, report.GENERATION, report.HOST, report.PREFIX)
+        if path.exists()
     ]
     for path in found:
         for row in records.read(path):

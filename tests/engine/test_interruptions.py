@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import itertools
 import sys
@@ -9,9 +10,10 @@ import threading
 
 import pytest
 
-from quire.engine import core, turns
+from quire.engine import AsyncLLM, core, turns
 from quire.engine.core import Engine
 from quire.engine.params import SamplingParams
+from quire.engine.request import Request
 from quire.errors import QuireError
 
 from .fakes import FakeModel, byte_tokenizer, scripted
@@ -126,6 +128,52 @@ def test_a_driver_that_is_gone_without_saying_so_is_replaced():
     asks.start()
     asks.join(HANGS)
     assert [output.token_ids for output in outputs] == [engine.model.continuation([1], 2)]
+
+
+@pytest.mark.parametrize("how", ["generate", "stream", "coroutine"])
+def test_a_request_that_was_not_told_to_have_finished_is_seen_to_have(how, monkeypatch):
+    """As Ctrl-C may come before the thread that runs the steps has told another one's reader."""
+    monkeypatch.setattr(core, "SILENCE", 0.01)
+    engine = Engine(FakeModel())
+    tell, lost = Request.tell, []
+
+    def tells(request):
+        if request.prompt == "lost" and request.finished and not lost:
+            lost.append(request)
+        else:
+            tell(request)
+
+    monkeypatch.setattr(Request, "tell", tells)
+    make = engine._make_requests
+
+    def makes(prompts, *args):
+        requests = make(prompts, *args)
+        for request in requests:
+            request.prompt = "lost" if prompts == [[1]] else None
+        return requests
+
+    engine._make_requests = makes
+    got = {}
+
+    def asks():
+        params = SamplingParams(max_tokens=3)
+        if how == "generate":
+            got["tokens"] = engine.generate([1], params)[0].token_ids
+        elif how == "stream":
+            got["tokens"] = [token for delta in engine.stream([1], params) for token in delta.token_ids]
+        else:
+            got["tokens"] = asyncio.run(_awaited(AsyncLLM(engine).generate([1], params))).token_ids
+
+    thread = threading.Thread(target=asks, daemon=True)
+    thread.start()
+    engine.generate([[2]] * 3, SamplingParams(max_tokens=20))
+    thread.join(HANGS)
+    assert lost
+    assert got["tokens"] == engine.model.continuation([1], 3)
+
+
+async def _awaited(answer):
+    return await answer
 
 
 def held(lock) -> bool:

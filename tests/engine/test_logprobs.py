@@ -271,3 +271,21 @@ def test_two_engines_on_one_model_report_their_own():
         for output in results:
             is_whole(output, model, num)
             is_whole_prompt(output, model, num)
+
+
+def test_deltas_carry_the_logprobs_of_their_tokens_also_where_several_come_at_once():
+    model = FakeModel(vocab_size=257, eos_token_ids=(EOS,), num_pages=200)
+    engine = Engine(model, byte_tokenizer())
+    asked = SamplingParams(max_tokens=9, logprobs=2, n=3, temperature=1.0, seed=4)
+    stream = engine.stream(["some", "text"], [asked, SamplingParams(max_tokens=9)])
+    deltas = [next(stream)]
+    engine.generate("served by steps that nobody reads here", SamplingParams(max_tokens=4))
+    deltas += stream
+    outputs = {delta.index: delta.output for delta in deltas if delta.output is not None}
+    assert all(delta.logprobs is None for delta in deltas if delta.index == 1)
+    assert any(len(delta.token_ids) > 1 for delta in deltas)
+    for sequence, output in enumerate(outputs[0].outputs):
+        own = [delta for delta in deltas if (delta.index, delta.sequence) == (0, sequence)]
+        assert all([next(iter(each)) for each in delta.logprobs] == delta.token_ids for delta in own)
+        assert [each for delta in own for each in delta.logprobs] == output.logprobs
+    assert len({tuple(output.token_ids) for output in outputs[0].outputs}) == 3

@@ -12,6 +12,7 @@ import pytest
 
 from quire.engine.core import Engine
 from quire.engine.params import SamplingParams
+from quire.engine.request import Request
 
 from .fakes import FakeModel
 
@@ -21,7 +22,8 @@ GREEDY = SamplingParams(max_tokens=12)
 
 
 @pytest.fixture(autouse=True)
-def _threads_change_places_often():
+def _threads_change_places_often_and_wait_for_one_another_alone(monkeypatch):
+    monkeypatch.setattr("quire.engine.core.SILENCE", 10 * HANGS)  # a sleeper whom nobody wakes hangs
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -310,6 +312,43 @@ def test_streams_that_the_collector_drops_in_the_middle_of_a_step_are_ended_afte
     assert output.token_ids == model.continuation([3, 4, 5, 6], 12)
     assert all_pages_are_free(engine)
     assert not engine.has_unfinished
+
+
+def test_a_thread_sleeps_until_its_own_requests_have_news():
+    engine = Engine(FakeModel(num_pages=200))
+    gate, sleep, sleeps = Gate(engine.model), engine._sleep, []
+
+    def counted(reader):
+        sleeps.append(threading.current_thread().name)
+        sleep(reader)
+
+    engine._sleep = counted
+    long = SamplingParams(max_tokens=60)
+    streamed = []
+    whole = [lambda i=i: engine.generate([i], long) for i in range(6)]
+    with running(lambda: streamed.extend(engine.stream([9], long)), *whole) as threads:
+        assert gate.reached.wait(HANGS)
+        until(lambda: len(engine.requests) == 7)
+        gate.opened.set()
+    assert tokens_of(streamed) == engine.model.continuation([9], 60)
+    for thread in threads[
+        1:
+    ]:  # once for its news, and now and then to run the steps after someone who has left
+        assert sleeps.count(thread.name) <= 8, "it was woken for tokens of others"
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_waiting_for_many_requests_costs_what_they_gain_and_not_how_many_they_are(progress, monkeypatch):
+    looks = []
+    finished = Request.finished.fget
+    monkeypatch.setattr(
+        Request, "finished", property(lambda request: (looks.append(1), finished(request))[1])
+    )
+    for count in (20, 200):
+        engine = Engine(FakeModel(), max_num_seqs=2)
+        looks.clear()
+        engine.generate([[i % 50] for i in range(count)], SamplingParams(max_tokens=4), progress=progress)
+        assert len(looks) < 5 * 4 * count
 
 
 def test_the_progress_of_a_call_counts_its_own_tokens_only(monkeypatch):

@@ -3,7 +3,8 @@
 params.py      SamplingParams: what a caller asks for
 admission.py   which prompts and parameters can be served at all
 chat.py        conversations to prompts, by the tokenizer's chat template
-request.py     a request, what comes back from it, and who has read how much
+request.py     a request, and what comes back from it
+reader.py      what a caller's requests have gained, and who is woken for it
 sequence.py    one text of a request: its tokens, and how many are in pages
 scheduler.py   who runs in the next step, and on whose pages
 hits.py        what of a request is in pages already
@@ -16,8 +17,10 @@ text.py        tokens to text, while they come
 turns.py       engines on one model: one at a time, and pages for the oldest
 core.py        Engine: add_request and step, generate and stream, over all of these
 llm.py         LLM: an Engine that loads its model
+async_llm.py   AsyncLLM: an Engine for coroutines
 """
 
+from quire.engine.async_llm import Answer, AsyncLLM
 from quire.engine.core import Engine, EngineStats
 from quire.engine.llm import LLM
 from quire.engine.logprobs import Logprob
@@ -26,6 +29,8 @@ from quire.engine.request import CompletionOutput, Delta, RequestOutput
 
 __all__ = [
     "LLM",
+    "Answer",
+    "AsyncLLM",
     "CompletionOutput",
     "Delta",
     "Engine",

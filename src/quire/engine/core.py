@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ from quire.engine.logits import logit_rules
 from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
 from quire.engine.params import SamplingParams
 from quire.engine.progress import progress_bar
-from quire.engine.request import Delta, Reader, Request, RequestOutput, interrupted_request, raise_first_error
+from quire.engine.reader import Reader, Waiter, raise_first_error
+from quire.engine.request import Delta, Request, RequestOutput, interrupted_request
 from quire.engine.runner import run
 from quire.engine.sampler import sample
 from quire.engine.scheduler import Chunk, Scheduler
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_BATCH_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = 128
-SILENCE = 1.0  # seconds without news after which a sleeping thread sees whether anyone still runs steps
+SILENCE = 1.0  # seconds after which a sleeping thread sees whether anyone has run a step meanwhile
 
 
 @dataclass
@@ -151,10 +152,11 @@ class Engine:
         self._turns.join(self, self._scheduler)
         self._seq_ids = itertools.count()
         self._encoding = _encoding_lock(tokenizer)
-        self._news = threading.Condition()  # held while tokens are handed out, and while they are read
+        self._news = threading.RLock()  # held while tokens are handed out, and while they are read
         self._reader = Reader()  # what `step` has returned of the requests of `add_request`
         self._driver: int | None = None  # the thread in _drive's loop
-        self._sleepers: list[Callable[[], bool]] = []  # what the others there wait for
+        self._num_turns = 0  # of steps, those with nothing to run included
+        self._sleepers: dict[int, Waiter] = {}  # by thread: what it waits for while another runs steps
 
     def __repr__(self) -> str:
         num_running = len(self._scheduler.running)
@@ -182,7 +184,7 @@ class Engine:
         token_ids = self._encode([prompt])[0] if isinstance(prompt, str) else prompt
         request = self._make_request(prompt, list_params(params, 1)[0], token_ids)
         with self._news:
-            self._reader.requests.append(request)
+            self._reader.add(request)
             self._enqueue(request)
         return request.request_id
 
@@ -230,9 +232,7 @@ class Engine:
         if in_turn:
             self._turns.defer(lambda: self._end([request]))
             return True
-        aborted = self._turns.run(lambda: self._end([request]), self._scheduler)
-        self._wake()
-        return aborted
+        return self._turns.run(lambda: self._end([request]), self._scheduler)
 
     def reset_prefix_cache(self) -> None:
         """Forget what pages hold, for all engines on this model: no later request finds a page computed before.
@@ -305,19 +305,18 @@ class Engine:
             ArgumentError: messages of another form, or that the template refuses; a prompt that cannot be served.
             UnsupportedError: the engine has no tokenizer, or a tokenizer without a chat template.
         """
-        with self._encoding:
-            prompts = render_chats(self.tokenizer, messages)
-        return self._complete(self._make_requests(prompts, params, special_tokens=False), progress)
+        return self._complete(self._make_chats(messages, params), progress)
 
     def _complete(self, requests: list[Request], progress: bool | None) -> list[RequestOutput]:
-        with self._serving(requests), progress_bar(len(requests), shown=progress) as advance:
-            if advance is None:
-                self._drive(lambda: _are_settled(requests))
-            else:
-                for deltas in self._read(requests):
-                    advance(deltas)
-            raise_first_error(requests)
-        return [request.output() for request in requests]
+        with progress_bar(len(requests), shown=progress) as advance:
+            with self._serving(requests, whole=advance is None) as reader:
+                if advance is None:
+                    self._drive(reader)
+                else:
+                    for deltas in self._read(reader):
+                        advance(deltas)
+                raise_first_error(requests)
+            return [request.output() for request in requests]
 
     def stream(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
@@ -336,69 +335,82 @@ class Engine:
         return self._stream(self._make_requests(list_prompts(prompts), params))
 
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
-        with self._serving(requests):
-            for deltas in self._read(requests):
+        with self._serving(requests) as reader:
+            for deltas in self._read(reader):
                 yield from deltas
 
-    def _read(self, requests: list[Request]) -> Iterator[list[Delta]]:
-        reader = Reader(requests)
+    def _read(self, reader: Reader) -> Iterator[list[Delta]]:
         while reader.requests:
-            self._drive(reader.has_news)
+            self._drive(reader)
             with self._news:
                 deltas = reader.read()
             yield deltas
 
     @contextmanager
-    def _serving(self, requests: list[Request]) -> Iterator[None]:
+    def _serving(self, requests: list[Request], *, whole: bool = False) -> Iterator[Reader]:
+        reader = Reader(requests, whole=whole)
         try:
             with self._news:
                 for request in requests:
                     self._enqueue(request)
-            yield
+            yield reader
         finally:
-            if not all(request.finished for request in requests):
-                # Deferred: the garbage collector may run this in the middle of a step.
-                self._turns.defer(lambda: self._end(requests))
+            for request in requests:
+                request.reader = None
+            self._give_up(requests)
 
-    def _drive(self, has_news: Callable[[], bool]) -> None:
-        """Run steps until has_news, or sleep until then while another thread runs them."""
+    def _drive(self, reader: Waiter) -> None:
+        """Run steps until a reader has news, or sleep until then while another thread runs them."""
         self._turns.check_may_wait()
         thread = threading.get_ident()
         try:
             with self._news:
-                while not has_news() and self._driver not in (None, thread):
-                    self._sleep(has_news)
-                if has_news():
+                while not reader.has_news() and self._driver not in (None, thread):
+                    self._sleep(reader)
+                if reader.has_news():
                     return
                 self._driver = thread
-            while not has_news():
-                if not self._run_step() and not has_news():
+            while not reader.has_news():
+                if not self._run_step() and not reader.has_news():
+                    with self._news:
+                        reader.look()
                     self._turns.wait()
         finally:
-            if self._driver == thread:
-                self._driver = None
-                with self._news:
-                    self._news.notify_all()  # one of them runs the next step
+            with self._news:
+                if self._driver in (None, thread):
+                    self._hand_over()
 
-    def _sleep(self, has_news: Callable[[], bool]) -> None:
-        self._sleepers.append(has_news)
+    def _hand_over(self) -> None:
+        """Let a sleeping thread run the steps, one that does not leave at once with its news; with _news held."""
+        self._driver = None
+        for thread, reader in self._sleepers.items():
+            if not reader.has_news():
+                self._driver = thread
+                if reader.wake is not None:
+                    reader.wake()
+                break
+
+    def _sleep(self, reader: Waiter) -> None:
+        """Sleep until a reader has news or this thread is to run steps; with _news held."""
+        thread = threading.get_ident()
+        condition = threading.Condition(self._news)  # its own: nobody is woken for another's tokens
+        num_turns = self._num_turns
+        reader.wake = condition.notify
+        self._sleepers[thread] = reader
         try:
-            # A driver that was interrupted as it left, or whose thread is gone, wakes nobody. Two drivers do no harm.
-            if not self._news.wait(SILENCE) and not self._turns.has_owner:
-                self._driver = None
+            # Whoever was interrupted as it left or before it told its news, or whose thread is gone, wakes nobody.
+            if not condition.wait(SILENCE):
+                reader.look()
+                if num_turns == self._num_turns and not self._turns.has_owner:
+                    self._driver = None  # two drivers do no harm
         finally:
-            self._sleepers.remove(has_news)
-
-    def _wake(self) -> None:
-        with self._news:
-            if any(has_news() for has_news in self._sleepers):
-                self._news.notify_all()
+            reader.wake = None
+            self._sleepers.pop(thread, None)
 
     def _run_step(self) -> bool:
         """Schedule, forward, sample, hand out; False when nothing can run."""
-        has_run = self._turns.run(self._step_in_turn, self._scheduler)
-        self._wake()
-        return has_run
+        self._num_turns += 1
+        return self._turns.run(self._step_in_turn, self._scheduler)
 
     def _step_in_turn(self) -> bool:
         try:
@@ -490,6 +502,7 @@ class Engine:
         except BaseException as error:  # the token may be added, but its text lost and its stop unseen
             interruption = error
             request.error = interrupted_request(request.request_id, error)
+        request.tell()  # before it is forgotten: interrupted here, `_recover` finds it and tells again
         if sequence.finish_reason is not None:
             self._scheduler.finish(request, sequence)
             if request.finished:
@@ -507,7 +520,14 @@ class Engine:
                 self._scheduler.remove(request)
                 del self.requests[request.request_id]
                 request.abort()
+                request.tell()
         return aborts
+
+    def _give_up(self, requests: list[Request]) -> None:
+        """Abort what has not finished of requests, after the step that runs now; never waits."""
+        if not all(request.finished for request in requests):
+            # Deferred: the garbage collector may run this in the middle of a step.
+            self._turns.defer(lambda: self._end(requests))
 
     def _recover(self) -> None:
         """Bring the queues in order after a step that broke off, wherever that was; in a turn."""
@@ -555,6 +575,15 @@ class Engine:
                     raise
                 raise type(error)(f"prompts[{index}]: {error}") from error
         return requests
+
+    def _make_chats(
+        self,
+        messages: Messages | abc.Sequence[Messages],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None,
+    ) -> list[Request]:
+        with self._encoding:
+            prompts = render_chats(self.tokenizer, messages)
+        return self._make_requests(prompts, params, special_tokens=False)
 
     def _make_request(
         self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int = 0
@@ -650,11 +679,6 @@ def _encoding_lock(tokenizer: Any) -> threading.RLock:
         if lock is None:
             lock = _encoding_locks[id(tokenizer)] = threading.RLock()
         return lock
-
-
-def _are_settled(requests: list[Request]) -> bool:
-    """Whether all have finished, or one has failed."""
-    return all(request.finished for request in requests) or any(request.error for request in requests)
 
 
 def decoder_of(tokenizer: Any) -> Tokenizer:

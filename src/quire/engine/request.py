@@ -1,16 +1,18 @@
-"""A request while it lives, what comes back from it, and who has read how much of it."""
+"""A request while it lives, and what comes back from it."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import abc
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quire.engine.logprobs import Logprob, TokenLogprobs
 from quire.engine.sequence import FinishReason, Sequence
 from quire.errors import QuireError
+
+if TYPE_CHECKING:
+    from quire.engine.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class CompletionOutput:
         text: the generated text, by default without stop string and special tokens.
         token_ids: every generated token, the one that ended the sequence included.
         finish_reason: "stop" (end-of-text, stop token or stop string), "length" (max_tokens or the
-            model's longest sequence), "abort".
+            model's longest sequence), "abort"; None of a sequence that has not ended, see `AsyncLLM`.
         cumulative_logprob: the sum of the generated tokens' logprobs; None unless SamplingParams.logprobs asked.
         logprobs: for each generated token those of it, first, and of the likeliest, by token id; None unless asked.
     """
@@ -30,20 +32,20 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """One finished request.
+    """One request: finished, but for those that an `AsyncLLM` shows on their way.
 
     Attributes:
         prompt: the prompt's text; None when token ids were given.
         outputs: one per sequence; `text`, `token_ids` and `finish_reason` are the first one's.
-        time_to_first_token, seconds: from the request's arrival; time_to_first_token is None when no
-            token was generated.
+        time_to_first_token, seconds: from the request's arrival to its end, or to now; time_to_first_token is None
+            when no token was generated.
         preemptions: how often the request gave its pages back and was computed again.
         num_cached_tokens: tokens of the prompt that were found in pages and not computed.
         hit: the same in a sentence, and why no more were found; "" where the request never ran.
@@ -74,9 +76,14 @@ class RequestOutput:
         return self.outputs[0].token_ids
 
     @property
-    def finish_reason(self) -> FinishReason:
-        """Why the first sequence ended."""
+    def finish_reason(self) -> FinishReason | None:
+        """Why the first sequence ended; None before."""
         return self.outputs[0].finish_reason
+
+    @property
+    def finished(self) -> bool:
+        """Whether all sequences have ended."""
+        return all(output.finish_reason is not None for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class Delta:
         token_ids: new tokens.
         output: the whole result, with the last delta of a request that has finished.
         sequence: which sequence of the request.
+        logprobs: for each new token those of it, first, and of the likeliest, by token id; None unless
+            SamplingParams.logprobs asked.
     """
 
     request_id: int
@@ -97,6 +106,7 @@ class Delta:
     token_ids: list[int]
     output: RequestOutput | None = None
     sequence: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -117,6 +127,7 @@ class Request:
         prompt_logprobs: how likely the prompt's tokens were, from the second on, as far as they were computed; None
             where nobody asked. Until all are here, no more than the first len(prompt_logprobs) tokens of the prompt
             may be taken from pages that someone else computed.
+        reader: whom it tells what it gains; None: nobody.
         leader: while it runs, the sequence that computes the prompt for all of them; None once each computes its own
             tokens, as one alone does from the beginning.
     """
@@ -129,6 +140,7 @@ class Request:
         self.preemptions = 0
         self.num_cached_tokens = 0
         self.hit = ""  # how much of the prompt was found in pages, and why no more
+        self.reader: Reader | None = None
         self.leader: Sequence | None = None
         self.error: Exception | None = None  # what ended it, for its caller to see
         self.prompt_logprobs: list[TokenLogprobs] | None = (
@@ -154,6 +166,12 @@ class Request:
         wanted = self.sequences[0].num_prompt_tokens - 1
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < wanted
 
+    def tell(self) -> None:
+        """Tell the reader that it has gained a token, has finished or has failed; with the engine's lock for tokens."""
+        reader = self.reader  # which its caller may take away meanwhile
+        if reader is not None:
+            reader.note(self)
+
     def abort(self) -> None:
         """Finish every sequence that has not; what fails on the way is left for the request's caller."""
         for sequence in self.sequences:
@@ -164,7 +182,7 @@ class Request:
                     self.error = self.error or error
 
     def output(self) -> RequestOutput:
-        """The result of a finished request."""
+        """What has come of it so far: the result, once it has finished."""
         first = self.sequences[0]
         began = [
             sequence.first_token_at for sequence in self.sequences if sequence.first_token_at is not None
@@ -175,89 +193,32 @@ class Request:
             prompt_token_ids=first.tokens[: first.num_prompt_tokens].tolist(),
             outputs=[_completion(index, sequence) for index, sequence in enumerate(self.sequences)],
             time_to_first_token=min(began) - self.arrived if began else None,
-            seconds=max(sequence.finished_at for sequence in self.sequences) - self.arrived,
+            seconds=self._ended_at() - self.arrived,
             preemptions=self.preemptions,
             num_cached_tokens=self.num_cached_tokens,
             hit=self.hit,
             prompt_logprobs=None
             if self.prompt_logprobs is None
-            else [None, *_as_dicts(first, self.prompt_logprobs)],
+            else [None, *(found.as_dict(first.decode) for found in self.prompt_logprobs)],
         )
+
+    def _ended_at(self) -> float:
+        if self.finished:
+            return max(sequence.finished_at for sequence in self.sequences)
+        return time.perf_counter()
 
 
 def _completion(index: int, sequence: Sequence) -> CompletionOutput:
-    assert sequence.finish_reason is not None
     tokens = sequence.tokens[sequence.num_prompt_tokens :].tolist()
-    found = sequence.logprobs
+    found, shown = sequence.logprobs, sequence.shown_logprobs()
     return CompletionOutput(
         index,
         sequence.text,
         tokens,
         sequence.finish_reason,
         cumulative_logprob=None if found is None else sum(each.logprobs[0] for each in found),
-        logprobs=None if found is None else _as_dicts(sequence, found),
+        logprobs=None if shown is None else list(shown),
     )
-
-
-def _as_dicts(sequence: Sequence, found: abc.Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
-    decode = functools.cache(sequence.decode)  # a text repeats its likely tokens
-    return [each.as_dict(decode) for each in found]
-
-
-class Reader:
-    """Reads what a caller's requests gain, every token once.
-
-    Each caller reads only its own requests, whichever thread ran the step. Hold the engine's lock for tokens while
-    reading.
-    """
-
-    def __init__(self, requests: Iterable[Request] = ()) -> None:
-        self.requests = list(requests)  # those not yet read to their end
-        self._seen: dict[Sequence, tuple[int, int]] = {}  # tokens and characters
-
-    def has_news(self) -> bool:
-        """Whether `read` would give anything."""
-        return any(
-            request.finished or any(len(s.tokens) > self._seen_of(s)[0] for s in request.sequences)
-            for request in self.requests
-        )
-
-    def read(self) -> list[Delta]:
-        """What came since the last time, in the order of arrival.
-
-        Raises:
-            Exception: what ended a request before its time, once; the next call goes on.
-        """
-        raise_first_error(self.requests)
-        deltas = []
-        for request in tuple(self.requests):
-            deltas += self._read_request(request)
-            if request.finished:
-                self.forget(request)
-        return deltas
-
-    def forget(self, request: Request) -> None:
-        """Read no more of a request, if it was read here at all."""
-        if request in self.requests:
-            self.requests.remove(request)
-        for sequence in request.sequences:
-            self._seen.pop(sequence, None)
-
-    def _read_request(self, request: Request) -> list[Delta]:
-        deltas = []
-        for index, sequence in enumerate(request.sequences):
-            tokens, chars = self._seen_of(sequence)
-            text, token_ids = sequence.text[chars:], sequence.tokens[tokens:].tolist()
-            if text or token_ids:
-                deltas.append(Delta(request.request_id, request.index, text, token_ids, sequence=index))
-                self._seen[sequence] = (tokens + len(token_ids), chars + len(text))
-        if request.finished:
-            last = deltas.pop() if deltas else Delta(request.request_id, request.index, "", [])
-            deltas.append(replace(last, output=request.output()))
-        return deltas
-
-    def _seen_of(self, sequence: Sequence) -> tuple[int, int]:
-        return self._seen.get(sequence) or (sequence.num_prompt_tokens, 0)
 
 
 def interrupted_request(request_id: int, error: BaseException) -> QuireError:
@@ -268,11 +229,3 @@ def interrupted_request(request_id: int, error: BaseException) -> QuireError:
     )
     interrupted.__cause__ = error
     return interrupted
-
-
-def raise_first_error(requests: Iterable[Request]) -> None:
-    """Raise what ended one of these requests before its time, so that its caller sees it once."""
-    for request in requests:
-        if request.error is not None:
-            error, request.error = request.error, None
-            raise error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from quire.engine.logits import LogitRules, TokenCounts
-from quire.engine.logprobs import TokenLogprobs
+from quire.engine.logprobs import Logprob, TokenLogprobs
 from quire.engine.params import SamplingParams
 from quire.pages import Prefix
 
@@ -62,6 +62,7 @@ class Sequence:
         self._stop_token_ids = stop_token_ids
         self._text = text
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self._shown: list[dict[int, Logprob]] = []
         self.rules = rules
         self.counts: TokenCounts | None = None
         if rules is not None and rules.penalises:
@@ -100,6 +101,14 @@ class Sequence:
     def decode(self, token: int) -> str | None:
         """A token's text alone; None without a tokenizer."""
         return None if self._text is None else self._text.decode_token(token)
+
+    def shown_logprobs(self) -> list[dict[int, Logprob]] | None:
+        """`logprobs` by token id, as a caller sees them; each is put into that form once. Not to be changed."""
+        if self.logprobs is None:
+            return None
+        for found in self.logprobs[len(self._shown) :]:
+            self._shown.append(found.as_dict(self.decode))
+        return self._shown
 
     def accept(self, token: int) -> None:
         """Add a generated token and see whether it ends the sequence."""

@@ -41,6 +41,7 @@ class TextStream:
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
         self._tokens: list[int] = []
+        self._alone: dict[int, str] = {}  # texts of single tokens: a text repeats its likely ones
         self._decoded_chars = 0
         self._undecoded = False  # whether the last tokens still wait for the rest of a character
         self._held = ""  # decoded, but perhaps the start of a stop string
@@ -57,7 +58,9 @@ class TextStream:
 
     def decode_token(self, token: int) -> str:
         """A token's text alone, also that of a special one."""
-        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        text = self._alone.get(token)
+        if text is None:
+            text = self._alone[token] = self._tokenizer.decode([token], skip_special_tokens=False)
         return text
 
     def close(self, *, cut_off: bool, may_stop: bool = True) -> bool:
