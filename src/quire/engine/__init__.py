@@ -2,6 +2,7 @@
 
 params.py      SamplingParams: what a caller asks for
 admission.py   which prompts and parameters can be served at all
+intake.py      from prompts and parameters to requests
 chat.py        conversations to prompts, by the tokenizer's chat template
 request.py     a request, what comes back from it, and who has read how much
 sequence.py    one text of a request: its tokens, and how many are in pages

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-import weakref
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-
 from quire.debug import debug_enabled
 from quire.engine.admission import (
     Prompt,
     Prompts,
-    check_params,
-    check_prompt,
-    check_text,
-    list_params,
     list_prompts,
-    max_length,
 )
 from quire.engine.audit import audit_all, audit_sample
-from quire.engine.chat import Messages, render_chats
-from quire.engine.logits import logit_rules
+from quire.engine.chat import Messages
+from quire.engine.intake import Intake
 from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
 from quire.engine.params import SamplingParams
 from quire.engine.progress import progress_bar
@@ -36,9 +27,8 @@ from quire.engine.runner import run
 from quire.engine.sampler import sample
 from quire.engine.scheduler import Chunk, Scheduler
 from quire.engine.sequence import Sequence
-from quire.engine.text import TextStream
 from quire.engine.turns import turns_of
-from quire.errors import ArgumentError, OutOfPages, PageStateError, UnsupportedError
+from quire.errors import ArgumentError, OutOfPages, PageStateError
 from quire.pages import PageAllocator, PageTable
 from quire.spec import check_size
 
@@ -136,7 +126,7 @@ class Engine:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self._decoder = None if tokenizer is None else decoder_of(tokenizer)
+        self._intake = Intake(model, tokenizer)
         self.table = PageTable(model.allocator, model.page_size)
         self.requests: dict[int, Request] = {}
         self.stats = EngineStats()
@@ -149,8 +139,6 @@ class Engine:
         self._debug = debug_enabled()
         self._turns = turns_of(model.lock)
         self._turns.join(self, self._scheduler)
-        self._seq_ids = itertools.count()
-        self._encoding = _encoding_lock(tokenizer)
         self._news = threading.Condition()  # held while tokens are handed out, and while they are read
         self._reader = Reader()  # what `step` has returned of the requests of `add_request`
         self._driver: int | None = None  # the thread in _drive's loop
@@ -179,8 +167,7 @@ class Engine:
                 allows, or that could not finish even with the whole pool to itself; no other
                 request is touched.
         """
-        token_ids = self._encode([prompt])[0] if isinstance(prompt, str) else prompt
-        request = self._make_request(prompt, list_params(params, 1)[0], token_ids)
+        [request] = self._intake.make_requests([prompt], params)
         with self._news:
             self._reader.requests.append(request)
             self._enqueue(request)
@@ -284,7 +271,7 @@ class Engine:
                 and before any work is done; also where the rules of a request left no token to choose.
             Exception: what a logits processor of one of these requests raised; the rest of them are aborted.
         """
-        return self._complete(self._make_requests(list_prompts(prompts), params), progress)
+        return self._complete(self._intake.make_requests(list_prompts(prompts), params), progress)
 
     def chat(
         self,
@@ -305,9 +292,7 @@ class Engine:
             ArgumentError: messages of another form, or that the template refuses; a prompt that cannot be served.
             UnsupportedError: the engine has no tokenizer, or a tokenizer without a chat template.
         """
-        with self._encoding:
-            prompts = render_chats(self.tokenizer, messages)
-        return self._complete(self._make_requests(prompts, params, special_tokens=False), progress)
+        return self._complete(self._intake.make_chat_requests(messages, params), progress)
 
     def _complete(self, requests: list[Request], progress: bool | None) -> list[RequestOutput]:
         with self._serving(requests), progress_bar(len(requests), shown=progress) as advance:
@@ -333,7 +318,7 @@ class Engine:
         Raises:
             ArgumentError: as `generate`, at the call.
         """
-        return self._stream(self._make_requests(list_prompts(prompts), params))
+        return self._stream(self._intake.make_requests(list_prompts(prompts), params))
 
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         with self._serving(requests):
@@ -534,104 +519,6 @@ class Engine:
         else:
             audit_sample(chunks, self.table, cache, self.stats.steps)
 
-    def _make_requests(
-        self,
-        listed: abc.Sequence[Prompt],
-        params: SamplingParams | abc.Sequence[SamplingParams] | None,
-        *,
-        special_tokens: bool = True,
-    ) -> list[Request]:
-        """One request per prompt, none of them queued yet, so that a bad one is found before any work."""
-        each = list_params(params, len(listed))
-        texts = [prompt for prompt in listed if isinstance(prompt, str)]
-        encoded = iter(self._encode(texts, special_tokens=special_tokens))
-        requests = []
-        for index, (prompt, its_params) in enumerate(zip(listed, each, strict=True)):
-            token_ids = next(encoded) if isinstance(prompt, str) else prompt
-            try:
-                requests.append(self._make_request(prompt, its_params, token_ids, index))
-            except ArgumentError as error:
-                if len(listed) == 1:
-                    raise
-                raise type(error)(f"prompts[{index}]: {error}") from error
-        return requests
-
-    def _make_request(
-        self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int = 0
-    ) -> Request:
-        check_prompt(prompt, token_ids, self.model)
-        check_params(params, self.model)
-        if params.stop_strings and self._decoder is None:
-            raise ArgumentError(
-                f"stop must be None, as this engine has no tokenizer to read text with; got {params.stop!r}. "
-                "Fix: stop_token_ids, or pass a tokenizer"
-            )
-        eos = self.model.eos_token_ids
-        longest = max_length(len(token_ids), params, self.model)
-        stop_token_ids = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos)))
-        rules = logit_rules(
-            params,
-            ending_ids=(*params.stop_token_ids, *eos),
-            bad_words=self._encode_bad_words(params.bad_words or ()),
-            vocab_size=self.model.vocab_size,
-        )
-        sequences = [
-            Sequence(
-                next(self._seq_ids),
-                token_ids,
-                params,
-                max_length=longest,
-                stop_token_ids=stop_token_ids,
-                text=self._make_text(token_ids, params),
-                rules=rules,
-                index=sample_index,
-            )
-            for sample_index in range(params.n)
-        ]
-        return Request(sequences, prompt if isinstance(prompt, str) else None, index)
-
-    def _make_text(self, token_ids: abc.Sequence[int], params: SamplingParams) -> TextStream | None:
-        if self._decoder is None:
-            return None
-        return TextStream(
-            self._decoder,
-            token_ids,
-            params.stop_strings,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-        )
-
-    def _encode_bad_words(self, words: abc.Sequence[str]) -> list[list[int]]:
-        """The tokens of each text that must not come up, as it is written at the start of a text and after a space."""
-        if words and self.tokenizer is None:
-            raise ArgumentError(
-                f"bad_words must be None, as this engine has no tokenizer to read them with; got {words!r:.60}. "
-                "Fix: logit_bias, or pass a tokenizer"
-            )
-        bare = [word.lstrip() or word for word in words]
-        token_ids = self._encode([text for word in bare for text in (word, f" {word}")], special_tokens=False)
-        for word, ids in zip(words, token_ids[::2], strict=True):
-            if not ids:
-                raise ArgumentError(
-                    f"bad_words must be texts that the tokenizer writes with tokens; got {word!r:.60}, "
-                    "for which it has none. Fix: leave it out"
-                )
-        return token_ids
-
-    def _encode(self, texts: list[str], *, special_tokens: bool = True) -> list[list[int]]:
-        if not texts:
-            return []
-        if self.tokenizer is None:
-            raise ArgumentError(
-                f"prompt must be token ids, as this engine has no tokenizer; got {texts[0]!r:.60}. "
-                "Fix: pass a tokenizer"
-            )
-        for index, text in enumerate(texts):
-            check_text(text, index)
-        with self._encoding:
-            token_ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
-        return token_ids
-
     def _enqueue(self, request: Request) -> None:
         """Make a request live; with _news held, so that none is seen half there."""
         request.arrived = time.perf_counter()
@@ -639,35 +526,6 @@ class Engine:
         self._scheduler.add(request)
 
 
-_encoding_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
-_encoding_locks_lock = threading.Lock()
-
-
-def _encoding_lock(tokenizer: Any) -> threading.RLock:
-    """One lock per tokenizer, for all engines that have it: it may change its settings while it encodes."""
-    with _encoding_locks_lock:
-        lock = _encoding_locks.get(id(tokenizer))  # whose engine keeps the tokenizer, too
-        if lock is None:
-            lock = _encoding_locks[id(tokenizer)] = threading.RLock()
-        return lock
-
-
 def _are_settled(requests: list[Request]) -> bool:
     """Whether all have finished, or one has failed."""
     return all(request.finished for request in requests) or any(request.error for request in requests)
-
-
-def decoder_of(tokenizer: Any) -> Tokenizer:
-    """The `tokenizers.Tokenizer` inside a transformers tokenizer.
-
-    Raises:
-        UnsupportedError: a tokenizer written in Python alone, which has none.
-    """
-    decoder = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(decoder, Tokenizer):
-        raise UnsupportedError(
-            "tokenizer must be a transformers tokenizer with a `tokenizers` backend, which decodes token by "
-            f"token; got {type(tokenizer).__name__}. "
-            "Fix: PreTrainedTokenizerFast(tokenizer_file='tokenizer.json')"
-        )
-    return decoder
