@@ -120,6 +120,19 @@ def check_params(params: SamplingParams, model: PagedModel) -> None:
             )
 
 
+def check_priority(priority: object) -> None:
+    """Refuse what cannot be compared with other priorities.
+
+    Raises:
+        ArgumentError: no int, or one that 32 bits do not hold.
+    """
+    if not (isinstance(priority, int) and not isinstance(priority, bool) and -(2**31) <= priority < 2**31):
+        raise ArgumentError(
+            f"priority must be an int from -2**31 to 2**31 - 1; got {priority!r:.60}. "
+            "Fix: 0 as for all others, 1 for what may wait, -1 for what is urgent"
+        )
+
+
 def check_text(text: str, index: int) -> None:
     """Refuse text that a tokenizer could not encode.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quire.debug import debug_enabled
-from quire.engine.admission import (
-    Prompt,
-    Prompts,
-    list_prompts,
-)
+from quire.engine.admission import Prompt, Prompts, check_priority, list_prompts
 from quire.engine.audit import audit_all, audit_sample
 from quire.engine.chat import Messages
 from quire.engine.intake import Intake
@@ -154,12 +149,15 @@ class Engine:
         """Whether `step` has anything to do."""
         return bool(self.requests or self._reader.requests)
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> int:
         """Queue a prompt, to be served by `step`.
 
         Args:
             prompt: text, or token ids.
             params: default: SamplingParams().
+            priority: lower runs first, and takes pages and places from what runs with a higher one. None waits for
+                ever: for each step of priority a request lets only those pass that arrive within a minute after it.
+                Requests of one priority, also those of `generate` and `stream` with 0, run in the order of arrival.
         Returns:
             The request's id, for `abort` and to tell its deltas apart.
         Raises:
@@ -167,7 +165,9 @@ class Engine:
                 allows, or that could not finish even with the whole pool to itself; no other
                 request is touched.
         """
+        check_priority(priority)
         [request] = self._intake.make_requests([prompt], params)
+        request.priority = priority
         with self._news:
             self._reader.requests.append(request)
             self._enqueue(request)
@@ -446,7 +446,7 @@ class Engine:
         if not self._turns.others_hold_pages(self._scheduler):
             allocator = self.table.allocator
             raise OutOfPages(
-                f"the pool must have pages for the oldest request; got {allocator.num_available} free of "
+                f"the pool must have pages for the most urgent request; got {allocator.num_available} free of "
                 f"{allocator.num_pages}, with none held by another running request. "
                 "Fix: free what else was allocated from engine.table.allocator"
             )
@@ -521,7 +521,7 @@ class Engine:
 
     def _enqueue(self, request: Request) -> None:
         """Make a request live; with _news held, so that none is seen half there."""
-        request.arrived = time.perf_counter()
+        request.arrive()
         self.requests[request.request_id] = request
         self._scheduler.add(request)
 

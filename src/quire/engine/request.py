@@ -104,6 +104,11 @@ class Delta:
         return None if self.output is None else self.output.outputs[self.sequence].finish_reason
 
 
+HEAD_START = (
+    60.0  # seconds by which a request may arrive later and still be as urgent as one a priority above it
+)
+
+
 class Request:
     """A prompt of a caller: a group of sequences that begin with it, and that run and give up pages together.
 
@@ -114,6 +119,8 @@ class Request:
         prompt: the prompt's text, if it was text.
         index: position of the prompt in its caller's list.
     Attributes:
+        priority: lower runs first; counts from the next `arrive` on.
+        urgency: sorts requests, the one to be served first before the others; fixed by arrival and priority.
         prompt_logprobs: how likely the prompt's tokens were, from the second on, as far as they were computed; None
             where nobody asked. Until all are here, no more than the first len(prompt_logprobs) tokens of the prompt
             may be taken from pages that someone else computed.
@@ -121,7 +128,12 @@ class Request:
             tokens, as one alone does from the beginning.
     """
 
-    def __init__(self, sequences: abc.Sequence[Sequence], prompt: str | None = None, index: int = 0) -> None:
+    def __init__(
+        self,
+        sequences: abc.Sequence[Sequence],
+        prompt: str | None = None,
+        index: int = 0,
+    ) -> None:
         self.sequences = list(sequences)
         self.request_id = sequences[0].seq_id
         self.prompt = prompt
@@ -134,7 +146,13 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if sequences[0].params.prompt_logprobs is None else []
         )
+        self.priority = 0
+        self.arrive()
+
+    def arrive(self) -> None:
+        """Count from now: a request of lower priority that arrives within its head start is more urgent."""
         self.arrived = time.perf_counter()
+        self.urgency = (self.arrived + self.priority * HEAD_START, self.arrived)
 
     @property
     def finished(self) -> bool:
