@@ -32,7 +32,7 @@ from quire.spec import AttentionSpec
 from quire.state import SoftmaxState, merge
 
 if TYPE_CHECKING:
-    from quire.engine import LLM, RequestOutput, SamplingParams
+    from quire.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [  # noqa: RUF022  # sorted as sorted() does
     "ArgumentError",
     "AttentionPlan",
     "AttentionSpec",
+    "BeamSearchParams",
     "DeviceError",
     "DtypeError",
     "KVPool",
@@ -64,7 +65,7 @@ __all__ = [  # noqa: RUF022  # sorted as sorted() does
     "write_kv",
 ]
 
-_FROM_ENGINE = ("LLM", "RequestOutput", "SamplingParams")  # they load transformers
+_FROM_ENGINE = ("BeamSearchParams", "LLM", "RequestOutput", "SamplingParams")  # they load transformers
 
 
 def __getattr__(name: str) -> Any:

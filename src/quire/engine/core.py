@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from quire.debug import debug_enabled
 from quire.engine.admission import Prompt, Prompts, check_priority, list_prompts
 from quire.engine.audit import audit_all, audit_sample
+from quire.engine.beams import Beam, BeamRequest, add_candidates
 from quire.engine.chat import Messages
 from quire.engine.intake import Intake
 from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.progress import progress_bar
 from quire.engine.request import Delta, Reader, Request, RequestOutput, interrupted_request, raise_first_error
 from quire.engine.runner import run
@@ -149,12 +150,14 @@ class Engine:
         """Whether `step` has anything to do."""
         return bool(self.requests or self._reader.requests)
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> int:
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None, *, priority: int = 0
+    ) -> int:
         """Queue a prompt, to be served by `step`.
 
         Args:
             prompt: text, or token ids.
-            params: default: SamplingParams().
+            params: default: SamplingParams(). With BeamSearchParams the one delta of the request is its result.
             priority: lower runs first, and takes pages and places from what runs with a higher one. None waits for
                 ever: for each step of priority a request lets only those pass that arrive within a minute after it.
                 Requests of one priority, also those of `generate` and `stream` with 0, run in the order of arrival.
@@ -166,7 +169,10 @@ class Engine:
                 request is touched.
         """
         check_priority(priority)
-        [request] = self._intake.make_requests([prompt], params)
+        if isinstance(params, BeamSearchParams):
+            [request] = self._intake.make_beam_requests([prompt], params)
+        else:
+            [request] = self._intake.make_requests([prompt], params)
         request.priority = priority
         with self._news:
             self._reader.requests.append(request)
@@ -304,6 +310,32 @@ class Engine:
             raise_first_error(requests)
         return [request.output() for request in requests]
 
+    def beam_search(
+        self,
+        prompts: Prompts,
+        params: BeamSearchParams | abc.Sequence[BeamSearchParams],
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Search the likeliest texts of prompts, all of them served together, and with the requests of other threads.
+
+        The beams of a prompt share its pages, and those of the texts that they have in common; a page is copied when
+        two of them write it, and a beam that is given up gives its pages back in the same step.
+
+        Args:
+            prompts: text, a list of texts, token ids, or a list of such lists.
+            params: for all prompts, or one per prompt.
+            progress: as for `generate`.
+        Returns:
+            One output per prompt, in their order. `outputs` holds the texts found, the best first, each with its
+            `score` and `cumulative_logprob`; at most beam_width, fewer where so few tokens are possible.
+        Raises:
+            ArgumentError: a prompt that cannot be served, beams that would not fit the pool, or logits that are no
+                numbers.
+        Cost: a softmax and a partial sort of the vocabulary per beam and step, and one copy of the results to the host.
+        """
+        return self._complete(self._intake.make_beam_requests(list_prompts(prompts), params), progress)
+
     def stream(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
     ) -> Iterator[Delta]:
@@ -396,21 +428,32 @@ class Engine:
                 complete = [chunk for chunk in chunks if chunk.is_last]
                 rows: list[int] = []
                 choosing: list[tuple[Request, Sequence]] = []
+                beams: list[tuple[int, BeamRequest, Beam]] = []
                 for row, chunk in enumerate(complete):
                     for sequence in chunk.choosing:
-                        rows.append(row)
-                        choosing.append((chunk.request, sequence))
+                        if isinstance(sequence, Beam) and isinstance(chunk.request, BeamRequest):
+                            beams.append((row, chunk.request, sequence))
+                        else:
+                            rows.append(row)
+                            choosing.append((chunk.request, sequence))
                 sequences = [sequence for _, sequence in choosing]
                 # Samples of one prompt choose their first tokens from the same row.
-                of_last = logits[: len(complete)] if len(rows) == len(complete) else logits[rows]
-                choices = sample(of_last, sequences) if complete else []
+                of_last = (
+                    logits[: len(complete)] if len(rows) == len(complete) and not beams else logits[rows]
+                )
+                choices = sample(of_last, sequences) if sequences else []
                 logprobs = logprobs_of_choices(of_last, sequences, choices)
                 of_prompts = prompt_logprobs(logits[len(complete) :], chunks)
+                if beams:
+                    add_candidates(logits, beams)
                 with self._news:
                     for request, found in of_prompts:
                         assert request.prompt_logprobs is not None
                         request.prompt_logprobs += found
                     self._scheduler.advance(chunks)
+                    for search in {search.request_id: search for _, search, _ in beams}.values():
+                        if search.is_ready:
+                            self._regroup(search)
                     interruptions = [
                         self._hand_out(request, sequence, choice, logprobs.get(place))
                         for place, ((request, sequence), choice) in enumerate(
@@ -482,6 +525,21 @@ class Engine:
         if request.error is not None:
             self._end([request])
         return interruption
+
+    def _regroup(self, search: BeamRequest) -> None:
+        """Let the best continuations of beams go on, and hand the result out once the search has ended."""
+        try:
+            regrouping = search.regroup()
+        except Exception as error:
+            search.error = error
+            self._end([search])
+            return
+        self._scheduler.regroup(regrouping.forks, regrouping.ended)
+        search.accept(regrouping.generation)
+        if search.finished:
+            self.stats.generated_tokens += sum(len(each.tokens) for each in regrouping.generation.hypotheses)
+            self._scheduler.remove(search)
+            del self.requests[search.request_id]
 
     def _end(self, requests: list[Request]) -> bool:
         """Abort what has not finished of requests, in a turn; returns whether any had not."""

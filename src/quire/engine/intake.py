@@ -6,11 +6,13 @@ import itertools
 import threading
 import weakref
 from collections import abc
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from quire.engine.admission import (
+    P,
     Prompt,
     check_params,
     check_prompt,
@@ -18,9 +20,10 @@ from quire.engine.admission import (
     list_params,
     max_length,
 )
+from quire.engine.beams import Beam, BeamRequest, beam_sampling_params
 from quire.engine.chat import Messages, render_chats
 from quire.engine.logits import logit_rules
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.request import Request
 from quire.engine.sequence import Sequence
 from quire.engine.text import TextStream
@@ -55,19 +58,8 @@ class Intake:
         special_tokens: bool = True,
     ) -> list[Request]:
         """One request per prompt, none of them queued yet, so that a bad one is found before any work."""
-        each = list_params(params, len(listed))
-        texts = [prompt for prompt in listed if isinstance(prompt, str)]
-        encoded = iter(self._encode(texts, special_tokens=special_tokens))
-        requests = []
-        for index, (prompt, its_params) in enumerate(zip(listed, each, strict=True)):
-            token_ids = next(encoded) if isinstance(prompt, str) else prompt
-            try:
-                requests.append(self._make_request(prompt, its_params, token_ids, index))
-            except ArgumentError as error:
-                if len(listed) == 1:
-                    raise
-                raise type(error)(f"prompts[{index}]: {error}") from error
-        return requests
+        each = list_params(SamplingParams() if params is None else params, len(listed), SamplingParams)
+        return self._make_all(listed, each, self._make_request, special_tokens=special_tokens)
 
     def make_chat_requests(
         self,
@@ -79,10 +71,38 @@ class Intake:
             prompts = render_chats(self.tokenizer, messages)
         return self.make_requests(prompts, params, special_tokens=False)
 
+    def make_beam_requests(
+        self, listed: abc.Sequence[Prompt], params: BeamSearchParams | abc.Sequence[BeamSearchParams]
+    ) -> list[Request]:
+        """One search per prompt."""
+        each = list_params(params, len(listed), BeamSearchParams)
+        return self._make_all(listed, each, self._make_beam_request)
+
+    def _make_all(
+        self,
+        listed: abc.Sequence[Prompt],
+        params: abc.Sequence[P],
+        make: Callable[[Prompt, P, abc.Sequence[int], int], Request],
+        *,
+        special_tokens: bool = True,
+    ) -> list[Request]:
+        texts = [prompt for prompt in listed if isinstance(prompt, str)]
+        encoded = iter(self._encode(texts, special_tokens=special_tokens))
+        requests = []
+        for index, (prompt, its_params) in enumerate(zip(listed, params, strict=True)):
+            token_ids = next(encoded) if isinstance(prompt, str) else prompt
+            try:
+                check_prompt(prompt, token_ids, self.model)
+                requests.append(make(prompt, its_params, token_ids, index))
+            except ArgumentError as error:
+                if len(listed) == 1:
+                    raise
+                raise type(error)(f"prompts[{index}]: {error}") from error
+        return requests
+
     def _make_request(
-        self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int = 0
+        self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int
     ) -> Request:
-        check_prompt(prompt, token_ids, self.model)
         check_params(params, self.model)
         if params.stop_strings and self._decoder is None:
             raise ArgumentError(
@@ -112,6 +132,22 @@ class Intake:
             for sample_index in range(params.n)
         ]
         return Request(sequences, prompt if isinstance(prompt, str) else None, index)
+
+    def _make_beam_request(
+        self, prompt: Prompt, params: BeamSearchParams, token_ids: abc.Sequence[int], index: int
+    ) -> Request:
+        internal = beam_sampling_params(params)
+        longest = max_length(len(token_ids), params, self.model)
+        first = Beam(next(self._seq_ids), token_ids, internal, max_length=longest, stop_token_ids=frozenset())
+        return BeamRequest(
+            first,
+            params,
+            eos_token_ids=self.model.eos_token_ids,
+            new_seq_id=self._seq_ids.__next__,
+            make_text=lambda: self._make_text(token_ids, internal),
+            prompt=prompt if isinstance(prompt, str) else None,
+            index=index,
+        )
 
     def _make_text(self, token_ids: abc.Sequence[int], params: SamplingParams) -> TextStream | None:
         if self._decoder is None:

@@ -23,8 +23,11 @@ class CompletionOutput:
         token_ids: every generated token, the one that ended the sequence included.
         finish_reason: "stop" (end-of-text, stop token or stop string), "length" (max_tokens or the
             model's longest sequence), "abort".
-        cumulative_logprob: the sum of the generated tokens' logprobs; None unless SamplingParams.logprobs asked.
+        cumulative_logprob: the sum of the generated tokens' logprobs; None unless SamplingParams.logprobs asked, or of
+            a beam search.
         logprobs: for each generated token those of it, first, and of the likeliest, by token id; None unless asked.
+        score: of a beam search, by which its texts are ordered: cumulative_logprob divided by the number of generated
+            tokens, the one that ended it included, to the power of length_penalty.
     """
 
     index: int
@@ -33,6 +36,7 @@ class CompletionOutput:
     finish_reason: FinishReason
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class RequestOutput:
 
     Attributes:
         prompt: the prompt's text; None when token ids were given.
-        outputs: one per sequence; `text`, `token_ids` and `finish_reason` are the first one's.
+        outputs: one per sample, or the texts of a beam search, the best first; `text`, `token_ids` and `finish_reason`
+            are the first one's.
         time_to_first_token, seconds: from the request's arrival; time_to_first_token is None when no
             token was generated.
         preemptions: how often the request gave its pages back and was computed again.
@@ -81,7 +86,7 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a sequence of a request gained since it was last looked at.
+    """What a sequence of a request gained since it was last looked at. A beam search has one alone: its best text.
 
     Attributes:
         index: position of the prompt among those of the same `stream` call, else 0.
@@ -112,7 +117,7 @@ HEAD_START = (
 class Request:
     """A prompt of a caller: a group of sequences that begin with it, and that run and give up pages together.
 
-    Its request_id is the seq_id of its first sequence.
+    Its request_id is the seq_id of its first sequence. A beam search is a `BeamRequest`.
 
     Args:
         sequences: at least one.
@@ -134,7 +139,7 @@ class Request:
         prompt: str | None = None,
         index: int = 0,
     ) -> None:
-        self.sequences = list(sequences)
+        self._sequences = list(sequences)
         self.request_id = sequences[0].seq_id
         self.prompt = prompt
         self.index = index
@@ -153,6 +158,21 @@ class Request:
         """Count from now: a request of lower priority that arrives within its head start is more urgent."""
         self.arrived = time.perf_counter()
         self.urgency = (self.arrived + self.priority * HEAD_START, self.arrived)
+
+    @property
+    def sequences(self) -> abc.Sequence[Sequence]:
+        """Its sequences, those that have finished included."""
+        return self._sequences
+
+    @property
+    def streamed(self) -> abc.Sequence[Sequence]:
+        """The sequences whose tokens are handed out as they come."""
+        return self._sequences
+
+    @property
+    def num_to_come(self) -> int:
+        """How many sequences will begin as forks of those it has, each with a page of its own."""
+        return 0
 
     @property
     def finished(self) -> bool:
@@ -187,19 +207,33 @@ class Request:
         began = [
             sequence.first_token_at for sequence in self.sequences if sequence.first_token_at is not None
         ]
+        return self._output(
+            first.tokens[: first.num_prompt_tokens].tolist(),
+            [_completion(index, sequence) for index, sequence in enumerate(self.sequences)],
+            min(began, default=None),
+            max(sequence.finished_at for sequence in self.sequences),
+        )
+
+    def _output(
+        self,
+        prompt_token_ids: list[int],
+        outputs: list[CompletionOutput],
+        first_token_at: float | None,
+        finished_at: float,
+    ) -> RequestOutput:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=first.tokens[: first.num_prompt_tokens].tolist(),
-            outputs=[_completion(index, sequence) for index, sequence in enumerate(self.sequences)],
-            time_to_first_token=min(began) - self.arrived if began else None,
-            seconds=max(sequence.finished_at for sequence in self.sequences) - self.arrived,
+            prompt_token_ids=prompt_token_ids,
+            outputs=outputs,
+            time_to_first_token=None if first_token_at is None else first_token_at - self.arrived,
+            seconds=finished_at - self.arrived,
             preemptions=self.preemptions,
             num_cached_tokens=self.num_cached_tokens,
             hit=self.hit,
             prompt_logprobs=None
             if self.prompt_logprobs is None
-            else [None, *_as_dicts(first, self.prompt_logprobs)],
+            else [None, *_as_dicts(self.sequences[0], self.prompt_logprobs)],
         )
 
 
@@ -236,7 +270,7 @@ class Reader:
     def has_news(self) -> bool:
         """Whether `read` would give anything."""
         return any(
-            request.finished or any(len(s.tokens) > self._seen_of(s)[0] for s in request.sequences)
+            request.finished or any(len(s.tokens) > self._seen_of(s)[0] for s in request.streamed)
             for request in self.requests
         )
 
@@ -263,15 +297,21 @@ class Reader:
 
     def _read_request(self, request: Request) -> list[Delta]:
         deltas = []
-        for index, sequence in enumerate(request.sequences):
+        for index, sequence in enumerate(request.streamed):
             tokens, chars = self._seen_of(sequence)
             text, token_ids = sequence.text[chars:], sequence.tokens[tokens:].tolist()
             if text or token_ids:
                 deltas.append(Delta(request.request_id, request.index, text, token_ids, sequence=index))
                 self._seen[sequence] = (tokens + len(token_ids), chars + len(text))
         if request.finished:
-            last = deltas.pop() if deltas else Delta(request.request_id, request.index, "", [])
-            deltas.append(replace(last, output=request.output()))
+            output = request.output()
+            if deltas:
+                last = deltas.pop()
+            elif request.streamed:
+                last = Delta(request.request_id, request.index, "", [])
+            else:
+                last = Delta(request.request_id, request.index, output.text, output.token_ids)
+            deltas.append(replace(last, output=output))
         return deltas
 
     def _seen_of(self, sequence: Sequence) -> tuple[int, int]:

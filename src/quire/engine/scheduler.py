@@ -177,7 +177,8 @@ class Scheduler:
         while True:
             if len(self.running) < self.max_num_seqs:
                 # One page to spare per running request: else it would often be preempted a few steps later.
-                starts = self.hits.find(request, self.table.allocator.num_available - len(self.running))
+                to_spare = len(self.running) + request.num_to_come
+                starts = self.hits.find(request, self.table.allocator.num_available - to_spare)
                 if starts is not None:
                     break
             if len(self.running) == place:
@@ -212,6 +213,16 @@ class Scheduler:
                 sequence.num_computed = leader.num_computed
                 sequence.prefix = leader.prefix
         request.leader = None
+
+    def regroup(self, forks: abc.Iterable[tuple[Sequence, Sequence]], ended: abc.Iterable[Sequence]) -> None:
+        """Exchange sequences of a running request: children begin with the pages of parents, (parent, child).
+
+        After that those that ended give theirs back.
+        """
+        for parent, child in forks:
+            self.table.fork(parent.seq_id, child.seq_id)
+        for sequence in ended:
+            self.table.free(sequence.seq_id)
 
     def finish(self, request: Request, sequence: Sequence) -> None:
         """Free the pages of a running request's sequence that has finished, and forget the request after its last."""
