@@ -1,5 +1,5 @@
 """Any schedule of arrivals, aborts, steps and broken steps, of one engine or two on any pool, whose prompts begin alike
-or not, for one sample or several, urgent or not: every sample gets its own tokens.
+or not, for one sample, several or the beams of a search, urgent or not: everyone gets their own tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.engine.core import Engine
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.errors import ArgumentError
 
 from .fakes import FakeModel
@@ -30,7 +30,8 @@ prompts = st.builds(
 def most_pages(prompt: list[int], params: SamplingParams, page_size: int) -> int:
     """What a request holds at its end: the full pages of its prompt once, the rest for each sample."""
     shared = len(prompt) // page_size
-    return shared + params.n * (-(-(len(prompt) + params.max_tokens - 1) // page_size) - shared)
+    width = params.beam_width if isinstance(params, BeamSearchParams) else params.n
+    return shared + width * (-(-(len(prompt) + params.max_tokens - 1) // page_size) - shared)
 
 
 class Broken(Exception):
@@ -70,7 +71,7 @@ class EngineMachine(RuleBasedStateMachine):
                 prompts,
                 st.integers(4, 20),
                 st.sampled_from([None, None, "salt"]),
-                st.sampled_from([1, 1, 2, 4]),
+                st.sampled_from([1, 1, 2, 4, -3]),  # below 0: a beam search of that width
                 st.integers(0, 3),
                 st.sampled_from([0, 0, 0, 1, -1]),
             ),
@@ -82,9 +83,12 @@ class EngineMachine(RuleBasedStateMachine):
     def arrive(self, arrivals, data):
         engine = data.draw(st.sampled_from(self.engines))
         for prompt, max_tokens, salt, n, seed, priority in arrivals:
-            params = SamplingParams(
-                max_tokens=max_tokens, cache_salt=salt, n=n, temperature=0.0 if n == 1 else 1.0, seed=seed
-            )
+            if n < 0:
+                params = BeamSearchParams(-n, max_tokens - 3)
+            else:
+                params = SamplingParams(
+                    max_tokens=max_tokens, cache_salt=salt, n=n, temperature=0.0 if n == 1 else 1.0, seed=seed
+                )
             pages = most_pages(prompt, params, self.model.page_size)
             if pages > self.model.num_pages:
                 with pytest.raises(ArgumentError, match="the pool has"):
@@ -92,8 +96,12 @@ class EngineMachine(RuleBasedStateMachine):
                 continue
             request_id = engine.add_request(prompt, params, priority=priority)
             self.priorities[engine, request_id] = priority
-            self.expected[engine, request_id] = self.model.samples(prompt, params)
-            self.got[engine, request_id] = [[] for _ in range(n)]
+            if n < 0:
+                self.expected[engine, request_id] = [text for text, _ in self.model.beams(prompt, params)]
+                self.got[engine, request_id] = []
+            else:
+                self.expected[engine, request_id] = self.model.samples(prompt, params)
+                self.got[engine, request_id] = [[] for _ in range(n)]
             self.most_pages[engine, request_id] = pages
 
     @precondition(lambda self: any(engine.requests for engine in self.engines))
@@ -210,6 +218,9 @@ class EngineMachine(RuleBasedStateMachine):
     def _step(self, engine):
         for delta in engine.step():
             got = self.got[engine, delta.request_id]
+            if not got:  # a beam search, whose texts come at its end
+                got += [completion.token_ids for completion in delta.output.outputs]
+                continue
             got[delta.sequence] += delta.token_ids
             if delta.output is not None:
                 assert [completion.token_ids for completion in delta.output.outputs] == got
