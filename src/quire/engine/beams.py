@@ -331,6 +331,8 @@ class BeamRequest(Request):
 
 def add_candidates(logits: torch.Tensor, beams: abc.Sequence[tuple[int, BeamRequest, Beam]]) -> None:
     """Give beams the tokens that may follow them, each from its row of the logits: (row, request, beam)."""
+    if not beams:
+        return
     rows = [row for row, _, _ in beams]
     found = candidates_of(logits[rows], [request.num_candidates for _, request, _ in beams])
     for (_, _, beam), candidates in zip(beams, found, strict=True):

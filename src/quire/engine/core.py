@@ -29,6 +29,8 @@ from quire.pages import PageAllocator, PageTable
 from quire.spec import check_size
 
 if TYPE_CHECKING:
+    import torch
+
     from quire.hf import PagedModel
 
 DEFAULT_MAX_BATCH_TOKENS = 2048
@@ -425,44 +427,7 @@ class Engine:
                 self._audit(chunks)
                 logits = run(self.model, chunks, self.table)
                 self._scheduler.release_sources()
-                complete = [chunk for chunk in chunks if chunk.is_last]
-                rows: list[int] = []
-                choosing: list[tuple[Request, Sequence]] = []
-                beams: list[tuple[int, BeamRequest, Beam]] = []
-                for row, chunk in enumerate(complete):
-                    for sequence in chunk.choosing:
-                        if isinstance(sequence, Beam) and isinstance(chunk.request, BeamRequest):
-                            beams.append((row, chunk.request, sequence))
-                        else:
-                            rows.append(row)
-                            choosing.append((chunk.request, sequence))
-                sequences = [sequence for _, sequence in choosing]
-                # Samples of one prompt choose their first tokens from the same row.
-                of_last = (
-                    logits[: len(complete)] if len(rows) == len(complete) and not beams else logits[rows]
-                )
-                choices = sample(of_last, sequences) if sequences else []
-                logprobs = logprobs_of_choices(of_last, sequences, choices)
-                of_prompts = prompt_logprobs(logits[len(complete) :], chunks)
-                if beams:
-                    add_candidates(logits, beams)
-                with self._news:
-                    for request, found in of_prompts:
-                        assert request.prompt_logprobs is not None
-                        request.prompt_logprobs += found
-                    self._scheduler.advance(chunks)
-                    for search in {search.request_id: search for _, search, _ in beams}.values():
-                        if search.is_ready:
-                            self._regroup(search)
-                    interruptions = [
-                        self._hand_out(request, sequence, choice, logprobs.get(place))
-                        for place, ((request, sequence), choice) in enumerate(
-                            zip(choosing, choices, strict=True)
-                        )
-                    ]
-                for interruption in interruptions:
-                    if interruption is not None:
-                        raise interruption
+                self._hand_out_all(chunks, logits)
             return bool(chunks)
         except BaseException as error:
             if isinstance(error, PageStateError):
@@ -493,6 +458,33 @@ class Engine:
                 f"{allocator.num_pages}, with none held by another running request. "
                 "Fix: free what else was allocated from engine.table.allocator"
             )
+
+    def _hand_out_all(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
+        """Choose what follows each sequence whose tokens are all computed, and hand it out."""
+        complete = [chunk for chunk in chunks if chunk.is_last]
+        choosing, rows, beams = _who_chooses(complete)
+        sequences = [sequence for _, sequence in choosing]
+        # Samples of one prompt choose their first tokens from the same row.
+        of_last = logits[: len(complete)] if len(rows) == len(complete) and not beams else logits[rows]
+        choices = sample(of_last, sequences) if sequences else []
+        logprobs = logprobs_of_choices(of_last, sequences, choices)
+        of_prompts = prompt_logprobs(logits[len(complete) :], chunks)
+        add_candidates(logits, beams)
+        with self._news:
+            for request, found in of_prompts:
+                assert request.prompt_logprobs is not None
+                request.prompt_logprobs += found
+            self._scheduler.advance(chunks)
+            for search in {request.request_id: request for _, request, _ in beams}.values():
+                if search.is_ready:
+                    self._regroup(search)
+            interruptions = [
+                self._hand_out(request, sequence, choice, logprobs.get(place))
+                for place, ((request, sequence), choice) in enumerate(zip(choosing, choices, strict=True))
+            ]
+        for interruption in interruptions:
+            if interruption is not None:
+                raise interruption
 
     def _hand_out(
         self, request: Request, sequence: Sequence, choice: int | Exception, logprobs: TokenLogprobs | None
@@ -582,6 +574,23 @@ class Engine:
         request.arrive()
         self.requests[request.request_id] = request
         self._scheduler.add(request)
+
+
+def _who_chooses(
+    complete: abc.Sequence[Chunk],
+) -> tuple[list[tuple[Request, Sequence]], list[int], list[tuple[int, BeamRequest, Beam]]]:
+    """The sequences that get a token from the logits of these chunks, beside them their rows; and beams with theirs."""
+    choosing: list[tuple[Request, Sequence]] = []
+    rows: list[int] = []
+    beams: list[tuple[int, BeamRequest, Beam]] = []
+    for row, chunk in enumerate(complete):
+        for sequence in chunk.choosing:
+            if isinstance(sequence, Beam) and isinstance(chunk.request, BeamRequest):
+                beams.append((row, chunk.request, sequence))
+            else:
+                choosing.append((chunk.request, sequence))
+                rows.append(row)
+    return choosing, rows, beams
 
 
 def _are_settled(requests: list[Request]) -> bool:
