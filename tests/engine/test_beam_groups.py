@@ -134,6 +134,19 @@ def test_a_group_that_just_fits_the_pool_also_ends_after_it_was_preempted_at_any
     assert not engine.has_unfinished
 
 
+def test_a_search_waits_for_pages_for_all_its_beams_and_not_for_those_of_its_prompt_alone():
+    engine = Engine(FakeModel(num_pages=11), enable_prefix_caching=False)
+    first = engine.add_request([9] * 20, SamplingParams(max_tokens=6))
+    engine.step()
+    search = engine.requests[engine.add_request(PROMPT, BeamSearchParams(5, 5))]
+    engine.step()
+    assert [request.request_id for request in engine._scheduler.running] == [first]
+    outputs = serve(engine)
+    assert outputs[search.request_id].preemptions == 0
+    assert outputs[first].token_ids == engine.model.continuation([9] * 20, 6)
+    assert texts_of(outputs[search.request_id]) == engine.model.beams(PROMPT, BeamSearchParams(5, 5))
+
+
 def test_a_prompt_found_in_pages_is_not_computed_and_its_texts_are_the_same():
     engine = Engine(FakeModel())
     prompt = list(range(12))
