@@ -182,7 +182,7 @@ def test_layers_with_windows_and_chunks_find_the_texts_of_transformers(family):
     model = tiny_model(family)
     prompts = [[5 + i % 60 for i in range(0, 7 * n, 7)] for n in (3, 13)]
     params = BeamSearchParams(3, 8)
-    llm = make_llm(model, 24, max_batch_tokens=5)
+    llm = make_llm(model, 30, max_batch_tokens=5)
     for prompt, output in zip(prompts, llm.beam_search(prompts, params), strict=True):
         check(output, expected(model, prompt, params), params)
 

@@ -109,7 +109,7 @@ def serve_all(
     to_come, live = list(enumerate(asked)), {}
     outputs, aborted, num_failures = {}, set(), 0
     while to_come or engine.has_unfinished:
-        for _ in range(draw.choice([0, 0, 1, 5])):
+        for _ in range(draw.choice([0, 0, 1, 5]) * len(asked) // 60):
             if to_come:
                 place, each = to_come.pop(0)
                 live[engine.add_request(each.prompt, each.params, priority=each.priority)] = place
@@ -126,10 +126,10 @@ def serve_all(
     return outputs, aborted, num_failures
 
 
-def check(number: int, seed: int, **options) -> None:
+def check(number: int, seed: int, share: int = 10, **options) -> None:
     asked = ask_for(number, seed)
     largest = max(each.num_pages for each in asked)
-    num_pages = max(sum(each.num_pages for each in asked) // 10, largest)
+    num_pages = max(sum(each.num_pages for each in asked) // share, largest)
     engine = make_engine(num_pages, **options)
     outputs, aborted, num_failures = serve_all(engine, asked, seed)
     assert aborted
@@ -140,8 +140,8 @@ def check(number: int, seed: int, **options) -> None:
     assert engine.model.allocator.num_available == num_pages
     assert not engine.table.seq_ids
     assert not engine.requests
-    preempted = [output for output in outputs.values() if output.preemptions]
-    assert len(preempted) > number // 20, "the pool is too large to prove anything"
+    assert engine.stats.peak_pages > 0.8 * num_pages, "the pool is too large to prove anything"
+    assert any(output.preemptions for output in outputs.values())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,12 @@ def test_sixty_requests_in_a_tenth_of_their_pages_get_what_they_get_alone(seed, 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "options", [{}, {"max_batch_tokens": 64, "max_num_seqs": 500}, {"enable_prefix_caching": False}]
+    "options",
+    [
+        {"share": 20},  # of their pages, many of which are the same
+        {"share": 20, "max_batch_tokens": 500},
+        {"enable_prefix_caching": False},
+    ],
 )
 def test_a_thousand_requests_in_a_tenth_of_their_pages_get_what_they_get_alone(options):
-    check(1000, 7, **options)
+    check(1000, 7, max_num_seqs=500, **options)
