@@ -25,7 +25,7 @@ from quire.errors import (
 )
 
 if TYPE_CHECKING:
-    from quire.engine import LLM, AsyncLLM, RequestOutput, SamplingParams
+    from quire.engine import LLM, AsyncLLM, BeamSearchParams, RequestOutput, SamplingParams
     from quire.ops.attention import paged_attention
     from quire.ops.attention_plan import AttentionPlan
     from quire.ops.flash_attn import flash_attn_with_kvcache
@@ -43,6 +43,7 @@ __all__ = [  # noqa: RUF022  # sorted as sorted() does
     "AsyncLLM",
     "AttentionPlan",
     "AttentionSpec",
+    "BeamSearchParams",
     "DeviceError",
     "DtypeError",
     "KVPool",
@@ -73,6 +74,7 @@ _HOMES = {
     "AsyncLLM": _ENGINE,
     "AttentionPlan": "quire.ops.attention_plan",
     "AttentionSpec": "quire.spec",
+    "BeamSearchParams": _ENGINE,
     "KVPool": "quire.pages",
     "LLM": _ENGINE,
     "PageAllocator": "quire.pages",

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from quire.engine import Engine, SamplingParams
+from quire.engine import BeamSearchParams, Engine, SamplingParams
 from quire.engine.sampler import sample
 from quire.engine.sequence import Sequence
 from quire.hf import Step
@@ -114,6 +114,28 @@ class FakeModel:
             texts.append(sequence.tokens[len(prompt) :].tolist())
         return texts
 
+    def beams(self, prompt: abc.Sequence[int], params: BeamSearchParams) -> list[tuple[list[int], float]]:
+        """What a beam search must find, tokens and score, by the rule of early_stopping=False and without any pages."""
+        running, ended = [([], np.float32(0))], []
+        for length in range(1, params.max_tokens + 1):
+            followed = []
+            for text, total in running:
+                logits = torch.from_numpy(self.rule(np.array([*prompt, *text])))
+                logprobs = logits.log_softmax(dim=-1).numpy() + total
+                followed += [([*text, token], logprobs[token]) for token in range(self.vocab_size)]
+            followed.sort(key=lambda each: -each[1])
+            divisor = length**params.length_penalty
+            stops = [text[-1] in self.eos_token_ids or length == params.max_tokens for text, _ in followed]
+            best = zip(followed[: params.beam_width], stops, strict=False)
+            ended += [(text, total / divisor) for (text, total), stop in best if stop]
+            ended = sorted(ended, key=lambda each: -each[1])[: params.beam_width]
+            going = zip(followed, stops, strict=True)
+            running = [each for each, stop in going if not stop][: params.beam_width]
+            full = len(ended) == params.beam_width
+            if not running or (full and not running[0][1] / divisor > ended[-1][1]):
+                break
+        return ended
+
 
 def fork(engine: Engine, request_id: int, token: int) -> Sequence:
     """Give a request that has just generated its first token a second sequence, which generated `token` instead."""
@@ -128,7 +150,7 @@ def fork(engine: Engine, request_id: int, token: int) -> Sequence:
     second.num_computed = first.num_computed
     second.prefix = first.prefix
     engine.table.fork(first.seq_id, second.seq_id)
-    request.sequences.append(second)
+    request._sequences.append(second)
     return second
 
 

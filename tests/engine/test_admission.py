@@ -191,7 +191,7 @@ def test_ids_of_numpy_are_served_as_ints():
 )
 def test_parameters_of_another_kind_or_number_are_refused(params, sentence):
     with pytest.raises(ArgumentError, match="params must be .*" + sentence):
-        list_params(params, 2)
+        list_params(params, 2, SamplingParams)
     engine = Engine(FakeModel(vocab_size=EOS + 1), byte_tokenizer())
     for call in (engine.generate, engine.stream):
         with pytest.raises(ArgumentError, match="params must be"):

@@ -329,13 +329,13 @@ def test_requests_of_a_loop_that_was_closed_are_ended():
 
 def test_a_prompt_that_takes_long_to_encode_holds_up_nobody():
     engine = texts()
-    encode, opened = engine._encode, threading.Event()
+    encode, opened = engine._intake._encode, threading.Event()
 
     def slow(prompts, **options):
         assert "slow" not in prompts or opened.wait(HANGS)
         return encode(prompts, **options)
 
-    engine._encode = slow
+    engine._intake._encode = slow
 
     async def ask():
         llm = AsyncLLM(engine)

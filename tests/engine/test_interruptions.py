@@ -7,10 +7,12 @@ import inspect
 import itertools
 import sys
 import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 
-from quire.engine import AsyncLLM, core, turns
+from quire.engine import AsyncLLM, core, scheduler, turns
 from quire.engine.core import Engine
 from quire.engine.params import SamplingParams
 from quire.engine.request import Request
@@ -109,11 +111,86 @@ def test_an_interruption_while_a_request_is_preempted_does_not_lose_or_double_it
     scheduler = engine._scheduler
     scheduler.running = InterruptedQueue(scheduler.running)
     with pytest.raises(KeyboardInterrupt):
-        scheduler.preempt_youngest()
+        scheduler.preempt_last()
     scheduler.preempt_all()
     assert [request.request_id for request in scheduler.waiting] == [request_id]
     outputs, _ = run_on(engine)
     assert outputs[request_id].token_ids == engine.model.continuation([1, 2, 3], 4)
+
+
+@contextmanager
+def interrupted(functions: Collection[str], at: int) -> Iterator[list[str]]:
+    """Ctrl-C before the at-th line that runs of these functions of the scheduler; gives the functions of all lines."""
+    source, lines = inspect.getsource(scheduler).splitlines(), []
+
+    def trace(frame, event, _):
+        code = frame.f_code
+        if code.co_filename != scheduler.__file__ or code.co_name not in functions:
+            return None
+        if event == "line" and not source[frame.f_lineno - 1].lstrip().startswith(("with ", "try:")):
+            lines.append(code.co_name)
+            if len(lines) == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def test_an_interruption_anywhere_between_the_queues_loses_and_doubles_no_request():
+    """Samples begin, give their pages up and begin again in a pool too small for all, and one request is urgent."""
+    params = SamplingParams(n=2, temperature=1.0, seed=5, max_tokens=4)
+    greedy = SamplingParams(max_tokens=3)
+    expected = FakeModel().samples([1, 2, 3, 4, 5], params)
+    functions = {"_let_in", "preempt_last", "_free", "_fork"}
+    reached = set()
+    for at in itertools.count(1):
+        engine = Engine(FakeModel(num_pages=4), enable_prefix_caching=False)
+        first, samples = engine.add_request([9, 9], greedy), engine.add_request([1, 2, 3, 4, 5], params)
+        outputs, urgent = {}, None
+        with interrupted(functions, at) as lines:
+            for step in range(60):
+                if step == 5:
+                    urgent = engine.add_request([7, 7, 7], greedy, priority=-1)
+                if not engine.has_unfinished:
+                    break
+                with suppress(KeyboardInterrupt):
+                    outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
+        reached |= set(lines)
+        assert outputs[first].token_ids == engine.model.continuation([9, 9], 3)
+        assert outputs[urgent].token_ids == engine.model.continuation([7, 7, 7], 3)
+        drawn = [completion.token_ids for completion in outputs[samples].outputs]
+        assert drawn == expected
+        assert engine.model.allocator.num_available == 4
+        assert not engine.has_unfinished
+        if len(lines) < at:
+            assert outputs[samples].preemptions > 0, "without an interruption"
+            break
+    assert reached == functions
+
+
+def test_an_interruption_while_another_engine_takes_pages_leaves_them_in_order():
+    for at in itertools.count(1):
+        model = FakeModel(num_pages=6)
+        old, young = Engine(model, enable_prefix_caching=False), Engine(model, enable_prefix_caching=False)
+        first = old.add_request([1] * 21, SamplingParams(max_tokens=3))
+        second = young.add_request([2, 3], SamplingParams(max_tokens=8))
+        young.step()
+        with interrupted({"preempt_last", "_free"}, at) as lines:
+            for _ in range(2):
+                with suppress(KeyboardInterrupt):
+                    old.step()
+        outputs = run_on(old)[0] | {("young", i): output for i, output in run_on(young)[0].items()}
+        assert outputs["young", second].token_ids == model.continuation([2, 3], 8)
+        assert outputs[first].token_ids == model.continuation([1] * 21, 3)
+        assert model.allocator.num_available == 6
+        if len(lines) < at:
+            assert outputs["young", second].preemptions > 0, "without an interruption"
+            break
 
 
 def test_a_driver_that_is_gone_without_saying_so_is_replaced():
@@ -144,7 +221,7 @@ def test_a_request_that_was_not_told_to_have_finished_is_seen_to_have(how, monke
             tell(request)
 
     monkeypatch.setattr(Request, "tell", tells)
-    make = engine._make_requests
+    make = engine._intake.make_requests
 
     def makes(prompts, *args):
         requests = make(prompts, *args)
@@ -152,7 +229,7 @@ def test_a_request_that_was_not_told_to_have_finished_is_seen_to_have(how, monke
             request.prompt = "lost" if prompts == [[1]] else None
         return requests
 
-    engine._make_requests = makes
+    engine._intake.make_requests = makes
     got = {}
 
     def asks():

@@ -289,6 +289,17 @@ def test_requests_of_several_samples_from_two_threads_share_a_small_pool():
     assert engine.model.allocator.num_available == engine.model.num_pages
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_samples_that_do_not_fit_one_step_take_turns(caching):
+    engine = Engine(FakeModel(), max_batch_tokens=3, enable_prefix_caching=caching)
+    request = engine.requests[engine.add_request(PROMPT, DRAWN)]
+    while engine.has_unfinished:
+        engine.step()
+        lengths = [sequence.num_generated for sequence in request.sequences]
+        assert max(lengths) - min(lengths) <= 1
+    assert tokens_of(request.output()) == engine.model.samples(PROMPT, DRAWN)
+
+
 def test_samples_that_end_early_give_their_pages_back_while_others_go_on():
     ends = 3
     model = FakeModel(eos_token_ids=(ends,), vocab_size=10)

@@ -1,5 +1,5 @@
 """Any schedule of arrivals, aborts, steps and broken steps, of one engine or two on any pool, whose prompts begin alike
-or not, for one sample or several: every sample gets its own tokens.
+or not, for one sample, several or the beams of a search, urgent or not: everyone gets their own tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.engine.core import Engine
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.errors import ArgumentError
 
 from .fakes import FakeModel
@@ -30,7 +30,8 @@ prompts = st.builds(
 def most_pages(prompt: list[int], params: SamplingParams, page_size: int) -> int:
     """What a request holds at its end: the full pages of its prompt once, the rest for each sample."""
     shared = len(prompt) // page_size
-    return shared + params.n * (-(-(len(prompt) + params.max_tokens - 1) // page_size) - shared)
+    width = params.beam_width if isinstance(params, BeamSearchParams) else params.n
+    return shared + width * (-(-(len(prompt) + params.max_tokens - 1) // page_size) - shared)
 
 
 class Broken(Exception):
@@ -61,6 +62,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.expected: dict[tuple[Engine, int], list[list[int]]] = {}  # of each sample
         self.got: dict[tuple[Engine, int], list[list[int]]] = {}
         self.most_pages: dict[tuple[Engine, int], int] = {}
+        self.priorities: dict[tuple[Engine, int], int] = {}
         self.first_served: dict[Engine, list[int]] = {engine: [] for engine in self.engines}
 
     @rule(
@@ -69,8 +71,9 @@ class EngineMachine(RuleBasedStateMachine):
                 prompts,
                 st.integers(4, 20),
                 st.sampled_from([None, None, "salt"]),
-                st.sampled_from([1, 1, 2, 4]),
+                st.sampled_from([1, 1, 2, 4, -3]),  # below 0: a beam search of that width
                 st.integers(0, 3),
+                st.sampled_from([0, 0, 0, 1, -1]),
             ),
             min_size=1,
             max_size=4,
@@ -79,18 +82,26 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def arrive(self, arrivals, data):
         engine = data.draw(st.sampled_from(self.engines))
-        for prompt, max_tokens, salt, n, seed in arrivals:
-            params = SamplingParams(
-                max_tokens=max_tokens, cache_salt=salt, n=n, temperature=0.0 if n == 1 else 1.0, seed=seed
-            )
+        for prompt, max_tokens, salt, n, seed, priority in arrivals:
+            if n < 0:
+                params = BeamSearchParams(-n, max_tokens - 3)
+            else:
+                params = SamplingParams(
+                    max_tokens=max_tokens, cache_salt=salt, n=n, temperature=0.0 if n == 1 else 1.0, seed=seed
+                )
             pages = most_pages(prompt, params, self.model.page_size)
             if pages > self.model.num_pages:
                 with pytest.raises(ArgumentError, match="the pool has"):
-                    engine.add_request(prompt, params)
+                    engine.add_request(prompt, params, priority=priority)
                 continue
-            request_id = engine.add_request(prompt, params)
-            self.expected[engine, request_id] = self.model.samples(prompt, params)
-            self.got[engine, request_id] = [[] for _ in range(n)]
+            request_id = engine.add_request(prompt, params, priority=priority)
+            self.priorities[engine, request_id] = priority
+            if n < 0:
+                self.expected[engine, request_id] = [text for text, _ in self.model.beams(prompt, params)]
+                self.got[engine, request_id] = []
+            else:
+                self.expected[engine, request_id] = self.model.samples(prompt, params)
+                self.got[engine, request_id] = [[] for _ in range(n)]
             self.most_pages[engine, request_id] = pages
 
     @precondition(lambda self: any(engine.requests for engine in self.engines))
@@ -179,16 +190,18 @@ class EngineMachine(RuleBasedStateMachine):
             assert len(engine._scheduler.running) <= engine._scheduler.max_num_seqs
 
     @invariant()
-    def older_requests_stand_before_younger_ones(self):
+    def urgent_requests_stand_before_others_and_older_before_younger_ones(self):
         for engine in self.engines:
-            scheduler = engine._scheduler
-            order = [request.request_id for request in [*scheduler.running, *scheduler.waiting]]
-            assert order == sorted(order)
+            for queue in (engine._scheduler.running, engine._scheduler.waiting):
+                order = [(request.priority, request.request_id) for request in queue]
+                assert order == sorted(order)
+            of_one = [r for r in [*engine._scheduler.running, *engine._scheduler.waiting] if not r.priority]
+            assert [r.request_id for r in of_one] == sorted(r.request_id for r in of_one)
 
     def teardown(self):
         if not hasattr(self, "engines"):
             return
-        # Every round of steps computes at least one token of the oldest request of all, and nothing takes its pages:
+        # Every round of steps computes at least one token of the most urgent request, and nothing takes its pages:
         # so this many rounds are enough, or the engines run in circles.
         live = [request for engine in self.engines for request in engine.requests.values()]
         for _ in range(sum(len(s.tokens) + 40 for request in live for s in request.sequences)):
@@ -197,12 +210,17 @@ class EngineMachine(RuleBasedStateMachine):
         assert not any(engine.has_unfinished for engine in self.engines)
         assert self.got == self.expected
         assert self.model.allocator.num_available == self.model.num_pages
-        for served in self.first_served.values():
-            assert served == sorted(served), "a younger request was let in first"
+        for engine, served in self.first_served.items():
+            for priority in (-1, 0, 1):
+                of_one = [i for i in served if self.priorities[engine, i] == priority]
+                assert of_one == sorted(of_one), "a younger request was let in first"
 
     def _step(self, engine):
         for delta in engine.step():
             got = self.got[engine, delta.request_id]
+            if not got:  # a beam search, whose texts come at its end
+                got += [completion.token_ids for completion in delta.output.outputs]
+                continue
             got[delta.sequence] += delta.token_ids
             if delta.output is not None:
                 assert [completion.token_ids for completion in delta.output.outputs] == got

@@ -1,10 +1,12 @@
 """Requests in, tokens out: the engine over a model on pages.
 
-params.py      SamplingParams: what a caller asks for
+params.py      SamplingParams, BeamSearchParams: what a caller asks for
 admission.py   which prompts and parameters can be served at all
+intake.py      from prompts and parameters to requests
 chat.py        conversations to prompts, by the tokenizer's chat template
 request.py     a request, and what comes back from it
 reader.py      what a caller's requests have gained, and who is woken for it
+beams.py       beam search: a request whose sequences fork and are given up
 sequence.py    one text of a request: its tokens, and how many are in pages
 scheduler.py   who runs in the next step, and on whose pages
 hits.py        what of a request is in pages already
@@ -24,13 +26,14 @@ from quire.engine.async_llm import Answer, AsyncLLM
 from quire.engine.core import Engine, EngineStats
 from quire.engine.llm import LLM
 from quire.engine.logprobs import Logprob
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.request import CompletionOutput, Delta, RequestOutput
 
 __all__ = [
     "LLM",
     "Answer",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "Delta",
     "Engine",

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from quire.engine.params import SamplingParams, is_token_id
+from quire.engine.params import BeamSearchParams, SamplingParams, is_token_id
 from quire.errors import ArgumentError
 
 if TYPE_CHECKING:
     from quire.hf import PagedModel
+
+P = TypeVar("P", SamplingParams, BeamSearchParams)
+_EXAMPLES = {
+    SamplingParams: "SamplingParams(max_tokens=64)",
+    BeamSearchParams: "BeamSearchParams(beam_width=4, max_tokens=64)",
+}
 
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
@@ -41,24 +47,24 @@ def list_prompts(prompts: Prompts) -> list[Prompt]:
     )
 
 
-def list_params(params: Any, num_prompts: int) -> list[SamplingParams]:
+def list_params(params: Any, num_prompts: int, kind: type[P]) -> list[P]:
     """Parameters for each prompt.
 
     Raises:
-        ArgumentError: neither one SamplingParams nor a list with one per prompt.
+        ArgumentError: neither one of this kind nor a list with one per prompt.
     """
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
+    if isinstance(params, kind):
+        return [params] * num_prompts
     if not isinstance(params, (list, tuple)):
-        raise _wrong_params(params)
+        raise _wrong_params(params, kind)
     if len(params) != num_prompts:
         raise ArgumentError(
-            f"params must be one SamplingParams or one per prompt, {num_prompts}; got {len(params)}. "
-            "Fix: SamplingParams(...) alone holds for all prompts"
+            f"params must be one {kind.__name__} or one per prompt, {num_prompts}; got {len(params)}. "
+            f"Fix: {kind.__name__}(...) alone holds for all prompts"
         )
     for each in params:
-        if not isinstance(each, SamplingParams):
-            raise _wrong_params(each)
+        if not isinstance(each, kind):
+            raise _wrong_params(each, kind)
     return list(params)
 
 
@@ -120,6 +126,19 @@ def check_params(params: SamplingParams, model: PagedModel) -> None:
             )
 
 
+def check_priority(priority: object) -> None:
+    """Refuse what cannot be compared with other priorities.
+
+    Raises:
+        ArgumentError: no int, or one that 32 bits do not hold.
+    """
+    if not (isinstance(priority, int) and not isinstance(priority, bool) and -(2**31) <= priority < 2**31):
+        raise ArgumentError(
+            f"priority must be an int from -2**31 to 2**31 - 1; got {priority!r:.60}. "
+            "Fix: 0 as for all others, 1 for what may wait, -1 for what is urgent"
+        )
+
+
 def check_text(text: str, index: int) -> None:
     """Refuse text that a tokenizer could not encode.
 
@@ -133,31 +152,35 @@ def check_text(text: str, index: int) -> None:
         )
 
 
-def max_length(num_prompt_tokens: int, params: SamplingParams, model: PagedModel) -> int:
+def max_length(num_prompt_tokens: int, params: SamplingParams | BeamSearchParams, model: PagedModel) -> int:
     """Most tokens each sequence of a request may reach, its prompt included.
 
     The last token is handed out but never computed, so it needs no slot. The full pages of a prompt are shared by all
-    samples; of a page that it fills in part each sample that goes on has its own.
+    samples or beams; of a page that it fills in part each that goes on has its own.
 
     Raises:
-        ArgumentError: the samples would not fit the whole pool even if nothing else were in it.
+        ArgumentError: they would not fit the whole pool even if nothing else were in it.
     """
+    if isinstance(params, BeamSearchParams):
+        width, name, several = params.beam_width, "beam_width", "beams"
+    else:
+        width, name, several = params.n, "n", "samples"
     shared = num_prompt_tokens // model.page_size
-    num_slots = (shared + (model.num_pages - shared) // params.n) * model.page_size
+    num_slots = (shared + (model.num_pages - shared) // width) * model.page_size
     longest = sys.maxsize if model.max_seq_len is None else model.max_seq_len
     if params.max_tokens is not None:
         longest = min(longest, num_prompt_tokens + params.max_tokens)
     else:
         longest = max(min(longest, num_slots + 1), num_prompt_tokens + 1)
     own = -(-(longest - 1) // model.page_size) - shared
-    pages = shared + (own * params.n if longest - 1 > num_prompt_tokens else own)
+    pages = shared + (own * width if longest - 1 > num_prompt_tokens else own)
     if pages > model.num_pages:
         raise ArgumentError(
             f"prompt of {num_prompt_tokens} tokens plus {longest - num_prompt_tokens} to generate"
-            f"{f' in each of {params.n} samples' if params.n > 1 else ''} must fit "
+            f"{f' in each of {width} {several}' if width > 1 else ''} must fit "
             f"the pool; got a need of {pages} pages of {model.page_size} tokens, the pool has "
             f"{model.num_pages}. "
-            f"Fix: a shorter prompt, a smaller max_tokens{', a smaller n' if params.n > 1 else ''}, "
+            f"Fix: a shorter prompt, a smaller max_tokens{f', a smaller {name}' if width > 1 else ''}, "
             "or more memory for pages"
         )
     return longest
@@ -192,9 +215,13 @@ def _fix_of_item(item: object, index: int, like_all: bool) -> str:
     )
 
 
-def _wrong_params(got: object) -> ArgumentError:
-    fix = "SamplingParams(**params)" if isinstance(got, Mapping) else "params=SamplingParams(max_tokens=64)"
+def _wrong_params(got: object, kind: type) -> ArgumentError:
+    name = kind.__name__
+    fix = f"params={_EXAMPLES[kind]}"
+    if isinstance(got, Mapping):
+        fix = f"{name}(**params)"
+    elif type(got) in _EXAMPLES:
+        fix = f"llm.{'generate' if kind is BeamSearchParams else 'beam_search'} takes {type(got).__name__}"
     return ArgumentError(
-        f"params must be a SamplingParams, or a list with one per prompt; got {type(got).__name__} {got!r:.60}. "
-        f"Fix: {fix}"
+        f"params must be a {name}, or a list with one per prompt; got {type(got).__name__} {got!r:.60}. Fix: {fix}"
     )

@@ -86,7 +86,7 @@ class AsyncLLM:
             An Answer, to be awaited or iterated: nothing is done before. The prompt is checked and encoded in a thread
             of the event loop's executor, so that a long one holds up no other coroutine.
         """
-        return Answer(self._worker, lambda: self.engine._make_requests([prompt], params))
+        return Answer(self._worker, lambda: self.engine._intake.make_requests([prompt], params))
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> Answer:
         """Write the next turn of a conversation, by the tokenizer's chat template; see `Engine.chat`.
@@ -97,7 +97,7 @@ class AsyncLLM:
         Returns:
             An Answer, as of `generate`.
         """
-        return Answer(self._worker, lambda: self.engine._make_chats(messages, params))
+        return Answer(self._worker, lambda: self.engine._intake.make_chat_requests(messages, params))
 
     def shutdown(self) -> None:
         """Abort what has not finished, and wait for the step that runs now; coroutines get what they have so far.

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
-import weakref
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-
 from quire.debug import debug_enabled
-from quire.engine.admission import (
-    Prompt,
-    Prompts,
-    check_params,
-    check_prompt,
-    check_text,
-    list_params,
-    list_prompts,
-    max_length,
-)
+from quire.engine.admission import Prompt, Prompts, check_priority, list_prompts
 from quire.engine.audit import audit_all, audit_sample
-from quire.engine.chat import Messages, render_chats
-from quire.engine.logits import logit_rules
+from quire.engine.beams import Beam, BeamRequest, add_candidates
+from quire.engine.chat import Messages
+from quire.engine.intake import Intake
 from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.progress import progress_bar
 from quire.engine.reader import Reader, Waiter, raise_first_error
 from quire.engine.request import Delta, Request, RequestOutput, interrupted_request
@@ -37,13 +24,14 @@ from quire.engine.runner import run
 from quire.engine.sampler import sample
 from quire.engine.scheduler import Chunk, Scheduler
 from quire.engine.sequence import Sequence
-from quire.engine.text import TextStream
 from quire.engine.turns import turns_of
-from quire.errors import ArgumentError, OutOfPages, PageStateError, UnsupportedError
+from quire.errors import ArgumentError, OutOfPages, PageStateError
 from quire.pages import PageAllocator, PageTable
 from quire.spec import check_size
 
 if TYPE_CHECKING:
+    import torch
+
     from quire.hf import PagedModel
 
 DEFAULT_MAX_BATCH_TOKENS = 2048
@@ -137,7 +125,7 @@ class Engine:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self._decoder = None if tokenizer is None else decoder_of(tokenizer)
+        self._intake = Intake(model, tokenizer)
         self.table = PageTable(model.allocator, model.page_size)
         self.requests: dict[int, Request] = {}
         self.stats = EngineStats()
@@ -150,8 +138,6 @@ class Engine:
         self._debug = debug_enabled()
         self._turns = turns_of(model.lock)
         self._turns.join(self, self._scheduler)
-        self._seq_ids = itertools.count()
-        self._encoding = _encoding_lock(tokenizer)
         self._news = threading.RLock()  # held while tokens are handed out, and while they are read
         self._reader = Reader()  # what `step` has returned of the requests of `add_request`
         self._driver: int | None = None  # the thread in _drive's loop
@@ -168,12 +154,17 @@ class Engine:
         """Whether `step` has anything to do."""
         return bool(self.requests or self._reader.requests)
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None, *, priority: int = 0
+    ) -> int:
         """Queue a prompt, to be served by `step`.
 
         Args:
             prompt: text, or token ids.
-            params: default: SamplingParams().
+            params: default: SamplingParams(). With BeamSearchParams the one delta of the request is its result.
+            priority: lower runs first, and takes pages and places from what runs with a higher one. None waits for
+                ever: for each step of priority a request lets only those pass that arrive within a minute after it.
+                Requests of one priority, also those of `generate` and `stream` with 0, run in the order of arrival.
         Returns:
             The request's id, for `abort` and to tell its deltas apart.
         Raises:
@@ -181,8 +172,12 @@ class Engine:
                 allows, or that could not finish even with the whole pool to itself; no other
                 request is touched.
         """
-        token_ids = self._encode([prompt])[0] if isinstance(prompt, str) else prompt
-        request = self._make_request(prompt, list_params(params, 1)[0], token_ids)
+        check_priority(priority)
+        if isinstance(params, BeamSearchParams):
+            [request] = self._intake.make_beam_requests([prompt], params)
+        else:
+            [request] = self._intake.make_requests([prompt], params)
+        request.priority = priority
         with self._news:
             self._reader.add(request)
             self._enqueue(request)
@@ -284,7 +279,7 @@ class Engine:
                 and before any work is done; also where the rules of a request left no token to choose.
             Exception: what a logits processor of one of these requests raised; the rest of them are aborted.
         """
-        return self._complete(self._make_requests(list_prompts(prompts), params), progress)
+        return self._complete(self._intake.make_requests(list_prompts(prompts), params), progress)
 
     def chat(
         self,
@@ -305,7 +300,7 @@ class Engine:
             ArgumentError: messages of another form, or that the template refuses; a prompt that cannot be served.
             UnsupportedError: the engine has no tokenizer, or a tokenizer without a chat template.
         """
-        return self._complete(self._make_chats(messages, params), progress)
+        return self._complete(self._intake.make_chat_requests(messages, params), progress)
 
     def _complete(self, requests: list[Request], progress: bool | None) -> list[RequestOutput]:
         with progress_bar(len(requests), shown=progress) as advance:
@@ -317,6 +312,32 @@ class Engine:
                         advance(deltas)
                 raise_first_error(requests)
             return [request.output() for request in requests]
+
+    def beam_search(
+        self,
+        prompts: Prompts,
+        params: BeamSearchParams | abc.Sequence[BeamSearchParams],
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Search the likeliest texts of prompts, all of them served together, and with the requests of other threads.
+
+        The beams of a prompt share its pages, and those of the texts that they have in common; a page is copied when
+        two of them write it, and a beam that is given up gives its pages back in the same step.
+
+        Args:
+            prompts: text, a list of texts, token ids, or a list of such lists.
+            params: for all prompts, or one per prompt.
+            progress: as for `generate`.
+        Returns:
+            One output per prompt, in their order. `outputs` holds the texts found, the best first, each with its
+            `score` and `cumulative_logprob`; at most beam_width, fewer where so few tokens are possible.
+        Raises:
+            ArgumentError: a prompt that cannot be served, beams that would not fit the pool, or logits that are no
+                numbers.
+        Cost: a softmax and a partial sort of the vocabulary per beam and step, and one copy of the results to the host.
+        """
+        return self._complete(self._intake.make_beam_requests(list_prompts(prompts), params), progress)
 
     def stream(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
@@ -332,7 +353,7 @@ class Engine:
         Raises:
             ArgumentError: as `generate`, at the call.
         """
-        return self._stream(self._make_requests(list_prompts(prompts), params))
+        return self._stream(self._intake.make_requests(list_prompts(prompts), params))
 
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         with self._serving(requests) as reader:
@@ -420,33 +441,7 @@ class Engine:
                 self._audit(chunks)
                 logits = run(self.model, chunks, self.table)
                 self._scheduler.release_sources()
-                complete = [chunk for chunk in chunks if chunk.is_last]
-                rows: list[int] = []
-                choosing: list[tuple[Request, Sequence]] = []
-                for row, chunk in enumerate(complete):
-                    for sequence in chunk.choosing:
-                        rows.append(row)
-                        choosing.append((chunk.request, sequence))
-                sequences = [sequence for _, sequence in choosing]
-                # Samples of one prompt choose their first tokens from the same row.
-                of_last = logits[: len(complete)] if len(rows) == len(complete) else logits[rows]
-                choices = sample(of_last, sequences) if complete else []
-                logprobs = logprobs_of_choices(of_last, sequences, choices)
-                of_prompts = prompt_logprobs(logits[len(complete) :], chunks)
-                with self._news:
-                    for request, found in of_prompts:
-                        assert request.prompt_logprobs is not None
-                        request.prompt_logprobs += found
-                    self._scheduler.advance(chunks)
-                    interruptions = [
-                        self._hand_out(request, sequence, choice, logprobs.get(place))
-                        for place, ((request, sequence), choice) in enumerate(
-                            zip(choosing, choices, strict=True)
-                        )
-                    ]
-                for interruption in interruptions:
-                    if interruption is not None:
-                        raise interruption
+                self._hand_out_all(chunks, logits)
             return bool(chunks)
         except BaseException as error:
             if isinstance(error, PageStateError):
@@ -473,10 +468,37 @@ class Engine:
         if not self._turns.others_hold_pages(self._scheduler):
             allocator = self.table.allocator
             raise OutOfPages(
-                f"the pool must have pages for the oldest request; got {allocator.num_available} free of "
+                f"the pool must have pages for the most urgent request; got {allocator.num_available} free of "
                 f"{allocator.num_pages}, with none held by another running request. "
                 "Fix: free what else was allocated from engine.table.allocator"
             )
+
+    def _hand_out_all(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
+        """Choose what follows each sequence whose tokens are all computed, and hand it out."""
+        complete = [chunk for chunk in chunks if chunk.is_last]
+        choosing, rows, beams = _who_chooses(complete)
+        sequences = [sequence for _, sequence in choosing]
+        # Samples of one prompt choose their first tokens from the same row.
+        of_last = logits[: len(complete)] if len(rows) == len(complete) and not beams else logits[rows]
+        choices = sample(of_last, sequences) if sequences else []
+        logprobs = logprobs_of_choices(of_last, sequences, choices)
+        of_prompts = prompt_logprobs(logits[len(complete) :], chunks)
+        add_candidates(logits, beams)
+        with self._news:
+            for request, found in of_prompts:
+                assert request.prompt_logprobs is not None
+                request.prompt_logprobs += found
+            self._scheduler.advance(chunks)
+            for search in {request.request_id: request for _, request, _ in beams}.values():
+                if search.is_ready:
+                    self._regroup(search)
+            interruptions = [
+                self._hand_out(request, sequence, choice, logprobs.get(place))
+                for place, ((request, sequence), choice) in enumerate(zip(choosing, choices, strict=True))
+            ]
+        for interruption in interruptions:
+            if interruption is not None:
+                raise interruption
 
     def _hand_out(
         self, request: Request, sequence: Sequence, choice: int | Exception, logprobs: TokenLogprobs | None
@@ -510,6 +532,23 @@ class Engine:
         if request.error is not None:
             self._end([request])
         return interruption
+
+    def _regroup(self, search: BeamRequest) -> None:
+        """Let the best continuations of beams go on, and hand the result out once the search has ended."""
+        try:
+            regrouping = search.regroup()
+        except Exception as error:
+            search.error = error
+            self._end([search])
+            search.tell()
+            return
+        self._scheduler.regroup(regrouping.forks, regrouping.ended)
+        search.accept(regrouping.generation)
+        if search.finished:
+            self.stats.generated_tokens += sum(len(each.tokens) for each in regrouping.generation.hypotheses)
+            self._scheduler.remove(search)
+            del self.requests[search.request_id]
+            search.tell()
 
     def _end(self, requests: list[Request]) -> bool:
         """Abort what has not finished of requests, in a turn; returns whether any had not."""
@@ -554,144 +593,25 @@ class Engine:
         else:
             audit_sample(chunks, self.table, cache, self.stats.steps)
 
-    def _make_requests(
-        self,
-        listed: abc.Sequence[Prompt],
-        params: SamplingParams | abc.Sequence[SamplingParams] | None,
-        *,
-        special_tokens: bool = True,
-    ) -> list[Request]:
-        """One request per prompt, none of them queued yet, so that a bad one is found before any work."""
-        each = list_params(params, len(listed))
-        texts = [prompt for prompt in listed if isinstance(prompt, str)]
-        encoded = iter(self._encode(texts, special_tokens=special_tokens))
-        requests = []
-        for index, (prompt, its_params) in enumerate(zip(listed, each, strict=True)):
-            token_ids = next(encoded) if isinstance(prompt, str) else prompt
-            try:
-                requests.append(self._make_request(prompt, its_params, token_ids, index))
-            except ArgumentError as error:
-                if len(listed) == 1:
-                    raise
-                raise type(error)(f"prompts[{index}]: {error}") from error
-        return requests
-
-    def _make_chats(
-        self,
-        messages: Messages | abc.Sequence[Messages],
-        params: SamplingParams | abc.Sequence[SamplingParams] | None,
-    ) -> list[Request]:
-        with self._encoding:
-            prompts = render_chats(self.tokenizer, messages)
-        return self._make_requests(prompts, params, special_tokens=False)
-
-    def _make_request(
-        self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int = 0
-    ) -> Request:
-        check_prompt(prompt, token_ids, self.model)
-        check_params(params, self.model)
-        if params.stop_strings and self._decoder is None:
-            raise ArgumentError(
-                f"stop must be None, as this engine has no tokenizer to read text with; got {params.stop!r}. "
-                "Fix: stop_token_ids, or pass a tokenizer"
-            )
-        eos = self.model.eos_token_ids
-        longest = max_length(len(token_ids), params, self.model)
-        stop_token_ids = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos)))
-        rules = logit_rules(
-            params,
-            ending_ids=(*params.stop_token_ids, *eos),
-            bad_words=self._encode_bad_words(params.bad_words or ()),
-            vocab_size=self.model.vocab_size,
-        )
-        sequences = [
-            Sequence(
-                next(self._seq_ids),
-                token_ids,
-                params,
-                max_length=longest,
-                stop_token_ids=stop_token_ids,
-                text=self._make_text(token_ids, params),
-                rules=rules,
-                index=sample_index,
-            )
-            for sample_index in range(params.n)
-        ]
-        return Request(sequences, prompt if isinstance(prompt, str) else None, index)
-
-    def _make_text(self, token_ids: abc.Sequence[int], params: SamplingParams) -> TextStream | None:
-        if self._decoder is None:
-            return None
-        return TextStream(
-            self._decoder,
-            token_ids,
-            params.stop_strings,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-        )
-
-    def _encode_bad_words(self, words: abc.Sequence[str]) -> list[list[int]]:
-        """The tokens of each text that must not come up, as it is written at the start of a text and after a space."""
-        if words and self.tokenizer is None:
-            raise ArgumentError(
-                f"bad_words must be None, as this engine has no tokenizer to read them with; got {words!r:.60}. "
-                "Fix: logit_bias, or pass a tokenizer"
-            )
-        bare = [word.lstrip() or word for word in words]
-        token_ids = self._encode([text for word in bare for text in (word, f" {word}")], special_tokens=False)
-        for word, ids in zip(words, token_ids[::2], strict=True):
-            if not ids:
-                raise ArgumentError(
-                    f"bad_words must be texts that the tokenizer writes with tokens; got {word!r:.60}, "
-                    "for which it has none. Fix: leave it out"
-                )
-        return token_ids
-
-    def _encode(self, texts: list[str], *, special_tokens: bool = True) -> list[list[int]]:
-        if not texts:
-            return []
-        if self.tokenizer is None:
-            raise ArgumentError(
-                f"prompt must be token ids, as this engine has no tokenizer; got {texts[0]!r:.60}. "
-                "Fix: pass a tokenizer"
-            )
-        for index, text in enumerate(texts):
-            check_text(text, index)
-        with self._encoding:
-            token_ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
-        return token_ids
-
     def _enqueue(self, request: Request) -> None:
         """Make a request live; with _news held, so that none is seen half there."""
-        request.arrived = time.perf_counter()
+        request.arrive()
         self.requests[request.request_id] = request
         self._scheduler.add(request)
 
 
-_encoding_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
-_encoding_locks_lock = threading.Lock()
-
-
-def _encoding_lock(tokenizer: Any) -> threading.RLock:
-    """One lock per tokenizer, for all engines that have it: it may change its settings while it encodes."""
-    with _encoding_locks_lock:
-        lock = _encoding_locks.get(id(tokenizer))  # whose engine keeps the tokenizer, too
-        if lock is None:
-            lock = _encoding_locks[id(tokenizer)] = threading.RLock()
-        return lock
-
-
-def decoder_of(tokenizer: Any) -> Tokenizer:
-    """The `tokenizers.Tokenizer` inside a transformers tokenizer.
-
-    Raises:
-        UnsupportedError: a tokenizer written in Python alone, which has none.
-    """
-    decoder = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(decoder, Tokenizer):
-        raise UnsupportedError(
-            "tokenizer must be a transformers tokenizer with a `tokenizers` backend, which decodes token by "
-            f"token; got {type(tokenizer).__name__}. "
-            "Fix: PreTrainedTokenizerFast(tokenizer_file='tokenizer.json')"
-        )
-    return decoder
+def _who_chooses(
+    complete: abc.Sequence[Chunk],
+) -> tuple[list[tuple[Request, Sequence]], list[int], list[tuple[int, BeamRequest, Beam]]]:
+    """The sequences that get a token from the logits of these chunks, beside them their rows; and beams with theirs."""
+    choosing: list[tuple[Request, Sequence]] = []
+    rows: list[int] = []
+    beams: list[tuple[int, BeamRequest, Beam]] = []
+    for row, chunk in enumerate(complete):
+        for sequence in chunk.choosing:
+            if isinstance(sequence, Beam) and isinstance(chunk.request, BeamRequest):
+                beams.append((row, chunk.request, sequence))
+            else:
+                choosing.append((chunk.request, sequence))
+                rows.append(row)
+    return choosing, rows, beams

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Literal
 
 import torch
 
@@ -225,6 +226,49 @@ class SamplingParams:
         for name in ("skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name} must be a bool; got {getattr(self, name)!r}. Fix: {name}=True")
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """How the likeliest texts of a prompt are searched, as transformers' `generate` does with num_beams.
+
+    In every step each of beam_width texts, the beams, is continued by every token, and the best beam_width of all
+    continuations go on. A text ends with an end-of-text token of the model, or at max_tokens. It counts if it is
+    one of the best beam_width continuations of its step. The best beam_width of those that count come back, ordered by
+    score: the sum of the tokens' logprobs, divided by the number of tokens to the power of length_penalty.
+
+    Args:
+        beam_width: how many texts are followed, and how many come back; fewer where the model has fewer. With 1
+            it is greedy search.
+        max_tokens: most tokens to generate.
+        length_penalty: above 0 long texts are preferred, below 0 short ones; from -50 to 50.
+        early_stopping: when the search ends before max_tokens. True: once beam_width texts have ended. False: once,
+            besides, the best beam scores no better than the worst of them by its present length. "never": once it
+            can score no better at any length.
+    Raises:
+        ArgumentError: a value out of range or of the wrong type.
+    """
+
+    beam_width: int
+    max_tokens: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        for name in ("beam_width", "max_tokens"):
+            value = getattr(self, name)
+            if not (_is_int(value) and value >= 1):
+                raise ArgumentError(f"{name} must be an int of at least 1; got {value!r}. Fix: {name}=4")
+        if not (_is_number(self.length_penalty) and -50 <= self.length_penalty <= 50):
+            raise ArgumentError(
+                f"length_penalty must be from -50 to 50; got {self.length_penalty!r}. "
+                "Fix: 1.0 compares texts by their mean logprob, 0.0 by the sum"
+            )
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            raise ArgumentError(
+                f"early_stopping must be True, False or 'never'; got {self.early_stopping!r}. "
+                "Fix: early_stopping=False"
+            )
 
 
 def is_token_id(value: object) -> bool:

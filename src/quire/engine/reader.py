@@ -105,7 +105,7 @@ class Reader:
 
     def _read_request(self, request: Request) -> list[Delta]:
         deltas = []
-        for index, sequence in enumerate(request.sequences):
+        for index, sequence in enumerate(request.streamed):
             tokens, chars = self._seen_of(sequence)
             text, token_ids = sequence.text[chars:], sequence.tokens[tokens:].tolist()
             if text or token_ids:
@@ -116,8 +116,14 @@ class Reader:
                 )
                 self._seen[sequence] = (tokens + len(token_ids), chars + len(text))
         if request.finished:
-            last = deltas.pop() if deltas else Delta(request.request_id, request.index, "", [])
-            deltas.append(replace(last, output=request.output()))
+            output = request.output()
+            if deltas:
+                last = deltas.pop()
+            elif request.streamed:
+                last = Delta(request.request_id, request.index, "", [])
+            else:
+                last = Delta(request.request_id, request.index, output.text, output.token_ids)
+            deltas.append(replace(last, output=output))
         return deltas
 
     def _seen_of(self, sequence: Sequence) -> tuple[int, int]:

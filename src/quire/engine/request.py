@@ -25,8 +25,11 @@ class CompletionOutput:
         token_ids: every generated token, the one that ended the sequence included.
         finish_reason: "stop" (end-of-text, stop token or stop string), "length" (max_tokens or the
             model's longest sequence), "abort"; None of a sequence that has not ended, see `AsyncLLM`.
-        cumulative_logprob: the sum of the generated tokens' logprobs; None unless SamplingParams.logprobs asked.
+        cumulative_logprob: the sum of the generated tokens' logprobs; None unless SamplingParams.logprobs asked, or of
+            a beam search.
         logprobs: for each generated token those of it, first, and of the likeliest, by token id; None unless asked.
+        score: of a beam search, by which its texts are ordered: cumulative_logprob divided by the number of generated
+            tokens, the one that ended it included, to the power of length_penalty.
     """
 
     index: int
@@ -35,6 +38,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class RequestOutput:
 
     Attributes:
         prompt: the prompt's text; None when token ids were given.
-        outputs: one per sequence; `text`, `token_ids` and `finish_reason` are the first one's.
+        outputs: one per sample, or the texts of a beam search, the best first; `text`, `token_ids` and `finish_reason`
+            are the first one's.
         time_to_first_token, seconds: from the request's arrival to its end, or to now; time_to_first_token is None
             when no token was generated.
         preemptions: how often the request gave its pages back and was computed again.
@@ -88,7 +93,7 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a sequence of a request gained since it was last looked at.
+    """What a sequence of a request gained since it was last looked at. A beam search has one alone: its best text.
 
     Attributes:
         index: position of the prompt among those of the same `stream` call, else 0.
@@ -114,16 +119,23 @@ class Delta:
         return None if self.output is None else self.output.outputs[self.sequence].finish_reason
 
 
+HEAD_START = (
+    60.0  # seconds by which a request may arrive later and still be as urgent as one a priority above it
+)
+
+
 class Request:
     """A prompt of a caller: a group of sequences that begin with it, and that run and give up pages together.
 
-    Its request_id is the seq_id of its first sequence.
+    Its request_id is the seq_id of its first sequence. A beam search is a `BeamRequest`.
 
     Args:
         sequences: at least one.
         prompt: the prompt's text, if it was text.
         index: position of the prompt in its caller's list.
     Attributes:
+        priority: lower runs first; counts from the next `arrive` on.
+        urgency: sorts requests, the one to be served first before the others; fixed by arrival and priority.
         prompt_logprobs: how likely the prompt's tokens were, from the second on, as far as they were computed; None
             where nobody asked. Until all are here, no more than the first len(prompt_logprobs) tokens of the prompt
             may be taken from pages that someone else computed.
@@ -132,8 +144,13 @@ class Request:
             tokens, as one alone does from the beginning.
     """
 
-    def __init__(self, sequences: abc.Sequence[Sequence], prompt: str | None = None, index: int = 0) -> None:
-        self.sequences = list(sequences)
+    def __init__(
+        self,
+        sequences: abc.Sequence[Sequence],
+        prompt: str | None = None,
+        index: int = 0,
+    ) -> None:
+        self._sequences = list(sequences)
         self.request_id = sequences[0].seq_id
         self.prompt = prompt
         self.index = index
@@ -146,7 +163,28 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if sequences[0].params.prompt_logprobs is None else []
         )
+        self.priority = 0
+        self.arrive()
+
+    def arrive(self) -> None:
+        """Count from now: a request of lower priority that arrives within its head start is more urgent."""
         self.arrived = time.perf_counter()
+        self.urgency = (self.arrived + self.priority * HEAD_START, self.arrived)
+
+    @property
+    def sequences(self) -> abc.Sequence[Sequence]:
+        """Its sequences, those that have finished included."""
+        return self._sequences
+
+    @property
+    def streamed(self) -> abc.Sequence[Sequence]:
+        """The sequences whose tokens are handed out as they come."""
+        return self._sequences
+
+    @property
+    def num_to_come(self) -> int:
+        """How many sequences will begin as forks of those it has, each with a page of its own."""
+        return 0
 
     @property
     def finished(self) -> bool:
@@ -187,19 +225,33 @@ class Request:
         began = [
             sequence.first_token_at for sequence in self.sequences if sequence.first_token_at is not None
         ]
+        return self._output(
+            first.tokens[: first.num_prompt_tokens].tolist(),
+            [_completion(index, sequence) for index, sequence in enumerate(self.sequences)],
+            min(began, default=None),
+            self._ended_at(),
+        )
+
+    def _output(
+        self,
+        prompt_token_ids: list[int],
+        outputs: list[CompletionOutput],
+        first_token_at: float | None,
+        finished_at: float,
+    ) -> RequestOutput:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=first.tokens[: first.num_prompt_tokens].tolist(),
-            outputs=[_completion(index, sequence) for index, sequence in enumerate(self.sequences)],
-            time_to_first_token=min(began) - self.arrived if began else None,
-            seconds=self._ended_at() - self.arrived,
+            prompt_token_ids=prompt_token_ids,
+            outputs=outputs,
+            time_to_first_token=None if first_token_at is None else first_token_at - self.arrived,
+            seconds=finished_at - self.arrived,
             preemptions=self.preemptions,
             num_cached_tokens=self.num_cached_tokens,
             hit=self.hit,
             prompt_logprobs=None
             if self.prompt_logprobs is None
-            else [None, *(found.as_dict(first.decode) for found in self.prompt_logprobs)],
+            else [None, *(found.as_dict(self.sequences[0].decode) for found in self.prompt_logprobs)],
         )
 
     def _ended_at(self) -> float:

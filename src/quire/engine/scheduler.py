@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import abc, deque
+import threading
+from bisect import insort, insort_left
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from quire.engine.hits import PrefixHits
+from quire.engine.hits import PrefixHits, Start
 from quire.engine.request import Request
 from quire.engine.sequence import Sequence
 from quire.errors import ArgumentError
@@ -56,25 +58,29 @@ class Chunk:
 
 
 class Scheduler:
-    """First come, first served, under a budget of tokens per step and of pages in all.
+    """The most urgent first, under a budget of tokens per step and of pages in all.
 
-    Running requests stand in the order of their arrival, and all before those waiting. Each step
-    serves them in that order, so only the last one served can be inside its prompt: those before it
-    decode, it takes a chunk of prompt from what is left of the budget, and requests behind it wait.
+    Requests are ordered by `Request.urgency`: by arrival, where a priority above 0 counts as a later arrival and one
+    below 0 as an earlier one. Running requests stand in this order, and so do those waiting. Each step serves
+    all of them in this order: a running request gets its next tokens, one that waits is let in. So of requests with the
+    same priority only the last one served can be inside its prompt: those before it decode, it takes a chunk of
+    prompt from what is left of the budget, and requests behind it wait.
 
-    When a request needs a page and none is available, the youngest running request gives all of its
-    pages back and waits at the front of the queue; later its prompt and the tokens it has generated
-    are computed again, as far as they are not found in cached pages. The youngest itself never takes pages from anyone:
-    it stands still until there are some. So the oldest request always moves, and every request becomes the oldest.
+    When a request needs a page and none is available, the least urgent running request gives all of its
+    pages back and waits again; later its prompt and the tokens it has generated
+    are computed again, as far as they are not found in cached pages. A waiting request takes pages, and a place among
+    max_num_seqs, from running ones that are less urgent; among requests of one priority there are none. The least
+    urgent running request never takes pages from anyone: it stands still until there are some. So the most urgent one
+    always moves, and as urgency depends on arrival, every request becomes the most urgent.
 
     The sequences of a request run, wait and give their pages up together. One of them, the leader, computes the prompt
     and the others begin as forks of it, also when they are computed again, so that the prompt is never in pages twice.
     They share partly filled pages with one another (`PageTable.fork`), full ones also with those of other requests
-    (`PrefixHits`).
+    (`PrefixHits`). Where the budget is smaller than their number, those with the fewest tokens are served first.
 
-    Nobody is preempted once a request was let in, so no page that a chunk is about to copy is freed by that. A kept
-    page that a chunk copies has an owner until `release_sources`, so that a later chunk of the same step cannot take
-    it.
+    Only requests behind the one that is served are preempted. None of them has a chunk yet, so no page that a chunk is
+    about to copy is freed by that. A kept page that a chunk copies has an owner until `release_sources`, so that a
+    later chunk of the same step cannot take it.
 
     Args:
         table: hands out pages; this scheduler adds, extends and frees sequences under their seq_id.
@@ -101,15 +107,16 @@ class Scheduler:
         self.hits = PrefixHits(table, prefix_cache)
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
+        self._queueing = threading.Lock()  # held while `waiting` is changed: requests arrive from any thread
         self.running: list[Request] = []
         self.steps = 0
         self._sources: list[int] = []  # pages that chunks of this step copy, one owner each
 
     @property
-    def oldest(self) -> Request:
-        """The request that arrived first; there must be one."""
-        return self.running[0] if self.running else self.waiting[0]
+    def most_urgent(self) -> Request:
+        """The request that is served first; there must be one."""
+        return min((*self.running[:1], *self.waiting[:1]), key=_urgency)
 
     @property
     def has_requests(self) -> bool:
@@ -117,8 +124,9 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, request: Request) -> None:
-        """Queue a request behind all others; another thread may be in `schedule`."""
-        self.waiting.append(request)
+        """Queue a request behind those as urgent; another thread may be in `schedule`."""
+        with self._queueing:
+            insort(self.waiting, request, key=_urgency)
 
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next step and give them slots.
@@ -135,30 +143,54 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self.max_batch_tokens
         self.hits.new_step()
-        for request in self.running:  # making room may shorten the list, but only behind this request
-            for sequence in request.sequences if request.leader is None else (request.leader,):
-                if sequence.finish_reason is not None:
-                    continue
-                num_tokens = self._make_room(request, sequence, min(_pending(request, sequence), budget))
-                if not num_tokens:
-                    return chunks
-                chunks.append(self._extend(request, sequence, num_tokens))
-                budget -= num_tokens
-        while budget and len(self.running) < self.max_num_seqs and self.waiting:
-            request = self.waiting[0]
-            # One page to spare per running request: else it would often be preempted a few steps later, its work lost.
-            starts = self.hits.find(request, self.table.allocator.num_available - len(self.running))
-            if starts is None or self.hits.is_coming(starts):
+        place = 0  # the running requests before it have been served
+        lets_in = True
+        while budget:
+            starts = None
+            if lets_in and self._waits_for(place):
+                starts = self._let_in(place)
+                lets_in = starts is not None
+            if starts is None and place == len(self.running):
                 break
-            self.running.append(request)
-            self.waiting.popleft()
-            self.hits.begin(request, starts)
-            for start in starts:
-                num_tokens = min(_pending(request, start.sequence), budget)
+            request = self.running[place]
+            place += 1
+            due = _due(request, budget) if starts is None else [start.sequence for start in starts]
+            for sequence in due:
+                num_tokens = min(_pending(request, sequence), budget)
+                if starts is None:
+                    num_tokens = self._make_room(request, sequence, num_tokens)
+                    if not num_tokens:
+                        return chunks
                 if num_tokens:
-                    chunks.append(self._extend(request, start.sequence, num_tokens))
+                    chunks.append(self._extend(request, sequence, num_tokens))
                     budget -= num_tokens
         return chunks
+
+    def _waits_for(self, place: int) -> bool:
+        """Whether the first waiting request is the next to be served, as the running ones from place on can wait."""
+        waiting, running = self.waiting, self.running
+        return bool(waiting) and (place == len(running) or waiting[0].urgency < running[place].urgency)
+
+    def _let_in(self, place: int) -> list[Start] | None:
+        """Let the first waiting request run, at its place among the running; None where it has to wait."""
+        request = self.waiting[0]
+        while True:
+            if len(self.running) < self.max_num_seqs:
+                # One page to spare per running request: else it would often be preempted a few steps later.
+                to_spare = len(self.running) + request.num_to_come
+                starts = self.hits.find(request, self.table.allocator.num_available - to_spare)
+                if starts is not None:
+                    break
+            if len(self.running) == place:
+                return None
+            self.preempt_last()
+        if self.hits.is_coming(starts):
+            return None
+        self.running.insert(place, request)
+        with self._queueing:
+            self.waiting.remove(request)
+        self.hits.begin(request, starts)
+        return starts
 
     def advance(self, chunks: list[Chunk]) -> None:
         """The keys and values of these chunks are written: count them, and name the pages that they have filled.
@@ -182,6 +214,16 @@ class Scheduler:
                 sequence.prefix = leader.prefix
         request.leader = None
 
+    def regroup(self, forks: abc.Iterable[tuple[Sequence, Sequence]], ended: abc.Iterable[Sequence]) -> None:
+        """Exchange sequences of a running request: children begin with the pages of parents, (parent, child).
+
+        After that those that ended give theirs back.
+        """
+        for parent, child in forks:
+            self.table.fork(parent.seq_id, child.seq_id)
+        for sequence in ended:
+            self.table.free(sequence.seq_id)
+
     def finish(self, request: Request, sequence: Sequence) -> None:
         """Free the pages of a running request's sequence that has finished, and forget the request after its last."""
         self.table.free(sequence.seq_id)
@@ -191,8 +233,9 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """Forget a request before its end, running or waiting, and free its pages."""
         for queue in (self.running, self.waiting):
-            if request in queue:
-                queue.remove(request)
+            with self._queueing:
+                if request in queue:
+                    queue.remove(request)
         self._free(request)
 
     def release_sources(self) -> None:
@@ -202,27 +245,37 @@ class Scheduler:
             self._sources = []
 
     def preempt_all(self) -> None:
-        """Take the pages of every running request; all will be computed again, in the same order."""
+        """Take the pages of every running request; all will be computed again, in the same order.
+
+        Also brings queues and pages in order where a change of them was interrupted.
+        """
         self.release_sources()
         wrong: ArgumentError | None = None
         while self.running:
             try:
-                self.preempt_youngest()
+                self.preempt_last()
             except ArgumentError as error:  # someone freed its pages; the others still give theirs back
+                wrong = error
+        for seq_id in self.table.seq_ids:  # of a request that was about to give them up
+            try:
+                self.table.free(seq_id)
+            except ArgumentError as error:
                 wrong = error
         if wrong is not None:
             raise wrong
 
-    def preempt_youngest(self) -> None:
-        """Take the pages of the running request that arrived last; it will be computed again."""
+    def preempt_last(self) -> None:
+        """Take the pages of the least urgent running request; it will be computed again.
+
+        After an interruption, Ctrl-C, `preempt_all` does what is left to do.
+        """
         request = self.running[-1]
-        if (
-            not self.waiting or self.waiting[0] is not request
-        ):  # it is, where an interruption came before the next line
-            self.waiting.appendleft(request)
-        self.running.pop()
         for sequence in request.sequences:
             sequence.num_computed = 0
+        with self._queueing:
+            if request not in self.waiting:  # it is, where an interruption came before the next line
+                insort_left(self.waiting, request, key=_urgency)
+        self.running.pop()
         request.preemptions += 1
         self._free(request)
 
@@ -232,12 +285,12 @@ class Scheduler:
                 self.table.free(sequence.seq_id)
 
     def _make_room(self, request: Request, sequence: Sequence, num_tokens: int) -> int:
-        """How many of num_tokens there are pages for now, taken from younger requests if need be."""
+        """How many of num_tokens there are pages for now, taken from less urgent requests if need be."""
         allocator, table = self.table.allocator, self.table
         while table.pages_needed(sequence.seq_id, num_tokens) > allocator.num_available:
             if request is self.running[-1]:
                 return table.room(sequence.seq_id)
-            self.preempt_youngest()
+            self.preempt_last()
         return num_tokens
 
     def _extend(self, request: Request, sequence: Sequence, num_tokens: int) -> Chunk:
@@ -249,6 +302,18 @@ class Scheduler:
         if self.waiting:
             self.hits.announce(sequence, num_tokens)
         return Chunk(request, sequence, num_tokens, slot_mapping, copies)
+
+
+def _urgency(request: Request) -> tuple[float, float]:
+    return request.urgency
+
+
+def _due(request: Request, budget: int) -> abc.Sequence[Sequence]:
+    """The sequences of a running request that have tokens to compute, in the order in which they are served."""
+    if request.leader is not None:
+        return (request.leader,)
+    due = [each for each in request.sequences if each.finish_reason is None and each.num_pending]
+    return sorted(due, key=lambda each: each.num_generated) if len(due) > budget else due
 
 
 def _pending(request: Request, sequence: Sequence) -> int:

@@ -28,10 +28,10 @@ class Turns:
     cannot have a turn: an engine may sleep in it, and other threads would then wait for the lock.
 
     **Pages.** Engines on one PagedModel draw from one pool. An engine in which nothing can run takes pages from
-    the others' youngest requests, as long as these are younger than its own oldest; they are computed again
-    later, like all that are preempted. The oldest request on the model therefore always gets pages while its engine is
-    stepped. If nobody steps that engine (a stream that is not read), the others would wait for ever: after PATIENCE
-    its requests give their pages too.
+    the others' least urgent requests, as long as these are less urgent than its own most urgent one; they are computed
+    again later, like all that are preempted. The most urgent request on the model therefore always gets pages while its
+    engine is stepped. If nobody steps that engine (a stream that is not read), the others would wait for ever: after
+    PATIENCE its requests give their pages too.
 
     Args:
         lock: `PagedModel.lock`.
@@ -114,16 +114,21 @@ class Turns:
             self._turn_ended.wait(PATIENCE)
 
     def take_pages(self, scheduler: Scheduler) -> bool:
-        """Make the youngest request of the other engines give its pages up; False when none may be taken."""
-        oldest = scheduler.oldest
+        """Make the least urgent request of the other engines give its pages up; False when none may be taken."""
+        urgency = scheduler.most_urgent.urgency
         may_give = [
             other
             for other in self._others_with_pages(scheduler)
-            if other.running[-1].arrived >= oldest.arrived or self._is_suspended(other, scheduler)
+            if other.running[-1].urgency >= urgency or self._is_suspended(other, scheduler)
         ]
         if not may_give:
             return False
-        max(may_give, key=lambda other: other.running[-1].arrived).preempt_youngest()
+        other = max(may_give, key=lambda other: other.running[-1].urgency)
+        try:
+            other.preempt_last()
+        except BaseException:  # nobody who steps that engine sees it
+            other.preempt_all()
+            raise
         return True
 
     def forget_wait(self, scheduler: Scheduler) -> None:
