@@ -13,8 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from quire.hf import PagedModel, Step
 from quire.hf.attention import ATTENTION_NAME, attend_pages
-from quire.hf.cache import Visibility
 from quire.pages import PageAllocator, PageTable
+from quire.spec import Visibility
 
 VOCAB = 97
 PAGE_SIZE = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quire.hf.cache import Visibility
+from quire.spec import Visibility
 
 from .families import (
     FAMILIES,

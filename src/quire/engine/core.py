@@ -137,7 +137,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self._decoder = None if tokenizer is None else decoder_of(tokenizer)
-        self.table = PageTable(model.allocator, model.page_size)
+        self.table = PageTable(model.allocator, model.page_size, model.groups)
         self.requests: dict[int, Request] = {}
         self.stats = EngineStats()
         self._scheduler = Scheduler(

@@ -146,8 +146,14 @@ class Scheduler:
                 budget -= num_tokens
         while budget and len(self.running) < self.max_num_seqs and self.waiting:
             request = self.waiting[0]
-            # One page to spare per running request: else it would often be preempted a few steps later, its work lost.
-            starts = self.hits.find(request, self.table.allocator.num_available - len(self.running))
+            # A page of each group to spare per running request: else it would often be preempted a few steps later, its
+            # work lost. If none runs, fewer tokens at once must do: nobody will give this one more pages.
+            spare = len(self.running) * len(self.table.groups)
+            starts = self.hits.find(
+                request,
+                self.table.allocator.num_available - spare,
+                self.max_batch_tokens if self.running else 1,
+            )
             if starts is None or self.hits.is_coming(starts):
                 break
             self.running.append(request)
@@ -163,13 +169,16 @@ class Scheduler:
     def advance(self, chunks: list[Chunk]) -> None:
         """The keys and values of these chunks are written: count them, and name the pages that they have filled.
 
-        Where a leader has computed the prompt, the other sequences of its request begin as forks of it.
+        Pages that are out of sight from now on are given back, cached if they are named. Where a leader has computed
+        the prompt, the other sequences of its request begin as forks of it.
         """
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_computed += chunk.num_tokens
             if sequence.num_computed % self.table.page_size < chunk.num_tokens:
                 self.hits.name_pages(sequence)
+            if self.table.releases:
+                self.table.release_unseen(sequence.seq_id)
             request = chunk.request
             if sequence is request.leader and sequence.num_computed == sequence.num_prompt_tokens:
                 self._fork(request, sequence)
