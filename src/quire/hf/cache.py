@@ -179,7 +179,7 @@ def pages_within(memory_bytes: int, page_bytes: int) -> int:
     num_pages = memory_bytes // page_bytes
     if num_pages < 1:
         raise ArgumentError(
-            f"memory_bytes must hold at least one page, {page_bytes} bytes; got "
+            f"memory_bytes must hold at least one page of {page_bytes} bytes; got "
             f"{memory_bytes}. Fix: memory_bytes={page_bytes} or more, or a smaller page_size"
         )
     return num_pages
