@@ -33,23 +33,23 @@ class Prefix:
         page: int,
         tokens: bytes,
         generation: int,
-        others: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.parent = parent
         self.page = page
         self.tokens = tokens
         self.num_pages: int = 0 if parent is None else parent.num_pages + 1
         self._generation = generation
-        self._others = others  # page and generation in each group but the first
+        self._others: Sequence[tuple[int, int]] = ()  # page and generation in each group but the first
         self._uses = 0  # longer prefixes, and pages that still have this name; see PrefixCache._let_go
         self._next_tokens = b""  # of the page that was named last after this prefix, for `explain`
 
     def pages(self, group: int = 0, first: int = 0) -> list[int]:
         """Page ids of one group in the order of the text, from its first-th page on."""
-        pages, prefix = [], self
-        while prefix.parent is not None and prefix.num_pages > first:
-            pages.append(prefix.page_of(group))
+        pages, prefix, left = [], self, self.num_pages - first
+        while left > 0 and prefix.parent is not None:
+            pages.append(prefix._others[group - 1][0] if group else prefix.page)
             prefix = prefix.parent
+            left -= 1
         return pages[::-1]
 
     def page_of(self, group: int) -> int:
@@ -219,15 +219,10 @@ class PrefixCache:
         if not self.is_known(prefix):
             return None
         known = self._known_after(prefix, data)
-        lost = [
-            (longer, group, pages[group * count + index])
-            for index, longer in enumerate(known)
-            for group in range(num_groups)
-            if not self._holds(longer, group)
-        ]
-        fresh = range(len(known), count)
-        named = [page for _, _, page in lost]
-        named += [pages[group * count + index] for index in fresh for group in range(num_groups)]
+        lost = self._lost_pages(known, pages, count) if known else []
+        # Those of each longer prefix side by side.
+        fresh = list(pages[len(known) :]) if num_groups == 1 else self._side_by_side(pages, len(known), count)
+        named = [page for _, _, page in lost] + fresh
         self._check_unnamed(named)
         self.allocator.keep(named)
         prefix = kept = known[-1] if known else prefix
@@ -242,9 +237,7 @@ class PrefixCache:
         ) in lost:  # the page that one gets may be what another one had lost, and its link with it
             assert longer.parent is not None
             self._links[longer.parent, longer.tokens] = longer
-        for index in fresh:
-            of_groups = [pages[group * count + index] for group in range(num_groups)]
-            prefix = self._lengthen(prefix, data[index * width : (index + 1) * width], of_groups)
+        prefix = self._lengthen(prefix, data[len(known) * width :], fresh)
         if not self._sees_all:
             self._let_go(kept)
         return prefix
@@ -260,25 +253,49 @@ class PrefixCache:
             prefix = longer
         return known
 
+    def _lost_pages(
+        self, known: Sequence[Prefix], pages: Sequence[int], count: int
+    ) -> list[tuple[Prefix, int, int]]:
+        """What prefixes have lost: each with the group, and the page that takes the lost one's place."""
+        return [
+            (longer, group, pages[group * count + index])
+            for index, longer in enumerate(known)
+            for group in range(len(self.groups))
+            if not self._holds(longer, group)
+        ]
+
+    def _side_by_side(self, pages: Sequence[int], first: int, count: int) -> list[int]:
+        """The pages of each group from the first-th on, those with the same tokens side by side."""
+        groups = range(len(self.groups))
+        return [pages[group * count + index] for index in range(first, count) for group in groups]
+
     def _check_unnamed(self, pages: Sequence[int]) -> None:
         for page in pages:
-            before = self.name_of(page)
-            if before is not None:
-                raise ArgumentError(
-                    f"pages must not be named with other tokens; got page {page}, the end of a prefix of "
-                    f"{before.num_pages} pages. Fix: insert a page once, after the prefix that it was computed with"
-                )
+            if page in self._named:
+                before = self.name_of(page)
+                if before is not None:
+                    raise ArgumentError(
+                        f"pages must not be named with other tokens; got page {page}, the end of a prefix of "
+                        f"{before.num_pages} pages. Fix: insert a page once, after the prefix that it was computed with"
+                    )
 
-    def _lengthen(self, prefix: Prefix, tokens: bytes, pages: Sequence[int]) -> Prefix:
-        generation = self.allocator.generation
-        others = [(page, generation(page)) for page in pages[1:]] if len(pages) > 1 else ()
-        longer = Prefix(prefix, pages[0], tokens, generation(pages[0]), others)
-        for page in pages:
+    def _lengthen(self, prefix: Prefix, data: bytes, pages: Sequence[int]) -> Prefix:
+        """Make longer prefixes of the tokens of pages; those of all groups with the same tokens are side by side."""
+        generation, width, num_groups = self.allocator.generation, 8 * self.page_size, len(self.groups)
+        start = 0
+        for at in range(0, len(pages), num_groups):
+            page, tokens = pages[at], data[start : start + width]
+            start += width
+            longer = Prefix(prefix, page, tokens, generation(page))
             self._give_name(page, longer)
-        self._links[prefix, tokens] = longer
-        prefix._uses += 1
-        prefix._next_tokens = tokens
-        return longer
+            for other in pages[at + 1 : at + num_groups] if num_groups > 1 else ():
+                longer._others = (*longer._others, (other, generation(other)))
+                self._give_name(other, longer)
+            self._links[prefix, tokens] = longer
+            prefix._uses += 1
+            prefix._next_tokens = tokens
+            prefix = longer
+        return prefix
 
     def _set_page(self, prefix: Prefix, group: int, page: int) -> None:
         """Let a prefix end with another page of a group, that it lost."""

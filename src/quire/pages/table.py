@@ -202,8 +202,8 @@ class PageTable:
     def room(self, seq_id: Hashable) -> int:
         """Most tokens that `append` would find pages for now. Raises ArgumentError when it is unknown."""
         sequence = self._sequence(seq_id)
-        pages = self.allocator.num_available - self._copies_needed(sequence)
         left_in_last_page = -sequence.length % self.page_size
+        pages = self.allocator.num_available - (self._pages_needed(sequence, 1) if left_in_last_page else 0)
         return pages // len(self.groups) * self.page_size + left_in_last_page if pages >= 0 else 0
 
     def append(self, seq_id: Hashable, num_tokens: int) -> AppendResult:
@@ -348,12 +348,11 @@ class PageTable:
             ArgumentError: unknown sequence.
         Cost: one copy of the batch's page ids, row by row.
         """
-        sequences = [self._sequence(seq_id).groups for seq_id in seq_ids]
-        width = max((len(groups[0]) for groups in sequences), default=0)
-        num_groups = len(self.groups)
-        rows = (groups[group] for group in range(num_groups) for groups in sequences)
+        batch, num_groups = [self._sequence(seq_id).groups for seq_id in seq_ids], len(self.groups)
+        rows = [groups[group] for group in range(num_groups) for groups in batch]
+        width = max(map(len, rows), default=0)
         table = _join([row if len(row) == width else row + _PAD * (width - len(row)) for row in rows])
-        shape = (len(sequences), width) if num_groups == 1 else (num_groups, len(sequences), width)
+        shape = (len(batch), width) if num_groups == 1 else (num_groups, len(batch), width)
         return torch.from_numpy(table.reshape(shape))
 
     def seq_lens(self, seq_ids: Sequence[Hashable]) -> torch.Tensor:
@@ -482,16 +481,12 @@ class PageTable:
             )
         if not num_tokens:
             return 0
-        each = -(-(sequence.length + num_tokens) // self.page_size) - len(sequence.groups[0])
-        return each * len(sequence.groups) + self._copies_needed(sequence)
-
-    def _copies_needed(self, sequence: _Pages) -> int:
-        """How many last pages are partly filled, and shared or kept."""
-        copies = 0
-        if sequence.length % self.page_size:
-            for pages in sequence.groups:
-                copies += not self.allocator.is_private(pages[-1])
-        return copies
+        groups, length, size = sequence.groups, sequence.length, self.page_size
+        needed = (-(-(length + num_tokens) // size) - len(groups[0])) * len(groups)
+        if length % size:
+            for pages in groups:
+                needed += not self.allocator.is_private(pages[-1])
+        return needed
 
     def __repr__(self) -> str:
         tokens = sum(sequence.length for sequence in self._sequences.values())
