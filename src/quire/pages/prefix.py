@@ -386,7 +386,10 @@ class PrefixCache:
     def explain(self, prefix: Prefix, tokens: Sequence[int]) -> str:
         """Why `match` of these tokens returned this prefix and no longer one, as the end of a sentence. Reads only.
 
-        Cost: O(page_size), and O(pages in sight) in each group with a window.
+        A token that sees the next page sees no page before those that this prefix was found with: only the next page
+        can have been lost.
+
+        Cost: O(page_size).
         """
         tokens = _as_array(tokens)
         size = self.page_size
@@ -397,15 +400,10 @@ class PrefixCache:
         span = f"tokens {start} to {start + size - 1}"
         longer = self._links.get((prefix, page.tobytes()))
         if longer is not None:
-            lost = longer
-            if not self._sees_all or self.is_known(longer):
-                lost = self.lacking(longer, start + size) or longer
-            if lost is longer:
-                return f"the page of {span} was dropped"
-            first = lost.num_pages * size - size
+            dropped = f"the page of {span} was dropped"
+            lacking = [sight for group, sight in enumerate(self.groups) if not self._holds(longer, group)]
             return (
-                f"the page of {span} is there, but that of tokens {first} to {first + size - 1} was dropped, which "
-                f"layers that see {self._sight_that_lacks(lost)} need from there"
+                f"{dropped} in layers that see {lacking[0]}" if lacking and len(self.groups) > 1 else dropped
             )
         other = self._links.get((prefix, prefix._next_tokens))
         if other is not None and self.is_known(other):
@@ -413,9 +411,6 @@ class PrefixCache:
             at = next(i for i in range(size) if page[i] != cached[i])
             return f"token {start + at} is {page[at]}, where the page cached last has {cached[at]}"
         return f"no page is cached for {span}: never computed, or dropped since"
-
-    def _sight_that_lacks(self, prefix: Prefix) -> Visibility:
-        return next(sight for group, sight in self._checked if not self._holds(prefix, group))
 
     def _holds(self, prefix: Prefix, group: int) -> bool:
         """Whether the last page of a prefix still holds its tokens, in one group."""
