@@ -71,11 +71,12 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(2, 6),
         caching=st.sampled_from([[True], [True, True], [True, False], [False]]),
         groups=st.sampled_from([*GROUPS, None]),
+        roomy=st.booleans(),
     )
-    def start(self, page_size, num_slots, max_batch_tokens, max_num_seqs, caching, groups):
+    def start(self, page_size, num_slots, max_batch_tokens, max_num_seqs, caching, groups, roomy):
         # The last has chunks, in whole pages.
         groups = groups or (ALL, Visibility(chunk_size=2 * page_size), Visibility(1))
-        num_pages = -(-num_slots // page_size) * max(1, len(groups) - 1)
+        num_pages = -(-num_slots // page_size) * (max(1, len(groups) - 1) if roomy else 1)
         self.model = FakeModel(num_pages=num_pages, page_size=page_size, vocab_size=VOCAB, groups=groups)
         self.max_batch_tokens = max_batch_tokens
         self.engines = [

@@ -94,6 +94,16 @@ def test_a_long_prompt_gives_pages_back_as_it_is_read():
     assert engine.stats.peak_pages <= pages_of(5 + 8) + 1
 
 
+@pytest.mark.parametrize("groups", [(WINDOW,), (ALL, WINDOW, WINDOW)], ids=str)
+def test_a_step_takes_no_more_of_a_long_prompt_than_there_are_pages_for(groups):
+    """Eleven pages of all tokens, three of each window: a step of 40 tokens would need ten of each."""
+    engine = make_engine(groups, num_pages=3 * len(groups) + 8 * groups[0].sees_all, max_batch_tokens=64)
+    prompt = list(range(1, 41))
+    for _ in range(2):
+        [output] = engine.generate([prompt], SamplingParams(max_tokens=3))
+        assert output.token_ids == engine.model.continuation(prompt, 3)
+
+
 def test_a_request_may_be_as_long_as_its_pages_in_sight_allow_and_no_longer():
     engine = make_engine((ALL, WINDOW), num_pages=13)  # ten of all tokens, three of the window
     with pytest.raises(ArgumentError, match="got a need of 14 pages of 4 tokens, the pool has 13"):

@@ -161,6 +161,8 @@ class Scheduler:
             self.hits.begin(request, starts)
             for start in starts:
                 num_tokens = min(_pending(request, start.sequence), budget)
+                if self.table.releases:  # what it will hold at most may be less than all of these tokens take
+                    num_tokens = min(num_tokens, self.table.room(start.sequence.seq_id))
                 if num_tokens:
                     chunks.append(self._extend(request, start.sequence, num_tokens))
                     budget -= num_tokens
