@@ -60,7 +60,7 @@ class EngineStats:
         admitted_tokens: known tokens of the sequences that began to run, those that began again included.
         cached_tokens: how many of these were found in pages, and not computed.
         generated_tokens: tokens handed out.
-        peak_pages: most pages that its sequences held at once, of `model.bytes_per_page` each; a shared page counts once.
+        peak_pages: most pages of `model.bytes_per_page` that its sequences held at once; a shared page counts once.
         peak_unused_slots: slots of those pages that held no token at that moment.
     """
 
