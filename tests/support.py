@@ -254,6 +254,20 @@ def features(
     return given
 
 
+def give_back_unseen(batch: Batch, window_left: int) -> int:
+    """Let poisoned pages stand for those that no query sees, as a `PageTable` does that gave them back; how many."""
+    used = [row[: -(-n // batch.page_size)] for row, n in zip(batch.page_table, batch.seq_lens, strict=True)]
+    poisoned = min(set(range(batch.k_pages.shape[1])) - set(torch.cat(used).tolist()))
+    given_back = 0
+    for row, seq_len, q_len in zip(
+        used, batch.seq_lens.tolist(), batch.cu_seqlens_q.diff().tolist(), strict=True
+    ):
+        unseen = max(seq_len - q_len - window_left, 0) // batch.page_size
+        row[:unseen] = poisoned
+        given_back += unseen
+    return given_back
+
+
 # --- memory with an end ----------------------------------------------------------------------------------
 
 

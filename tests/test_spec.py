@@ -1,10 +1,13 @@
 """What one attention layer's shape says, and what it refuses to be."""
 
+import sys
+
 import pytest
 import torch
 
 from quire import AttentionSpec
 from quire.errors import ArgumentError, DtypeError
+from quire.spec import Visibility
 
 
 def spec(**changes):
@@ -95,3 +98,36 @@ def test_page_formats_that_do_not_exist_are_refused(kv_dtype):
         DtypeError, match=r"^kv_dtype must be None or one of int8, fp8_e4m3, fp8_e5m2; got .*\. Fix: "
     ):
         spec(kv_dtype=kv_dtype)
+
+
+SIGHTS = [Visibility(window) for window in (-1, 0, 1, 5, 6, 7, 8)] + [Visibility(chunk_size=8)]
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+def test_what_falls_out_of_sight_is_what_no_later_query_sees(sight):
+    def seen(position):
+        first = 0
+        if sight.chunk_size:
+            first = position // sight.chunk_size * sight.chunk_size
+        elif sight.window_left >= 0:
+            first = position - sight.window_left
+        return {key for key in range(position + 1) if key >= first}
+
+    assert sight.sees_all == (len(seen(100)) == 101)
+    for position in range(40):
+        assert sight.first_key(position) == min(seen(position))
+    for key in range(1, 20):
+        unseen = [p for p in range(key, 100) if not any(k < key for q in range(p, 100) for k in seen(q))]
+        assert sight.unseen_from(key) == (min(unseen) if unseen else sys.maxsize)
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+def test_the_most_pages_in_sight_are_reached_and_never_passed(sight):
+    size = 4
+    for num_tokens in (1, 2, 3, 8, 9):
+        pages = [
+            (position + num_tokens - 1) // size - sight.first_key(position) // size + 1
+            for position in range(64)
+        ]
+        most = sight.most_pages(num_tokens, size)
+        assert most == (sys.maxsize if sight.sees_all else max(pages))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -168,3 +169,45 @@ class AttentionSpec:
         elements = self.page_stride + self.value_page_stride
         scales = 2 * self.page_size * torch.float32.itemsize if self.quantized else 0
         return self.num_kv_heads * (elements * self.storage_dtype.itemsize + scales)
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which earlier keys a layer's queries see: all, those of a window, or those of their own chunk.
+
+    window_left: keys further back than this many positions are out of sight; −1 for no window.
+    chunk_size: tokens per chunk, a multiple of page_size; 0 for no chunks.
+    """
+
+    window_left: int = -1
+    chunk_size: int = 0
+
+    def __str__(self) -> str:
+        if self.chunk_size:
+            return f"chunks of {self.chunk_size}"
+        return f"a window of {self.window_left + 1}" if self.window_left >= 0 else "all earlier tokens"
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether no key is ever out of sight."""
+        return self.window_left < 0 and not self.chunk_size
+
+    def first_key(self, position: int) -> int:
+        """The first key that a query at `position` sees; later queries see none before it."""
+        if self.chunk_size:
+            return position // self.chunk_size * self.chunk_size
+        return max(position - self.window_left, 0) if self.window_left >= 0 else 0
+
+    def unseen_from(self, key: int) -> int:
+        """The first position whose query sees no key before `key`; sys.maxsize where all keys stay in sight."""
+        if self.chunk_size:
+            return -(-key // self.chunk_size) * self.chunk_size
+        return key + self.window_left if self.window_left >= 0 else sys.maxsize
+
+    def most_pages(self, num_tokens: int, page_size: int) -> int:
+        """Most pages on which `num_tokens` tokens in a row lie with all that they see; sys.maxsize without a limit."""
+        if self.chunk_size:
+            return -(-(self.chunk_size - 1 + num_tokens) // page_size)
+        if self.window_left >= 0:
+            return -(-(self.window_left + num_tokens - 1) // page_size) + 1
+        return sys.maxsize

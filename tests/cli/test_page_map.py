@@ -8,6 +8,7 @@ from rich.console import Console
 
 from quire.cli.page_map import CACHED, FREE, FULL, PARTIAL, SHARED, colour_of, draw, plain
 from quire.pages import PageAllocator, PageTable
+from quire.spec import Visibility
 
 PAGE_SIZE = 4
 
@@ -48,6 +49,22 @@ def drawn(engine, requests, width=80):
     )
     console.print(draw(engine, requests, step=7, width=width))
     return console
+
+
+def test_pages_of_all_groups_of_layers_are_shown_and_those_given_back_are_not():
+    table = PageTable(PageAllocator(9), PAGE_SIZE, (Visibility(), Visibility(3)))
+    table.add(10)
+    table.append(10, 11)
+    table.release_unseen(10)
+    engine = SimpleNamespace(table=table, model=SimpleNamespace(bytes_per_page=500_000))
+    head, row = plain(engine, REQUESTS[:1], step=7).splitlines()
+    assert "4 of 9 pages in use, 2.0 MB" in head
+    assert row.count("A") == 4
+    assert row.count(".") == 5
+    text = drawn(engine, REQUESTS[:1]).export_text()
+    cells = text[: text.index("state")]
+    assert cells.count(PARTIAL) == 2 + 1, "the last page of each group, and the legend"
+    assert cells.count(FULL) == 2 + 1
 
 
 def test_letters_name_the_owner_of_each_page(engine):

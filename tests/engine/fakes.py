@@ -18,6 +18,7 @@ from quire.engine.sampler import sample
 from quire.engine.sequence import Sequence
 from quire.hf import Step
 from quire.pages import PageAllocator, PrefixCache
+from quire.spec import Visibility
 
 EMPTY = -1
 EOS = 256
@@ -30,6 +31,9 @@ class FakeModel:
 
     A slot given to two sequences, a page table in the wrong order or a position off by one changes the
     history, and with it every later token. The position is kept beside the token and checked.
+
+    groups: what the layers of each page table see; each of them reads back what its queries see, and a page that was
+    given back holds nothing. Logits depend on what the group sees that sees most.
     """
 
     device = torch.device("cpu")
@@ -43,9 +47,11 @@ class FakeModel:
         max_seq_len: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
         rule: Rule | None = None,
+        groups: tuple[Visibility, ...] = (Visibility(),),
     ) -> None:
         self.allocator = PageAllocator(num_pages, on_drop=self.poison)
-        self.prefix_cache = PrefixCache(self.allocator, page_size)
+        self.groups = groups
+        self.prefix_cache = PrefixCache(self.allocator, page_size, groups)
         self.lock = threading.RLock()
         self.num_pages = num_pages
         self.page_size = page_size
@@ -53,9 +59,13 @@ class FakeModel:
         self.max_seq_len = max_seq_len
         self.eos_token_ids = eos_token_ids
         self.slots = np.full((num_pages * page_size, 2), EMPTY)
-        self.rule = rule or self.logits_of
+        self._rule = rule or self.logits_of
         self.step_sizes: list[int] = []
         self.logits_rows: list[int] = []
+
+    def rule(self, history: np.ndarray) -> np.ndarray:
+        """Logits after a text, of which the last token may see a part only."""
+        return self._rule(history[min(sight.first_key(len(history) - 1) for sight in self.groups) :])
 
     def logits_of(self, history: np.ndarray) -> np.ndarray:
         seed = zlib.crc32(np.ascontiguousarray(history, dtype=np.int64).tobytes())
@@ -74,25 +84,38 @@ class FakeModel:
 
     def forward(self, step: Step) -> torch.Tensor:
         slots = step.slot_mapping.numpy()
-        assert len(set(slots.tolist())) == len(slots), "two tokens of one step in one slot"
+        assert len(set(slots.reshape(-1).tolist())) == slots.size, "two tokens of one step in one slot"
+        assert step.num_groups == len(self.groups)
         self.slots[slots, 0] = step.input_ids.numpy()
         self.slots[slots, 1] = step.position_ids.numpy()
         self.step_sizes.append(step.num_tokens)
         self.logits_rows.append(len(step.logits_indices))
         ends = step.cu_seqlens_q.numpy()[1:]
         rows = [np.zeros((0, self.vocab_size), dtype=np.float32)]
+        histories = [self._history(step, sequence) for sequence in range(len(ends))]
         for row in step.logits_indices.tolist():
             sequence = int(np.searchsorted(ends, row, side="right"))
-            history = self._history(step, sequence)
+            history = histories[sequence]
             rows.append(self.rule(history[: len(history) - (ends[sequence] - 1 - row)])[None])
         return torch.from_numpy(np.concatenate(rows))
 
     def _history(self, step: Step, sequence: int) -> np.ndarray:
+        """The tokens of a sequence as far as its queries see them; those before are EMPTY."""
         length = int(step.seq_lens[sequence])
-        pages = step.page_table[sequence].numpy()[: -(-length // self.page_size)]
-        slots = (pages[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)[:length]
-        assert (self.slots[slots, 1] == np.arange(length)).all(), "a token is not where its page table says"
-        return self.slots[slots, 0]
+        first_query = length - int(step.cu_seqlens_q.diff()[sequence])
+        history = np.full(length, EMPTY)
+        for group, sight in enumerate(self.groups):
+            pages = step.table_of(group)[sequence].numpy()[: -(-length // self.page_size)]
+            assert (pages >= 0).all(), "a plan refuses this page table"
+            slots = (pages[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)[:length]
+            seen = np.arange(sight.first_key(first_query), length)
+            tokens, positions = self.slots[slots[seen]].T
+            assert (positions == seen).all(), "a token is not where its page table says"
+            assert ((history[seen] == tokens) | (history[seen] == EMPTY)).all(), (
+                "groups hold different tokens"
+            )
+            history[seen] = tokens
+        return history
 
     def continuation(self, prompt: abc.Sequence[int], num_tokens: int) -> list[int]:
         """What greedy generation must give, computed without any pages."""

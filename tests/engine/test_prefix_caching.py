@@ -408,7 +408,7 @@ def test_two_sequences_on_a_page_with_one_owner_are_noticed_in_debug_mode(monkey
     ids = [engine.add_request([n] * 3, PARAMS) for n in range(2)]
     engine.step()
     first, second = [engine.table._sequence(i) for i in ids]
-    second.pages[0] = first.pages[0]
+    second.groups[0][0] = first.groups[0][0]
     with pytest.raises(
         PageStateError, match=r"page 0 must have an owner for each of 2 sequences; got 1 owners"
     ):

@@ -1,5 +1,6 @@
 """Any schedule of arrivals, aborts, steps and broken steps, of one engine or two on any pool, whose prompts begin alike
-or not, for one sample, several or the beams of a search, urgent or not: everyone gets their own tokens.
+or not, for one sample, several or the beams of a search, urgent or not, with one page table or several: everyone gets
+their own tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from quire.engine.core import Engine
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.errors import ArgumentError
+from quire.spec import Visibility
 
 from .fakes import FakeModel
 
@@ -27,11 +29,34 @@ prompts = st.builds(
 )
 
 
-def most_pages(prompt: list[int], params: SamplingParams, page_size: int) -> int:
-    """What a request holds at its end: the full pages of its prompt once, the rest for each sample."""
+ALL = Visibility()
+GROUPS = [(ALL,), (Visibility(5),), (Visibility(2), Visibility(7)), (ALL, Visibility(3), Visibility(3))]
+
+
+def most_pages(
+    prompt: list[int],
+    params: SamplingParams,
+    page_size: int,
+    groups: tuple[Visibility, ...],
+    step_tokens: int,
+) -> int:
+    """What a request holds at most: the full pages of its prompt once, the rest for each sample.
+
+    Of a window it holds no more than the pages on which a step's tokens lie with all that they see.
+    """
     shared = len(prompt) // page_size
+    own = -(-(len(prompt) + params.max_tokens - 1) // page_size) - shared
     width = params.beam_width if isinstance(params, BeamSearchParams) else params.n
-    return shared + width * (-(-(len(prompt) + params.max_tokens - 1) // page_size) - shared)
+    pages = 0
+    for sight in groups:
+        in_sight = shared + own
+        if sight.chunk_size:
+            in_sight = -(-(sight.chunk_size + step_tokens - 1) // page_size)
+        elif sight.window_left >= 0:
+            in_sight = -(-(sight.window_left + step_tokens - 1) // page_size) + 1
+        once, each, one = (min(count, in_sight) for count in (shared, own, shared + own))
+        pages += min(once + width * each, width * one)
+    return pages
 
 
 class Broken(Exception):
@@ -47,9 +72,15 @@ class EngineMachine(RuleBasedStateMachine):
         max_batch_tokens=st.integers(1, 24),
         max_num_seqs=st.integers(2, 6),
         caching=st.sampled_from([[True], [True, True], [True, False], [False]]),
+        groups=st.sampled_from([*GROUPS, None]),
+        roomy=st.booleans(),
     )
-    def start(self, page_size, num_slots, max_batch_tokens, max_num_seqs, caching):
-        self.model = FakeModel(num_pages=-(-num_slots // page_size), page_size=page_size, vocab_size=VOCAB)
+    def start(self, page_size, num_slots, max_batch_tokens, max_num_seqs, caching, groups, roomy):
+        # The last has chunks, in whole pages.
+        groups = groups or (ALL, Visibility(chunk_size=2 * page_size), Visibility(1))
+        num_pages = -(-num_slots // page_size) * (max(1, len(groups) - 1) if roomy else 1)
+        self.model = FakeModel(num_pages=num_pages, page_size=page_size, vocab_size=VOCAB, groups=groups)
+        self.max_batch_tokens = max_batch_tokens
         self.engines = [
             Engine(
                 self.model,
@@ -89,8 +120,8 @@ class EngineMachine(RuleBasedStateMachine):
                 params = SamplingParams(
                     max_tokens=max_tokens, cache_salt=salt, n=n, temperature=0.0 if n == 1 else 1.0, seed=seed
                 )
-            pages = most_pages(prompt, params, self.model.page_size)
-            if pages > self.model.num_pages:
+            of_request = prompt, params, self.model.page_size, self.model.groups
+            if most_pages(*of_request, 1) > self.model.num_pages:
                 with pytest.raises(ArgumentError, match="the pool has"):
                     engine.add_request(prompt, params, priority=priority)
                 continue
@@ -102,7 +133,7 @@ class EngineMachine(RuleBasedStateMachine):
             else:
                 self.expected[engine, request_id] = self.model.samples(prompt, params)
                 self.got[engine, request_id] = [[] for _ in range(n)]
-            self.most_pages[engine, request_id] = pages
+            self.most_pages[engine, request_id] = most_pages(*of_request, self.max_batch_tokens)
 
     @precondition(lambda self: any(engine.requests for engine in self.engines))
     @rule(data=st.data())
@@ -152,7 +183,7 @@ class EngineMachine(RuleBasedStateMachine):
             for owners in engine.table.page_owners():
                 assert len(owners) == len(set(owners))
             for seq_id in engine.table.seq_ids:
-                held.update(engine.table.pages(seq_id))
+                held.update(engine.table.all_pages(seq_id))
         allocator = self.model.allocator
         assert held == Counter({p: n for p in range(self.model.num_pages) if (n := allocator.refcount(p))})
         assert len(held) == allocator.num_owned
@@ -162,8 +193,20 @@ class EngineMachine(RuleBasedStateMachine):
         for engine in self.engines:
             for request in engine.requests.values():
                 live = [s.seq_id for s in request.sequences if s.seq_id in engine.table]
-                held = {page for seq_id in live for page in engine.table.pages(seq_id)}
+                held = {page for seq_id in live for page in engine.table.all_pages(seq_id)}
                 assert len(held) <= self.most_pages[engine, request.request_id]
+
+    @invariant()
+    def a_sequence_holds_the_pages_that_its_next_token_sees_and_no_others(self):
+        size = self.model.page_size
+        for engine in self.engines:
+            for request in engine.requests.values():
+                for sequence in request.sequences:
+                    if sequence.seq_id in engine.table and sequence.num_computed:
+                        count = -(-engine.table.length(sequence.seq_id) // size)
+                        for group, sight in enumerate(self.model.groups):
+                            first = sight.first_key(sequence.num_computed) // size
+                            assert len(engine.table.pages(sequence.seq_id, 0, group)) == count - first
 
     @invariant()
     def named_pages_hold_the_tokens_of_their_names(self):
@@ -175,12 +218,21 @@ class EngineMachine(RuleBasedStateMachine):
                 first = (prefix.num_pages - 1) * size
                 assert slots[page, :, 0].tolist() == list(array("q", prefix.tokens))
                 assert slots[page, :, 1].tolist() == list(range(first, first + size))
-                assert prefix.parent.parent is None or cache.name_of(prefix.parent.page) is prefix.parent
+                trunk = prefix.page == page and self.model.groups[0].sees_all
+                assert (
+                    not trunk
+                    or prefix.parent.parent is None
+                    or cache.name_of(prefix.parent.page) is prefix.parent
+                )
 
     @invariant()
     def two_computed_pages_with_the_same_beginning_are_one(self):
         names = [self.model.prefix_cache.name_of(page) for page in range(self.model.num_pages)]
-        chains = [(prefix.parent, prefix.tokens) for prefix in names if prefix is not None]
+        chains = [
+            (prefix.parent, prefix.tokens)
+            for page, prefix in enumerate(names)
+            if prefix is not None and prefix.page == page
+        ]
         assert len(chains) == len(set(chains))
 
     @invariant()

@@ -13,8 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from quire.hf import PagedModel, Step
 from quire.hf.attention import ATTENTION_NAME, attend_pages
-from quire.hf.cache import Visibility
 from quire.pages import PageAllocator, PageTable
+from quire.spec import Visibility
 
 VOCAB = 97
 PAGE_SIZE = 4
@@ -95,11 +95,15 @@ def sharpen(model: PreTrainedModel) -> None:
 
 
 class Server:
-    """Texts that grow on pages: the little of an engine that the tests need. Every unowned slot is NaN."""
+    """Texts that grow on pages: the little of an engine that the tests need. Every unowned slot is NaN.
+
+    Pages that fall out of sight are given back after each step, and are NaN from then on.
+    """
 
     def __init__(self, paged: PagedModel, texts: dict[str, torch.Tensor]) -> None:
         self.paged, self.texts = paged, texts
-        self.table = PageTable(PageAllocator(paged.num_pages), paged.page_size)
+        allocator = PageAllocator(paged.num_pages, on_drop=paged.poison)
+        self.table = PageTable(allocator, paged.page_size, paged.groups)
         for name in texts:
             self.table.add(name)
         paged._cache.poison(range(paged.num_pages))
@@ -121,10 +125,12 @@ class Server:
             page_table=self.table.dense(names),
             seq_lens=self.table.seq_lens(names),
             cu_seqlens_q=torch.tensor([0, *counts.values()], dtype=torch.int32).cumsum(0).to(torch.int32),
-            slot_mapping=torch.cat(slots),
+            slot_mapping=torch.cat(slots, dim=-1),
             logits_indices=torch.arange(tokens),
         )
         logits = self.paged.forward(step)
+        for name in names:
+            self.table.release_unseen(name)
         assert logits.shape == (tokens, self.paged.vocab_size)
         yield from zip(owners, step.position_ids.tolist(), logits, strict=True)
 
@@ -170,7 +176,7 @@ def worst_difference(model: PreTrainedModel, paged: PagedModel) -> float:
 
 def on_pages(model: PreTrainedModel, **options: object) -> PagedModel:
     """Small pages, few of them, on the float64 reference."""
-    return PagedModel(model, **{"page_size": PAGE_SIZE, "num_pages": 40, "backend": "reference", **options})
+    return PagedModel(model, **{"page_size": PAGE_SIZE, "num_pages": 80, "backend": "reference", **options})
 
 
 @contextmanager

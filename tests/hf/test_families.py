@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quire.hf.cache import Visibility
+from quire.spec import Visibility
 
 from .families import (
     FAMILIES,
@@ -53,19 +53,19 @@ def test_a_window_off_by_one_would_be_noticed(family, error):
         return Visibility(window_left=visibility.window_left + error) if windowed else visibility
 
     paged = seeing(on_pages(model), off_by_one)
-    assert worst_difference(model, paged) > 10 * TOLERANCE
+    assert not worst_difference(model, paged) <= 10 * TOLERANCE  # a page that was given back is NaN
 
 
 def test_chunks_taken_for_full_attention_would_be_noticed():
     model = tiny_model("llama4")
     paged = seeing(on_pages(model), lambda _: Visibility())
-    assert worst_difference(model, paged) > 10 * TOLERANCE
+    assert not worst_difference(model, paged) <= 10 * TOLERANCE
 
 
 def test_a_chunk_of_another_size_would_be_noticed():
     model = tiny_model("llama4")
     paged = seeing(on_pages(model), lambda v: Visibility(chunk_size=2 * v.chunk_size))
-    assert worst_difference(model, paged) > 10 * TOLERANCE
+    assert not worst_difference(model, paged) <= 10 * TOLERANCE
 
 
 @pytest.mark.parametrize(

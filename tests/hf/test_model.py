@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quire.errors import ArgumentError, DtypeError, UnsupportedError
+from quire.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from quire.hf import PagedModel, Step
 from quire.kernels import ahead
 from quire.kernels.cpu import threads
@@ -204,3 +204,19 @@ def test_quantised_pages_stay_near_the_ordinary_model(kv_dtype, tolerance):
 def test_reduced_precision_stays_near_the_ordinary_model(dtype):
     model = tiny_model("llama").to(dtype)
     assert worst_difference(model, on_pages(model)) <= 64 * torch.finfo(dtype).eps
+
+
+def test_a_step_of_another_number_of_page_tables_is_refused(text):
+    paged = on_pages(tiny_model("gemma3"))
+    assert len(paged.groups) == 2
+    with pytest.raises(ShapeError, match=r"page_table must hold 2 page tables.* got \[1, 3\]\. Fix: "):
+        paged.forward(prefill(text, [0, 1, 2], [10]))
+
+
+def test_memory_goes_to_whichever_layers_need_it():
+    """A page is the memory of half the layers of Gemma 3, so the same bytes hold more of a text with a window."""
+    paged, llama = on_pages(tiny_model("gemma3")), on_pages(tiny_model("llama"))
+    assert 2 * paged.bytes_per_page == llama.bytes_per_page
+    assert (
+        on_pages(tiny_model("gemma3"), num_pages=None, memory_bytes=10 * llama.bytes_per_page).num_pages == 20
+    )

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from quire.hf import Step
-from quire.hf.cache import Visibility
 from quire.hf.planners import Planners
-from quire.spec import AttentionSpec
+from quire.spec import AttentionSpec, Visibility
 
 SPEC = AttentionSpec(4, 2, 16, 4, torch.float32)
 ALL = Visibility()

@@ -50,6 +50,38 @@ def test_what_does_not_fit_is_named_with_what_was_expected_and_a_fix(changed, er
     assert "Fix: " in str(raised.value)
 
 
+GROUPED = {
+    "page_table": torch.tensor([[[0, -1], [1, 2]], [[3, -1], [0, 5]], [[4, -1], [0, 7]]], dtype=torch.int32),
+    "slot_mapping": torch.arange(12).view(3, 4),
+}
+
+
+def test_a_step_of_several_page_tables_has_a_table_and_slots_for_each():
+    step = Step(**fields(**GROUPED))
+    assert step.num_groups == 3
+    assert step.num_tokens == 4
+    assert torch.equal(step.table_of(1), GROUPED["page_table"][1])
+    assert Step(**fields()).num_groups == 1
+    assert torch.equal(Step(**fields()).table_of(0), fields()["page_table"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"slot_mapping": torch.arange(4)}, r"slot_mapping must be int64 \[groups, tokens\] .* got shape \[4\]"),
+        ({"slot_mapping": torch.arange(8).view(2, 4)},
+         r"slot_mapping must be \[groups, tokens\] with groups=3 .* \[2, 4\]"),
+        ({"slot_mapping": torch.arange(9).view(3, 3)}, r"slot_mapping must be \[groups, tokens\] with .* got length 3"),
+        ({"page_table": torch.zeros(3, 1, 2, dtype=torch.int32)},
+         r"page_table must be \[groups, batch, max_pages\] .* 1"),
+    ],
+)  # fmt: skip
+def test_tables_and_slots_of_other_groups_are_refused(changed, message):
+    with pytest.raises(ShapeError, match=message) as raised:
+        Step(**fields(**{**GROUPED, **changed}))
+    assert "Fix: " in str(raised.value)
+
+
 def test_a_step_without_tokens_is_refused():
     empty = torch.zeros(0, dtype=torch.int64)
     nothing = {"input_ids": empty, "position_ids": empty, "slot_mapping": empty, "logits_indices": empty}

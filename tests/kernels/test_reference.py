@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import exact, plain, step_of
-from support import Shape, attend, features, make_batch
+from support import Shape, attend, features, give_back_unseen, make_batch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import quire
@@ -93,6 +93,16 @@ def test_a_window_counts_the_keys_behind_the_query_and_not_itself():
     assert out == pytest.approx([2.5, 3.5])
     out, _ = by_hand([0.0] * 4, [1.0, 2.0, 3.0, 4.0], q_len=2, window_left=1, causal=False)
     assert out == pytest.approx([3.0, 3.5])  # it bounds what lies behind, nothing ahead
+
+
+def test_pages_before_a_window_are_never_read():
+    rules = {"window_left": 5, "backend": "reference"}
+    batch = make_batch(Shape(F32, 16, 2), [7, 40, 21], [7, 1, 11], page_size=3)
+    scoring = features(batch, alibi=True, tree=True)
+    whole = attend(batch, **rules, **scoring)
+    assert give_back_unseen(batch, 5)
+    for part, wanted in zip(attend(batch, **rules, **scoring), whole, strict=True):
+        assert torch.equal(part, wanted)
 
 
 def test_softcap_bounds_scores_by_a_tanh():

@@ -89,10 +89,12 @@ def _load(
     with spinner("loading the model"):
         tokenizer = load_tokenizer(folder or DEMO_MODEL)
         token_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-    if num_pages is None:
-        needed = sum(-(-(len(tokens) + max_tokens - 1) // page_size) for tokens in token_ids)
-        num_pages = -(-needed // 8) * 8
-    llm = load(folder, tokenizer=tokenizer, page_size=page_size, num_pages=num_pages)
+    needed = sum(-(-(len(tokens) + max_tokens - 1) // page_size) for tokens in token_ids)
+    enough = -(-needed // 8) * 8
+    llm = load(folder, tokenizer=tokenizer, page_size=page_size, num_pages=num_pages or enough)
+    if num_pages is None and len(llm.model.groups) > 1:  # a token takes a slot of each
+        num_pages = enough * len(llm.model.groups)
+        llm = LLM(llm.model.model, tokenizer=tokenizer, page_size=page_size, num_pages=num_pages)
     longest, limit = max(map(len, token_ids)), llm.model.max_seq_len
     if limit is not None and longest + max_tokens > limit:
         raise ArgumentError(

@@ -72,13 +72,15 @@ def serve_on_pages(
     seconds = time.perf_counter() - started
     outputs = [request.output() for request in requests]
     pages = engine.stats.peak_pages
-    allocated = pages * engine.table.page_size
+    # A token takes a slot of each group of layers; of a cache without groups it takes one.
+    allocated = pages * engine.table.page_size // len(engine.table.groups)
+    unused = engine.stats.peak_unused_slots // len(engine.table.groups)
     run = Run(
         token_ids=[output.token_ids for output in outputs],
         seconds=seconds,
         first_token=[output.time_to_first_token or seconds for output in outputs],
         allocated_slots=allocated,
-        filled_slots=allocated - engine.stats.peak_unused_slots,
+        filled_slots=allocated - unused,
         kv_bytes=pages * engine.model.bytes_per_page,
         pages=pages,
         preemptions=sum(output.preemptions for output in outputs),

@@ -77,7 +77,12 @@ def _by_sequence(requests: Sequence[Request], sign: Callable[[int], str]) -> dic
 def _cells(engine: Engine, requests: Sequence[Request], columns: int) -> Text:
     table = engine.table
     colours = _by_sequence(requests, colour_of)
-    partial = {table.pages(seq_id)[-1] for seq_id in table.seq_ids if table.length(seq_id) % table.page_size}
+    partial = {
+        table.pages(seq_id, 0, group)[-1]
+        for seq_id in table.seq_ids
+        if table.length(seq_id) % table.page_size
+        for group in range(len(table.groups))
+    }
     text = Text()
     for page, owners in enumerate(table.page_owners()):
         if page and page % columns == 0:
@@ -101,7 +106,7 @@ def _rows(engine: Engine, requests: Sequence[Request], width: int) -> Table:
     for i, request in enumerate(requests):
         colour = colour_of(i)
         live = [s.seq_id for s in request.sequences if s.seq_id in engine.table]
-        held = len({page for seq_id in live for page in engine.table.pages(seq_id)})
+        held = len({page for seq_id in live for page in engine.table.all_pages(seq_id)})
         prompt = request.sequences[0].num_prompt_tokens
         rows.add_row(
             Text(f"{FULL} {LETTERS[i % 26]}", colour),

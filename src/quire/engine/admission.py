@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -156,7 +157,8 @@ def max_length(num_prompt_tokens: int, params: SamplingParams | BeamSearchParams
     """Most tokens each sequence of a request may reach, its prompt included.
 
     The last token is handed out but never computed, so it needs no slot. The full pages of a prompt are shared by all
-    samples or beams; of a page that it fills in part each that goes on has its own.
+    samples or beams; of a page that it fills in part each that goes on has its own. Where some layers see fewer tokens
+    than others, there are pages of each group of layers, and no more than a token sees.
 
     Raises:
         ArgumentError: they would not fit the whole pool even if nothing else were in it.
@@ -166,14 +168,19 @@ def max_length(num_prompt_tokens: int, params: SamplingParams | BeamSearchParams
     else:
         width, name, several = params.n, "n", "samples"
     shared = num_prompt_tokens // model.page_size
-    num_slots = (shared + (model.num_pages - shared) // width) * model.page_size
     longest = sys.maxsize if model.max_seq_len is None else model.max_seq_len
     if params.max_tokens is not None:
         longest = min(longest, num_prompt_tokens + params.max_tokens)
     else:
+        # Without any other limit, a model that gives all pages back would go on for ever: it stops at a pool's length.
+        most = model.num_pages if longest == sys.maxsize else -(-longest // model.page_size)
+        own = bisect_right(
+            range(most + 1), model.num_pages, key=lambda own: _most_pages(shared, own, width, model)
+        )
+        num_slots = (shared + max(own - 1, 0)) * model.page_size
         longest = max(min(longest, num_slots + 1), num_prompt_tokens + 1)
     own = -(-(longest - 1) // model.page_size) - shared
-    pages = shared + (own * width if longest - 1 > num_prompt_tokens else own)
+    pages = _most_pages(shared, own, width if longest - 1 > num_prompt_tokens else 1, model)
     if pages > model.num_pages:
         raise ArgumentError(
             f"prompt of {num_prompt_tokens} tokens plus {longest - num_prompt_tokens} to generate"
@@ -184,6 +191,19 @@ def max_length(num_prompt_tokens: int, params: SamplingParams | BeamSearchParams
             "or more memory for pages"
         )
     return longest
+
+
+def _most_pages(shared: int, own: int, num_samples: int, model: PagedModel) -> int:
+    """Most pages that samples hold which share some full pages, and have others of their own, in logical pages each.
+
+    In a group of layers with a window no sample has more pages than are in sight at one token.
+    """
+    pages = 0
+    for sight in model.groups:
+        in_sight = sight.most_pages(1, model.page_size)
+        alone = min(shared + own, in_sight)
+        pages += min(min(shared, in_sight) + num_samples * min(own, in_sight), num_samples * alone)
+    return pages
 
 
 def _is_list(value: object) -> bool:

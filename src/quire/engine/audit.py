@@ -26,8 +26,11 @@ def audit_all(chunks: abc.Sequence[Chunk], table: PageTable, cache: PrefixCache 
         if len(owners) > table.allocator.refcount(page):
             raise _error(page, f"an owner for each of {len(owners)} sequences", table)
     for chunk in chunks:
-        for index in range(chunk.sequence.num_computed // table.page_size):
-            _check(chunk.sequence, index, table, cache)
+        sequence = chunk.sequence
+        for group in range(len(table.groups)):
+            first = table.num_released(sequence.seq_id, group)
+            for index in range(first, sequence.num_computed // table.page_size):
+                _check(sequence, index, group, table, cache)
 
 
 def audit_sample(chunks: abc.Sequence[Chunk], table: PageTable, cache: PrefixCache | None, step: int) -> None:
@@ -38,13 +41,15 @@ def audit_sample(chunks: abc.Sequence[Chunk], table: PageTable, cache: PrefixCac
     Cost: 2 µs.
     """
     sequence = chunks[step % len(chunks)].sequence
-    num_full = sequence.num_computed // table.page_size
-    if num_full:
-        _check(sequence, step * _STRIDE % num_full, table, cache)
+    group = step // len(chunks) % len(table.groups)
+    first = table.num_released(sequence.seq_id, group)
+    num_full = sequence.num_computed // table.page_size - first
+    if num_full > 0:
+        _check(sequence, first + step * _STRIDE % num_full, group, table, cache)
 
 
-def _check(sequence: Sequence, index: int, table: PageTable, cache: PrefixCache | None) -> None:
-    page = table.page_at(sequence.seq_id, index)
+def _check(sequence: Sequence, index: int, group: int, table: PageTable, cache: PrefixCache | None) -> None:
+    page = table.page_at(sequence.seq_id, index, group)
     if not table.allocator.refcount(page):
         raise _error(page, f"an owner, as page {index} of sequence {sequence.seq_id}", table)
     if cache is None or sequence.prefix is None:
@@ -58,7 +63,7 @@ def _check(sequence: Sequence, index: int, table: PageTable, cache: PrefixCache 
         return
     size = table.page_size
     tokens = sequence.tokens[index * size : (index + 1) * size]
-    if name.num_pages != index + 1 or name.tokens != tokens.tobytes():
+    if name.num_pages != index + 1 or name.page_of(group) != page or name.tokens != tokens.tobytes():
         raise _error(
             page, f"tokens {index * size} to {(index + 1) * size - 1} of sequence {sequence.seq_id}", table
         )

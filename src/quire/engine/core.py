@@ -49,7 +49,7 @@ class EngineStats:
         admitted_tokens: known tokens of the sequences that began to run, those that began again included.
         cached_tokens: how many of these were found in pages, and not computed.
         generated_tokens: tokens handed out.
-        peak_pages: most pages that its sequences held at once; a shared page counts once.
+        peak_pages: most pages of `model.bytes_per_page` that its sequences held at once; a shared page counts once.
         peak_unused_slots: slots of those pages that held no token at that moment.
     """
 
@@ -82,6 +82,9 @@ class Engine:
     **Shared beginnings.** A prompt whose beginning is in pages, from a request that runs or has ended, of this or
     another engine on the model, shares the full pages of it and computes the rest. Pages stay after their request
     until their memory is needed; those unused the longest go first.
+
+    **Windows.** Layers with a window or attention chunks give back, after each step, the pages that no later token of
+    the sequence sees.
 
     **Failures.** An exception inside a step, Ctrl-C included, is raised by whoever ran it and leaks nothing: running
     requests give their pages back and are computed again by the next step. What fails for one
@@ -126,7 +129,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self._intake = Intake(model, tokenizer)
-        self.table = PageTable(model.allocator, model.page_size)
+        self.table = PageTable(model.allocator, model.page_size, model.groups)
         self.requests: dict[int, Request] = {}
         self.stats = EngineStats()
         self._scheduler = Scheduler(

@@ -14,10 +14,10 @@ class Start:
     """Where a sequence begins to compute.
 
     prefix: what comes before the pages that it fills; None: its pages get no names.
-    pages: full pages with its first tokens, which it shares.
+    pages: full pages with its first tokens, which it shares, as `PrefixCache.pages` gives them.
     num_computed: how many tokens it need not compute.
     next_page: the tokens that come next, a page of them or fewer; b"" where they are found too.
-    copies: whether it writes its last token into a copy of the last of these pages.
+    copies: whether it writes its last token into a copy of the last of these pages, in each group.
     """
 
     sequence: Sequence
@@ -53,14 +53,19 @@ class PrefixHits:
         """Forget which pages the last step computed."""
         self._coming.clear()
 
-    def find(self, request: Request, num_pages: int) -> list[Start] | None:
+    def find(self, request: Request, num_pages: int, step_tokens: int) -> list[Start] | None:
         """Where the sequences of a waiting request would begin; None while num_pages available pages are too few.
+
+        A prompt whose early pages fall out of sight needs the pages in sight, and those of the tokens of a step.
 
         Of several sequences, one alone is the leader: it begins with the prompt, and the others as forks of it. Where
         all of them have generated tokens, and the full pages of the prompt are found, each begins by itself.
 
         Changes no page and no name. Use the result before pages are allocated.
 
+        Args:
+            num_pages: how many may be taken.
+            step_tokens: how many of its tokens are to be computed at once.
         Cost: for a request that does not fit, O(sequences) and what has changed since it was last looked for; else
             O(pages).
         """
@@ -69,15 +74,20 @@ class PrefixHits:
         first = min(live, key=lambda sequence: len(sequence.tokens))
         if self.cache is not None and request.lacks_prompt_logprobs:
             starts = [Start(first, self.cache.match((), first.params.cache_salt))]
-            return starts if self._needed(starts, live) <= num_pages else None
-        if self._least_needed(first, num_pages) > num_pages:
+            return starts if self._needed(starts, live, step_tokens) <= num_pages else None
+        if self._least_needed(first, num_pages, step_tokens) > num_pages:
             return None
         starts = [self._start(first, copies=True)]
-        if starts[0].copies and self._needed(starts, live) > num_pages:
+        if starts[0].copies and self._needed(starts, live, step_tokens) > num_pages:
             starts = [self._start(first, copies=False)]
-        if len(live) > 1 and first.num_generated and len(starts[0].pages) >= self._shared_pages(first):
+        size = self.table.page_size
+        if (
+            len(live) > 1
+            and first.num_generated
+            and -(-starts[0].num_computed // size) >= self._shared_pages(first)
+        ):
             starts = [self._start(sequence, copies=False) for sequence in live]
-        return starts if self._needed(starts, live) <= num_pages else None
+        return starts if self._needed(starts, live, step_tokens) <= num_pages else None
 
     def is_coming(self, starts: list[Start]) -> bool:
         """Whether another request computes, in this step, the page that one of these would compute first."""
@@ -93,9 +103,7 @@ class PrefixHits:
             self._admitted_tokens += sum(each.num_generated for each in live if each is not request.leader)
         for start in starts:
             sequence = start.sequence
-            self.table.add(sequence.seq_id, start.pages)
-            if start.copies:
-                self.table.trim(sequence.seq_id, start.num_computed)
+            self.table.add(sequence.seq_id, start.pages, start.num_computed)
             sequence.num_computed = start.num_computed
             sequence.prefix = start.prefix
             self._admitted_tokens += len(sequence.tokens)
@@ -128,65 +136,95 @@ class PrefixHits:
         first, end = prefix.num_pages, sequence.num_computed // size
         if first >= end:
             return
-        pages = self.table.pages(sequence.seq_id, first)[: end - first]
+        count, groups = end - first, range(len(self.table.groups))
+        pages: list[int] = []
+        for group in groups:
+            pages += self.table.pages(sequence.seq_id, first, group)[:count]
         sequence.prefix = named = self.cache.insert(prefix, sequence.tokens[first * size : end * size], pages)
-        for index in range(end - 1, first - 1, -1):
+        for index in range(count - 1, -1, -1):
             if named is None:
                 break
-            if named.page != pages[index - first]:
-                self.table.replace(sequence.seq_id, index, named.page)
+            for group in groups:
+                page = named.page_of(group)
+                if page != pages[group * count + index]:
+                    self.table.replace(sequence.seq_id, first + index, page, group)
             named = named.parent
 
     def _start(self, sequence: Sequence, *, copies: bool) -> Start:
         if self.cache is None:
             return Start(sequence)
-        tokens, size = sequence.tokens, self.table.page_size
-        prefix = self.cache.match(tokens, sequence.params.cache_salt)
-        pages = tuple(prefix.pages())
-        found = len(pages) * size
-        if found < len(tokens):
-            return Start(sequence, prefix, pages, found, tokens[found : found + size].tobytes())
-        assert prefix.parent is not None  # there is at least one token
-        if copies and size > 1:
-            return Start(sequence, prefix.parent, pages, len(tokens) - 1, copies=True)
-        return Start(sequence, prefix.parent, pages[:-1], found - size)
+        tokens, size, cache = sequence.tokens, self.table.page_size, self.cache
+        salt = sequence.params.cache_salt
+        prefix = cache.match(tokens, salt)
+        found = prefix.num_pages * size
+        if found == len(tokens):
+            assert prefix.parent is not None  # there is at least one token
+            last = found - 1  # computed again, for its logits
+            if copies and size > 1 and cache.lacking(prefix, last) is None:
+                return Start(sequence, prefix.parent, tuple(cache.pages(prefix, last)), last, copies=True)
+            whole, prefix = prefix.parent, cache.match(tokens[:last], salt, near=prefix.parent)
+            found = prefix.num_pages * size
+            if prefix is whole:
+                return Start(sequence, prefix, tuple(cache.pages(prefix)), found)
+        next_page = tokens[found : found + size].tobytes()
+        return Start(sequence, prefix, tuple(cache.pages(prefix)), found, next_page)
 
-    def _needed(self, starts: list[Start], live: list[Sequence]) -> int:
+    def _needed(self, starts: list[Start], live: list[Sequence], step_tokens: int) -> int:
         """Available pages that sequences take: new ones, a copy, and cached ones that get an owner.
 
         Where a leader begins alone, also those that the others will have beside the full pages of the prompt.
         """
-        refcount, size = self.table.allocator.refcount, self.table.page_size
-        fresh = sum(
-            -(-len(start.sequence.tokens) // size) - len(start.pages) + start.copies for start in starts
-        )
+        refcount = self.table.allocator.refcount
+        fresh = 0
+        for start in starts:
+            fresh += self._fresh_pages(len(start.sequence.tokens), start.num_computed, step_tokens)
+            fresh += len(self.table.groups) * start.copies
         if len(starts) < len(live):
             leader = starts[0].sequence
             fresh += sum(self._own_pages(sequence) for sequence in live if sequence is not leader)
         return fresh + len({page for start in starts for page in start.pages if not refcount(page)})
+
+    def _fresh_pages(self, num_tokens: int, num_computed: int, step_tokens: int) -> int:
+        """Pages, of all groups, that a sequence needs at once beside those that it begins with.
+
+        In a group that sees all tokens it needs all that its tokens fill, in another one those in sight in a step.
+        """
+        size, fresh = self.table.page_size, 0
+        begins_with, in_all = -(-num_computed // size), -(-num_tokens // size)
+        for sight in self.table.groups:
+            unseen = sight.first_key(num_computed) // size
+            most = min(in_all - unseen, sight.most_pages(step_tokens, size))
+            fresh += max(most - (begins_with - unseen), 0)
+        return fresh
 
     def _own_pages(self, sequence: Sequence) -> int:
         """Pages that a fork will soon have beside the full ones of the prompt; none if its first token is its last."""
         num_tokens = max(len(sequence.tokens), sequence.num_prompt_tokens + 1)
         if num_tokens >= sequence.max_length:
             return 0
-        return -(-num_tokens // self.table.page_size) - self._shared_pages(sequence)
+        size = self.table.page_size
+        own = -(-num_tokens // size) - self._shared_pages(sequence)
+        return sum(min(own, sight.most_pages(1, size)) for sight in self.table.groups)
 
     def _shared_pages(self, sequence: Sequence) -> int:
         """Full pages of the prompt."""
         return sequence.num_prompt_tokens // self.table.page_size
 
-    def _least_needed(self, sequence: Sequence, enough: int) -> int:
+    def _least_needed(self, sequence: Sequence, enough: int, step_tokens: int) -> int:
         """A lower bound of what `_needed` says of a sequence alone, as a rule that number; more than enough will do."""
-        needed = -(-len(sequence.tokens) // self.table.page_size)
+        num_tokens = len(sequence.tokens)
         if self.cache is None:
-            return needed
+            return self._fresh_pages(num_tokens, 0, step_tokens)
         prefix = self.cache.match(sequence.tokens, sequence.params.cache_salt, near=sequence.prefix)
         sequence.prefix = prefix
-        needed -= prefix.num_pages
-        # Who owns a page owns those before it: cached ones are the last ones.
+        needed = self._fresh_pages(num_tokens, prefix.num_pages * self.table.page_size, step_tokens)
+        # Who owns a page of a group that sees all tokens owns those before it: cached ones are the last ones.
+        sees_all = self.table.groups[0].sees_all
         while (
-            needed <= enough and prefix.parent is not None and not self.table.allocator.refcount(prefix.page)
+            sees_all
+            and needed <= enough
+            and prefix.parent is not None
+            and not self.table.allocator.refcount(prefix.page)
         ):
             needed += 1
             prefix = prefix.parent

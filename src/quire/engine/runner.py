@@ -65,6 +65,6 @@ def build_step(chunks: abc.Sequence[Chunk], table: PageTable) -> Step:
         page_table=table.dense([sequence.seq_id for sequence in sequences]),
         seq_lens=torch.from_numpy((starts + lengths).astype(np.int32)),
         cu_seqlens_q=torch.from_numpy(cu_seqlens_q.astype(np.int32)),
-        slot_mapping=torch.from_numpy(np.concatenate([chunk.slot_mapping for chunk in chunks])),
+        slot_mapping=torch.from_numpy(np.concatenate([chunk.slot_mapping for chunk in chunks], axis=-1)),
         logits_indices=torch.from_numpy(np.concatenate(wanted)),
     )

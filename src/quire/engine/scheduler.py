@@ -161,6 +161,8 @@ class Scheduler:
                     num_tokens = self._make_room(request, sequence, num_tokens)
                     if not num_tokens:
                         return chunks
+                elif self.table.releases:  # what it will hold at most may be less than all of these tokens take
+                    num_tokens = min(num_tokens, self.table.room(sequence.seq_id))
                 if num_tokens:
                     chunks.append(self._extend(request, sequence, num_tokens))
                     budget -= num_tokens
@@ -176,9 +178,14 @@ class Scheduler:
         request = self.waiting[0]
         while True:
             if len(self.running) < self.max_num_seqs:
-                # One page to spare per running request: else it would often be preempted a few steps later.
-                to_spare = len(self.running) + request.num_to_come
-                starts = self.hits.find(request, self.table.allocator.num_available - to_spare)
+                # A page of each group to spare per running request: else it would often be preempted a few steps later.
+                to_spare = (len(self.running) + request.num_to_come) * len(self.table.groups)
+                starts = self.hits.find(
+                    request,
+                    self.table.allocator.num_available - to_spare,
+                    # If none runs, fewer tokens at once must do: nobody will give this one more pages.
+                    self.max_batch_tokens if self.running else 1,
+                )
                 if starts is not None:
                     break
             if len(self.running) == place:
@@ -195,13 +202,16 @@ class Scheduler:
     def advance(self, chunks: list[Chunk]) -> None:
         """The keys and values of these chunks are written: count them, and name the pages that they have filled.
 
-        Where a leader has computed the prompt, the other sequences of its request begin as forks of it.
+        Pages that are out of sight from now on are given back, cached if they are named. Where a leader has computed
+        the prompt, the other sequences of its request begin as forks of it.
         """
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_computed += chunk.num_tokens
             if sequence.num_computed % self.table.page_size < chunk.num_tokens:
                 self.hits.name_pages(sequence)
+            if self.table.releases:
+                self.table.release_unseen(sequence.seq_id)
             request = chunk.request
             if sequence is request.leader and sequence.num_computed == sequence.num_prompt_tokens:
                 self._fork(request, sequence)

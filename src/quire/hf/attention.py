@@ -17,13 +17,13 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from quire.errors import UnsupportedError
-from quire.hf.cache import LayerPages, PagedCache, Visibility
+from quire.hf.cache import LayerPages, PagedCache
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.ops.attention_plan import AttentionPlan
 from quire.ops.store import write_kv
 from quire.ops.torch_op import register
-from quire.spec import AttentionSpec
+from quire.spec import AttentionSpec, Visibility
 
 ATTENTION_NAME = "quire"
 
@@ -31,15 +31,16 @@ ATTENTION_NAME = "quire"
 class RunningStep:
     """A step on its way through the layers.
 
-    A plan is made when the first layer asks for it, and serves all layers of the same spec and visibility.
+    A plan is made when the first layer asks for it, and serves all layers of the same spec, visibility and group.
     """
 
     def __init__(self, step: Step, cache: PagedCache, planners: Planners) -> None:
         self.step = step
         self.cache = cache
         self.planners = planners
-        self.slot_mapping = step.slot_mapping.to(planners.device)
-        self._plans: dict[tuple[AttentionSpec, Visibility], AttentionPlan] = {}
+        slots = step.slot_mapping.to(planners.device)
+        self._slots = slots.unbind() if slots.dim() > 1 else (slots,)  # of each group
+        self._plans: dict[tuple[AttentionSpec, Visibility, int], AttentionPlan] = {}
 
     def write(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> None:
         """Write a layer's keys and values of this step, [tokens, num_kv_heads, dim], into its pages."""
@@ -49,7 +50,7 @@ class RunningStep:
             _widen(v, layer.spec.head_dim),
             layer.k,
             layer.v,
-            self.slot_mapping,
+            self._slots[layer.group],
             k_scale=layer.k_scale,
             v_scale=layer.v_scale,
             backend=self.planners.backend,
@@ -88,10 +89,10 @@ class RunningStep:
         return out[..., : layer.value_dim]
 
     def _plan_for(self, layer: LayerPages) -> AttentionPlan:
-        key = (layer.spec, layer.visibility)
+        key = (layer.spec, layer.visibility, layer.group)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self.planners.plan(self.step, layer.spec, layer.visibility)
+            plan = self._plans[key] = self.planners.plan(self.step, *key)
         return plan
 
 

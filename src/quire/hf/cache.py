@@ -1,33 +1,19 @@
-"""The pages of a whole model: what each layer needs, and one pool per shape of layer."""
+"""The pages of a whole model: what each layer needs, which layers share a page table, and their pools."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from quire.errors import ArgumentError, UnsupportedError
 from quire.pages import KVPool
-from quire.spec import AttentionSpec, KVDtype
+from quire.spec import AttentionSpec, KVDtype, Visibility
 
-
-@dataclass(frozen=True)
-class Visibility:
-    """Which earlier keys a layer's queries see: all, those of a window, or those of their own chunk.
-
-    window_left: keys further back than this many positions are out of sight; −1 for no window.
-    chunk_size: tokens per chunk; 0 for no chunks.
-    """
-
-    window_left: int = -1
-    chunk_size: int = 0
-
-    def __str__(self) -> str:
-        if self.chunk_size:
-            return f"chunks of {self.chunk_size}"
-        return f"a window of {self.window_left + 1}" if self.window_left >= 0 else "all earlier tokens"
+TABLE_PRICE = 0.02  # memory that one more page table, which every step fills and plans, must save at least
 
 
 @dataclass(frozen=True)
@@ -49,8 +35,9 @@ class LayerShape:
 
 @dataclass(frozen=True, eq=False)
 class LayerPages:
-    """One layer's pages, and how its queries look at them."""
+    """One layer's pages, how its queries look at them, and which page table they look through."""
 
+    group: int
     spec: AttentionSpec
     value_dim: int
     visibility: Visibility
@@ -60,39 +47,108 @@ class LayerPages:
     v_scale: torch.Tensor | None
 
 
-class PagedCache:
-    """One KVPool per shape of layer, all with the same num_pages: a page id means the same page in each.
+class Group(NamedTuple):
+    """Layers that share a page table: their numbers, and which tokens any of them sees."""
+
+    visibility: Visibility
+    layers: tuple[int, ...]
+
+
+class PageLayout:
+    """Which layers share a page table, and what a page is.
+
+    Layers with the same spec and visibility are of one kind. Where all layers have one spec but some see fewer tokens
+    than others, each kind is cut into groups of equally many layers, and each group has a page table: a page then is
+    the memory of one group's layers, whichever group needs it. Its last group may have fewer layers than a page has
+    room for. Else one page table serves all layers, and a page is the memory of all of them.
 
     Args:
         shapes: layer_idx → what that layer needs.
         page_size: tokens per page.
-        num_pages: pages of every pool.
         kv_dtype: None, or the dtype of quantised pages.
-        device: where the pages live.
+    Attributes:
+        groups: those that see all tokens first.
+        layers_of_spec: how many layers of each spec a page has room for.
+        bytes_per_page: bytes of one page.
     Raises:
         UnsupportedError: a chunk that is no whole number of pages.
+    """
+
+    def __init__(self, shapes: Mapping[int, LayerShape], *, page_size: int, kv_dtype: KVDtype | None) -> None:
+        self.page_size = page_size
+        self.specs = {layer_idx: shape.spec(page_size, kv_dtype) for layer_idx, shape in shapes.items()}
+        kinds: dict[Visibility, list[int]] = {}
+        for layer_idx in sorted(shapes):
+            visibility = shapes[layer_idx].visibility
+            _check_chunk(visibility.chunk_size, page_size)
+            kinds.setdefault(visibility, []).append(layer_idx)
+        layers_of_spec = Counter(self.specs[layer_idx] for layer_idx in sorted(shapes))
+        if len(kinds) == 1 or len(layers_of_spec) > 1:
+            visibility = next(iter(kinds)) if len(kinds) == 1 else Visibility()
+            self.groups: tuple[Group, ...] = (Group(visibility, tuple(sorted(shapes))),)
+        else:
+            size = _group_size([len(layers) for layers in kinds.values()])
+            self.groups = tuple(
+                Group(visibility, tuple(layers[first : first + size]))
+                for visibility, layers in sorted(kinds.items(), key=lambda kind: not kind[0].sees_all)
+                for first in range(0, len(layers), size)
+            )
+            layers_of_spec = Counter(dict.fromkeys(layers_of_spec, size))
+        self.layers_of_spec = dict(layers_of_spec)
+        self.bytes_per_page = sum(
+            spec.bytes_per_page * num_layers for spec, num_layers in layers_of_spec.items()
+        )
+
+
+def _group_size(counts: Sequence[int]) -> int:
+    """How many layers a page has room for, where there are kinds of so many layers.
+
+    The last group of a kind wastes what it does not fill, and each group is one more page table.
+    """
+
+    def price(size: int) -> float:
+        groups = [-(-count // size) for count in counts]
+        filled = sum(number * size / count for number, count in zip(groups, counts, strict=True))
+        return filled + TABLE_PRICE * sum(groups)
+
+    return min(range(1, max(counts) + 1), key=price)
+
+
+class PagedCache:
+    """The tensors of a layout: one KVPool per spec, all with the same num_pages: a page id means the same page in each.
+
+    The i-th layer of each group has the i-th tensors of its spec.
+
+    Args:
+        shapes: layer_idx → what that layer needs.
+        layout: which of them share page tables.
+        num_pages: pages of every pool.
+        device: where the pages live.
     """
 
     def __init__(
         self,
         shapes: Mapping[int, LayerShape],
+        layout: PageLayout,
         *,
-        page_size: int,
         num_pages: int,
-        kv_dtype: KVDtype | None,
         device: torch.device,
     ) -> None:
-        for shape in shapes.values():
-            _check_chunk(shape.visibility.chunk_size, page_size)
-        self.page_size = page_size
         self.num_pages = num_pages
-        self.pools = []
+        pools = {
+            spec: KVPool(spec, num_layers=num_layers, num_pages=num_pages, device=device)
+            for spec, num_layers in layout.layers_of_spec.items()
+        }
+        self.pools = list(pools.values())
         self.layers: dict[int, LayerPages] = {}
-        for spec, layer_ids in _group_by_spec(shapes, page_size, kv_dtype).items():
-            pool = KVPool(spec, num_layers=len(layer_ids), num_pages=num_pages, device=device)
-            self.pools.append(pool)
-            for i, layer_idx in enumerate(layer_ids):
+        for group, (_, layers) in enumerate(layout.groups):
+            used: Counter[AttentionSpec] = Counter()
+            for layer_idx in layers:
+                spec = layout.specs[layer_idx]
+                pool, i = pools[spec], used[spec]
+                used[spec] += 1
                 self.layers[layer_idx] = LayerPages(
+                    group,
                     spec,
                     shapes[layer_idx].value_dim,
                     shapes[layer_idx].visibility,
@@ -102,21 +158,16 @@ class PagedCache:
                 )
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
-        """Copy whole pages in every layer (copy-on-write); (source, destination) pairs, in order."""
+        """Copy whole pages, in every layer of their group (copy-on-write); (source, destination) pairs, in order."""
         copies = list(copies)
         for pool in self.pools:
             pool.copy_pages(copies)
 
     def poison(self, pages: Iterable[int]) -> None:
-        """Fill pages with NaN in every layer."""
+        """Fill pages with NaN, in every layer of their group."""
         pages = list(pages)
         for pool in self.pools:
             pool.poison(pages)
-
-
-def bytes_per_page(shapes: Mapping[int, LayerShape], page_size: int, kv_dtype: KVDtype | None) -> int:
-    """Bytes one page id takes in all layers together."""
-    return sum(shape.spec(page_size, kv_dtype).bytes_per_page for shape in shapes.values())
 
 
 def pages_within(memory_bytes: int, page_bytes: int) -> int:
@@ -128,19 +179,10 @@ def pages_within(memory_bytes: int, page_bytes: int) -> int:
     num_pages = memory_bytes // page_bytes
     if num_pages < 1:
         raise ArgumentError(
-            f"memory_bytes must hold at least one page of all layers, {page_bytes} bytes; got "
+            f"memory_bytes must hold at least one page of {page_bytes} bytes; got "
             f"{memory_bytes}. Fix: memory_bytes={page_bytes} or more, or a smaller page_size"
         )
     return num_pages
-
-
-def _group_by_spec(
-    shapes: Mapping[int, LayerShape], page_size: int, kv_dtype: KVDtype | None
-) -> dict[AttentionSpec, list[int]]:
-    groups: dict[AttentionSpec, list[int]] = defaultdict(list)
-    for layer_idx in sorted(shapes):
-        groups[shapes[layer_idx].spec(page_size, kv_dtype)].append(layer_idx)
-    return dict(groups)
 
 
 def _check_chunk(chunk_size: int, page_size: int) -> None:

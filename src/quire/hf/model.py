@@ -9,12 +9,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.debug import debug_enabled
-from quire.errors import ArgumentError
+from quire.errors import ArgumentError, ShapeError
 from quire.hf import limits, linear
 from quire.hf.admit import guard
 from quire.hf.admit.rehearsal import Stage
 from quire.hf.attention import RunningStep
-from quire.hf.cache import PagedCache, bytes_per_page, pages_within
+from quire.hf.cache import PagedCache, PageLayout, pages_within
 from quire.hf.forward import PackedForward
 from quire.hf.load import load_model
 from quire.hf.planners import Planners
@@ -39,14 +39,17 @@ class PagedModel:
     Args:
         model: any decoder-only causal language model, in eval mode, on one device.
         page_size: tokens per page.
-        num_pages: pages of the pool. Give this or memory_bytes; with neither, the pool takes 1 GiB on a CPU
-            and 80 % of the free memory on a GPU.
+        num_pages: pages of the pool, of bytes_per_page each. Give this or memory_bytes; with neither, the pool takes
+            1 GiB on a CPU and 80 % of the free memory on a GPU.
         memory_bytes: take as many pages as fit.
         kv_dtype: None keeps pages in the model's dtype; "int8", "fp8_e4m3", "fp8_e5m2" quantise them.
         backend: "auto", "cpu", "triton" or "reference".
         compile: run the model's layers compiled by torch, which takes a C++ compiler and, once, the time to
             compile; see docs/experiments.md for what both come to.
     Attributes:
+        groups: what the layers of each page table see. Most models have one page table; where some layers see fewer
+            tokens than others, groups of equally many layers have one each, and a token lies on a page of each group.
+        bytes_per_page: bytes of a page, in all layers of its group together.
         allocator: the one allocator of the pool's pages, for all who run steps on them.
         prefix_cache: which pages hold the beginning of which texts, for all engines on this model. Call
             `Engine.reset_prefix_cache` after the weights were changed in place: it cannot see that.
@@ -85,8 +88,10 @@ class PagedModel:
         self._forward = PackedForward(model, compile=compile)
         calls = guard.layer_calls(model, self._forward)
         shapes = guard.layer_shapes(model, calls)
-        self.bytes_per_page = bytes_per_page(shapes, page_size, kv_dtype)
         _compile_kernels(model, {shape.spec(page_size, kv_dtype) for shape in shapes.values()}, backend)
+        layout = PageLayout(shapes, page_size=page_size, kv_dtype=kv_dtype)
+        self.groups = tuple(group.visibility for group in layout.groups)
+        self.bytes_per_page = layout.bytes_per_page
         guard.rehearse(model, Stage(self._forward, calls, shapes, page_size, kv_dtype, backend))
 
         self.model = model
@@ -98,12 +103,10 @@ class PagedModel:
         self._planners = Planners(backend, model.device)
         if resolve_backend(backend, model.device) == "cpu":
             collapse_to_huge_pages(model.parameters())
-        self._cache = PagedCache(
-            shapes, page_size=page_size, num_pages=num_pages, kv_dtype=kv_dtype, device=model.device
-        )
+        self._cache = PagedCache(shapes, layout, num_pages=num_pages, device=model.device)
         # One per pool: every engine on this model draws from it.
         self.allocator = PageAllocator(num_pages, on_drop=self.poison if debug_enabled() else None)
-        self.prefix_cache = PrefixCache(self.allocator, page_size)
+        self.prefix_cache = PrefixCache(self.allocator, page_size, self.groups)
         self.lock = self._forward.switches.lock
 
     @classmethod
@@ -148,17 +151,23 @@ class PagedModel:
             float32 [rows, vocab_size], a row per entry of step.logits_indices, in its order.
         Raises:
             ArgumentError: a token outside the vocabulary or a position past max_seq_len; nothing was written.
+            ShapeError: the step was built for another number of page tables; nothing was written.
         Cost: one forward of step.num_tokens tokens; the head runs on the wanted rows only.
         """
         step.check_fits(self.vocab_size, self.max_seq_len)
+        if step.num_groups != len(self.groups):
+            raise ShapeError(
+                f"page_table must hold {len(self.groups)} page tables, one for each group of this model's layers; got "
+                f"{list(step.page_table.shape)}. Fix: PageTable(allocator, page_size, model.groups)"
+            )
         return self._forward.paged(RunningStep(step, self._cache, self._planners))
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
-        """Copy whole pages in every layer (copy-on-write); (source, destination) pairs, in order."""
+        """Copy whole pages, in every layer of their group (copy-on-write); (source, destination) pairs, in order."""
         self._cache.copy_pages(copies)
 
     def poison(self, pages: Iterable[int]) -> None:
-        """Fill pages with NaN in every layer, so that a read of what nobody owns shows (debugging)."""
+        """Fill pages with NaN, in every layer of their group, so that a read of what nobody owns shows (debugging)."""
         self._cache.poison(pages)
 
     @property

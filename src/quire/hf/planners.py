@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from quire.hf.cache import Visibility
 from quire.hf.chunks import split_at_chunks
 from quire.hf.step import Step
 from quire.ops.attention_plan import AttentionPlan
 from quire.ops.planner import Planner
 from quire.planning.checks import Limits
-from quire.spec import AttentionSpec
+from quire.spec import AttentionSpec, Visibility
 
 
 class Planners:
     """Plans steps of any size for layers of any kind: a kind is a spec and a visibility.
+
+    Each page table has planners of its own.
 
     The limits of a kind's planner start with its first step, rounded up to powers of two. A larger step replaces the
     planner by one with room for both: on a GPU the addresses change then, between steps, and a few times only. Steps
@@ -25,23 +26,23 @@ class Planners:
 
     def __init__(self, backend: str, device: torch.device) -> None:
         self.backend, self.device = backend, device
-        self._planners: dict[tuple[AttentionSpec, Visibility, bool], Planner] = {}
+        self._planners: dict[tuple[AttentionSpec, Visibility, bool, int], Planner] = {}
 
-    def plan(self, step: Step, spec: AttentionSpec, visibility: Visibility) -> AttentionPlan:
-        """Plan a step for the layers of one kind.
+    def plan(self, step: Step, spec: AttentionSpec, visibility: Visibility, group: int = 0) -> AttentionPlan:
+        """Plan a step for the layers of one kind, that share a page table.
 
         Raises:
             As `Planner` and `Planner.plan`.
         Cost: host only, and on a GPU one copy that the host does not wait for.
         """
-        tables = step.page_table, step.seq_lens, step.cu_seqlens_q
+        tables = step.table_of(group), step.seq_lens, step.cu_seqlens_q
         if visibility.chunk_size:
             tables = split_at_chunks(*tables, chunk_size=visibility.chunk_size, page_size=spec.page_size)
         page_table, _, cu_seqlens_q = tables
         batch, max_pages = page_table.shape
         max_q_len = int(cu_seqlens_q.diff().max())
         sizes = Limits(batch, max_pages * spec.page_size, max_q_len, step.num_tokens)
-        key = (spec, visibility, max_q_len == 1)
+        key = (spec, visibility, max_q_len == 1, group)
         planner = self._planners.get(key)
         if planner is None or any(size > limit for size, limit in zip(sizes, planner.limits, strict=True)):
             limits = sizes if planner is None else map(max, sizes, planner.limits)

@@ -17,6 +17,10 @@ _LAYOUT = {
     "slot_mapping": (torch.int64, "[tokens]"),
     "logits_indices": (torch.int64, "[rows]"),
 }
+_OF_GROUPS = {
+    "page_table": (torch.int32, "[groups, batch, max_pages]"),
+    "slot_mapping": (torch.int64, "[groups, tokens]"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,11 @@ class Step:
     Args:
         input_ids: int64 [tokens], the new tokens of all sequences, packed.
         position_ids: int64 [tokens], each token's position in its own sequence.
-        page_table: int32 [batch, max_pages], the pages of each sequence in logical order.
+        page_table: int32 [batch, max_pages], the pages of each sequence in logical order. For a model whose layers
+            have several page tables (`PagedModel.groups`): int32 [groups, batch, max_pages].
         seq_lens: int32 [batch], tokens of each sequence including those of this step.
         cu_seqlens_q: int32 [batch + 1], where each sequence's new tokens start in the packed row.
-        slot_mapping: int64 [tokens], page × page_size + offset of each new token.
+        slot_mapping: int64 [tokens], page × page_size + offset of each new token; or int64 [groups, tokens].
         logits_indices: int64 [rows], the packed tokens whose logits are wanted, usually each sequence's last.
     Raises:
         DtypeError, ShapeError, ArgumentError: tensors that do not fit together.
@@ -46,26 +51,33 @@ class Step:
     logits_indices: torch.Tensor
 
     def __post_init__(self) -> None:
-        for name, (dtype, layout) in _LAYOUT.items():
+        layouts = _LAYOUT
+        if isinstance(self.page_table, torch.Tensor) and self.page_table.dim() == 3:
+            layouts = _LAYOUT | _OF_GROUPS
+        for name, (dtype, layout) in layouts.items():
             _check_host_tensor(name, getattr(self, name), dtype, layout)
         tokens, batch = self.num_tokens, len(self.seq_lens)
         if tokens == 0:
             raise ShapeError(
                 "input_ids must hold at least one token; got [0]. Fix: skip a step without tokens"
             )
-        expected = {
-            "position_ids": tokens,
-            "slot_mapping": tokens,
-            "page_table": batch,
-            "cu_seqlens_q": batch + 1,
+        sizes = {
+            "position_ids": (tokens, len(self.position_ids)),
+            "slot_mapping": (tokens, self.slot_mapping.shape[-1]),
+            "page_table": (batch, self.page_table.shape[-2]),
+            "cu_seqlens_q": (batch + 1, len(self.cu_seqlens_q)),
         }
-        for name, length in expected.items():
-            got = len(getattr(self, name))
+        for name, (length, got) in sizes.items():
             if got != length:
                 raise ShapeError(
-                    f"{name} must be {_LAYOUT[name][1]} with tokens={tokens}, batch={batch}; got length "
+                    f"{name} must be {layouts[name][1]} with tokens={tokens}, batch={batch}; got length "
                     f"{got}. Fix: build the step's tensors from the same sequences"
                 )
+        if layouts is not _LAYOUT and len(self.slot_mapping) != self.num_groups:
+            raise ShapeError(
+                f"slot_mapping must be [groups, tokens] with groups={self.num_groups} as in page_table; got "
+                f"{list(self.slot_mapping.shape)}. Fix: build the step's tensors from the same page table"
+            )
         if int(self.cu_seqlens_q[-1]) != tokens:
             raise ArgumentError(
                 f"cu_seqlens_q must end with the number of tokens, {tokens}; got "
@@ -77,6 +89,15 @@ class Step:
     def num_tokens(self) -> int:
         """New tokens of all sequences together."""
         return len(self.input_ids)
+
+    @property
+    def num_groups(self) -> int:
+        """Page tables that the layers of a model have."""
+        return 1 if self.page_table.dim() == 2 else len(self.page_table)
+
+    def table_of(self, group: int) -> torch.Tensor:
+        """The page table of one group of layers, [batch, max_pages]."""
+        return self.page_table if self.page_table.dim() == 2 else self.page_table[group]
 
     def check_fits(self, vocab_size: int, max_seq_len: int | None) -> None:
         """Refuse tokens and positions the model has no row for.

@@ -60,12 +60,17 @@ def attend(step: StepPlan, call: AttentionCall) -> None:
         if begin == end:
             continue
         rows = slice(begin, end)
-        pages = torch.from_numpy(step.page_table[i, : step.pages_per_sequence[i]].astype("int64")).to(
-            call.q.device
-        )
-        k = gather_pages(call.k_pages, scoring.k_scale, pages, seq_len)
-        v = gather_pages(call.v_pages, scoring.v_scale, pages, seq_len)
+        # Pages before the first query's window may hold anything, as those behind the last token may.
+        unseen = 0
+        if step.window_left >= 0:
+            unseen = max(seq_len - (end - begin) - step.window_left, 0) // step.page_size
+        page_ids = step.page_table[i, unseen : step.pages_per_sequence[i]]
+        pages = torch.from_numpy(page_ids.astype("int64")).to(call.q.device)
+        num_keys = seq_len - unseen * step.page_size
+        k = gather_pages(call.k_pages, scoring.k_scale, pages, num_keys)
+        v = gather_pages(call.v_pages, scoring.v_scale, pages, num_keys)
         visible = visible_keys(end - begin, seq_len, step.causal, step.window_left, call.q.device)
+        visible = visible[:, seq_len - num_keys :]
         if scoring.tree_mask is not None:
             visible = with_tree_mask(visible, scoring.tree_mask[rows])
         out, lse = attend_one(call, call.q[rows].double(), k, v, visible)

@@ -12,7 +12,7 @@ import torch
 
 from quire.errors import ArgumentError
 from quire.pages.allocator import PageAllocator
-from quire.spec import check_size
+from quire.spec import Visibility, check_size
 
 _PAD = array("i", [-1])
 _FEW = 8  # pages that Python counts faster than NumPy
@@ -21,7 +21,8 @@ _FEW = 8  # pages that Python counts faster than NumPy
 class AppendResult(NamedTuple):
     """Where appended tokens go, and what must be copied before they are written.
 
-    slot_mapping: int64 [num_tokens]; slot = page × page_size + offset of each new token, in order.
+    slot_mapping: int64 [num_tokens]; slot = page × page_size + offset of each new token, in order. Of a table
+        of several groups int64 [groups, num_tokens].
     copies: (source page, destination page) pairs, for `KVPool.copy_pages` before the tokens are
         written; empty unless a shared page had to become private (copy-on-write).
     """
@@ -31,13 +32,28 @@ class AppendResult(NamedTuple):
 
 
 class _Pages:
-    """One sequence. Always exactly as many pages as its length needs, all but the last one full."""
+    """One sequence. In each group as many pages as its length needs, all but the last one full.
 
-    __slots__ = ("length", "pages")
+    firsts: in each group, how many of its first pages it has given back; page 0 stands for these.
+    due: the length from which on it can give back more.
+    """
 
-    def __init__(self, pages: array[int], length: int) -> None:
-        self.pages = pages
+    __slots__ = ("due", "firsts", "groups", "length")
+
+    def __init__(self, groups: list[array[int]], firsts: list[int], length: int) -> None:
+        self.groups = groups
+        self.firsts = firsts
         self.length = length
+        self.due = 0
+
+    def held(self) -> array[int]:
+        """Its pages, group by group."""
+        if len(self.groups) == 1 and not self.firsts[0]:
+            return self.groups[0]
+        held = array("i")
+        for pages, first in zip(self.groups, self.firsts, strict=True):
+            held += pages[first:]
+        return held
 
 
 class PageTable:
@@ -47,21 +63,38 @@ class PageTable:
     sequences may share a page; one is written only while it has a single owner and its content is not
     kept (see `PageAllocator.keep`).
 
-    Each sequence keeps its page ids in a growing `array` of int32: appending one costs what a list
+    **Groups.** Where some layers see fewer tokens than others, the layers form groups and each group has a page table:
+    a token then lies on one page of each group, and a sequence gives back those pages of a group that none of its
+    later tokens sees (`release_unseen`). All groups take pages of one allocator, so memory goes where it is needed.
+
+    Each sequence keeps its page ids in growing `array`s of int32: appending one costs what a list
     append costs, and `dense` and `csr` only join buffers.
 
     Args:
         allocator: hands out the pages; may serve other owners beside this table.
         page_size: tokens per page.
+        groups: what the layers of each group see; by default one group that sees all tokens.
+    Attributes:
+        releases: whether there is a group of which pages are ever given back.
     Raises:
-        ArgumentError: page_size below one.
-    Source: block tables, sharing and copy-on-write of PagedAttention, arXiv:2309.06180 §4.2-4.4.
+        ArgumentError: page_size below one, no group, or chunks that are no whole number of pages.
+    Source: block tables, sharing and copy-on-write of PagedAttention, arXiv:2309.06180 §4.2-4.4; groups of layers as in
+        vLLM's hybrid KV cache manager.
     """
 
-    def __init__(self, allocator: PageAllocator, page_size: int) -> None:
+    def __init__(
+        self, allocator: PageAllocator, page_size: int, groups: Sequence[Visibility] = (Visibility(),)
+    ) -> None:
         check_size("page_size", page_size)
+        if not groups or any(sight.chunk_size % page_size for sight in groups):
+            raise ArgumentError(
+                f"groups must be what the layers of each page table see, chunks in whole pages of {page_size}; "
+                f"got {groups!r:.200}. Fix: leave it out for one table of all tokens"
+            )
         self.allocator = allocator
         self.page_size = page_size
+        self.groups = tuple(groups)
+        self.releases = not all(sight.sees_all for sight in groups)
         self._sequences: dict[Hashable, _Pages] = {}
         # By page, how many sequences of this table hold it; NumPy sees the same memory, for many pages at once.
         self._holders = array("i", [0]) * allocator.num_pages
@@ -81,37 +114,72 @@ class PageTable:
         """Tokens of a sequence. Raises ArgumentError when it is unknown."""
         return self._sequence(seq_id).length
 
-    def pages(self, seq_id: Hashable, first: int = 0) -> list[int]:
-        """Page ids of a sequence in logical order, from its first-th on. Raises ArgumentError when it is unknown."""
-        return self._sequence(seq_id).pages[first:].tolist()
+    def pages(self, seq_id: Hashable, first: int = 0, group: int = 0) -> list[int]:
+        """Page ids of a sequence in one group, in logical order, from its first-th on; those given back are left out.
 
-    def add(self, seq_id: Hashable, pages: Sequence[int] = ()) -> None:
-        """Start a sequence: empty, or with the tokens of full pages that are owned or cached, which it shares.
+        Raises ArgumentError when it is unknown.
+        """
+        sequence = self._sequence(seq_id)
+        return sequence.groups[group][max(first, sequence.firsts[group]) :].tolist()
+
+    def all_pages(self, seq_id: Hashable) -> list[int]:
+        """Page ids of a sequence, group by group. Raises ArgumentError when it is unknown."""
+        return self._sequence(seq_id).held().tolist()
+
+    def num_released(self, seq_id: Hashable, group: int = 0) -> int:
+        """How many of its first pages a sequence has given back in a group. Raises ArgumentError when it is unknown."""
+        return self._sequence(seq_id).firsts[group]
+
+    def add(self, seq_id: Hashable, pages: Sequence[int] = (), length: int | None = None) -> None:
+        """Start a sequence: empty, or with tokens on pages that are owned or cached, which it shares.
 
         Args:
-            pages: what it begins with, in logical order, as `Prefix.pages` returns them.
+            pages: what it begins with, group by group, as `PrefixCache.pages` returns them: of each group those that a
+                token behind them sees.
+            length: how many tokens; None: all that fit the pages, if there is one group that sees all tokens.
         Raises:
-            ArgumentError: the id is in use, or a page is free or does not exist; nothing was changed.
+            ArgumentError: the id is in use, a page is free or does not exist, or they are too few or too many for this
+                length; nothing was changed.
         Cost: O(pages).
         """
         self._check_unused(seq_id)
-        sequence = _Pages(array("i", pages), len(pages) * self.page_size)
-        self.allocator.share(sequence.pages)
-        self._hold(sequence.pages)
+        if length is None:
+            length = len(pages) // len(self.groups) * self.page_size
+        count = -(-length // self.page_size)
+        firsts = [sight.first_key(length) // self.page_size for sight in self.groups]
+        if len(pages) != count * len(firsts) - sum(firsts):
+            raise ArgumentError(
+                f"pages must be those that a token behind {length} others sees, "
+                f"{count * len(firsts) - sum(firsts)} in {len(firsts)} groups; got {len(pages)}. "
+                "Fix: pass PrefixCache.pages(prefix, length) and the same length"
+            )
+        groups, start = [], 0
+        for first in firsts:
+            end = start + count - first
+            groups.append(array("i", [0]) * first + array("i", pages[start:end]))
+            start = end
+        sequence = _Pages(groups, firsts, length)
+        held = sequence.held()
+        self.allocator.share(held)
+        self._hold(held)
+        self._set_due(sequence)
         self._sequences[seq_id] = sequence
 
-    def page_at(self, seq_id: Hashable, index: int) -> int:
-        """The index-th page of a sequence. Raises ArgumentError when the sequence is unknown or has no such page."""
-        return self._sequence(seq_id).pages[self._check_index(seq_id, index)]
+    def page_at(self, seq_id: Hashable, index: int, group: int = 0) -> int:
+        """The index-th page of a sequence in a group.
 
-    def replace(self, seq_id: Hashable, index: int, page: int) -> None:
+        Raises ArgumentError when the sequence is unknown, has no such page, or has given it back.
+        """
+        return self._sequence(seq_id).groups[group][self._check_index(seq_id, index, group)]
+
+    def replace(self, seq_id: Hashable, index: int, page: int, group: int = 0) -> None:
         """Let a sequence share another page instead of its index-th, one that holds the same keys and values.
 
         Raises:
             ArgumentError: unknown sequence, no such page in it, or `page` is free; nothing was changed.
         """
-        pages = self._sequence(seq_id).pages
-        before = pages[self._check_index(seq_id, index)]
+        pages = self._sequence(seq_id).groups[group]
+        before = pages[self._check_index(seq_id, index, group)]
         self.allocator.share([page])
         self._hold([page])
         pages[index] = page
@@ -119,7 +187,7 @@ class PageTable:
         self.allocator.free([before])
 
     def pages_needed(self, seq_id: Hashable, num_tokens: int) -> int:
-        """Pages that `append` would allocate now, the copy-on-write page included.
+        """Pages that `append` would allocate now, in all groups, the copy-on-write pages included.
 
         When the sum over several sequences is at most `allocator.num_available`, all their appends
         succeed. The sum can exceed what they take: of sequences that share one partial page each
@@ -134,9 +202,9 @@ class PageTable:
     def room(self, seq_id: Hashable) -> int:
         """Most tokens that `append` would find pages for now. Raises ArgumentError when it is unknown."""
         sequence = self._sequence(seq_id)
-        pages = self.allocator.num_available - self._last_page_must_be_copied(sequence)
         left_in_last_page = -sequence.length % self.page_size
-        return pages * self.page_size + left_in_last_page if pages >= 0 else 0
+        pages = self.allocator.num_available - (self._pages_needed(sequence, 1) if left_in_last_page else 0)
+        return pages // len(self.groups) * self.page_size + left_in_last_page if pages >= 0 else 0
 
     def append(self, seq_id: Hashable, num_tokens: int) -> AppendResult:
         """Make room for the next num_tokens tokens of a sequence.
@@ -153,20 +221,52 @@ class PageTable:
         Source: arXiv:2309.06180 §4.3, §4.4.
         """
         sequence = self._sequence(seq_id)
-        pages, first = sequence.pages, sequence.length
+        groups, first, size = sequence.groups, sequence.length, self.page_size
         copies: list[tuple[int, int]] = []
         needed = self._pages_needed(sequence, num_tokens)
         if needed:
             fresh = self.allocator.allocate(needed)
             self._hold(fresh)
-            if self._last_page_must_be_copied(sequence):
-                shared = pages.pop()
-                self._let_go([shared])
-                self.allocator.free([shared])
-                copies.append((shared, fresh[0]))
-            pages.extend(fresh)
+            grows_by = -(-(first + num_tokens) // size) - len(groups[0])
+            start = 0
+            for pages in groups:
+                end = start + grows_by
+                if first % size and not self.allocator.is_private(pages[-1]):
+                    end += 1
+                    shared = pages.pop()
+                    self._let_go([shared])
+                    self.allocator.free([shared])
+                    copies.append((shared, fresh[start]))
+                pages.extend(fresh[start:end])
+                start = end
         sequence.length = first + num_tokens
-        return AppendResult(_slots(pages, self.page_size, first, num_tokens), copies)
+        if len(groups) == 1:
+            return AppendResult(_slots(groups[0], size, first, num_tokens), copies)
+        return AppendResult(np.stack([_slots(pages, size, first, num_tokens) for pages in groups]), copies)
+
+    def release_unseen(self, seq_id: Hashable) -> None:
+        """Give up the pages of a sequence that none of its next tokens sees: in groups with a window or chunks.
+
+        Call it when the tokens so far have been written and attended to. A later `trim` must leave every page in sight.
+
+        Raises:
+            ArgumentError: unknown sequence.
+        Cost: a comparison, unless there are such pages: once per page of tokens.
+        """
+        sequence = self._sequence(seq_id)
+        if sequence.length < sequence.due:
+            return
+        length, firsts = sequence.length, sequence.firsts
+        for group, sight in enumerate(self.groups):
+            first, before = sight.first_key(length) // self.page_size, firsts[group]
+            if first > before:
+                pages = sequence.groups[group]
+                released = pages[before:first]
+                pages[before:first] = array("i", [0]) * (first - before)
+                firsts[group] = first
+                self._let_go(released)
+                self.allocator.free(released)
+        self._set_due(sequence)
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """Start a sequence with the tokens of another, sharing all its pages, the last included.
@@ -181,9 +281,12 @@ class PageTable:
         """
         source = self._sequence(parent)
         self._check_unused(child)
-        self.allocator.share(source.pages)
-        self._hold(source.pages)
-        self._sequences[child] = _Pages(source.pages[:], source.length)
+        held = source.held()
+        self.allocator.share(held)
+        self._hold(held)
+        copy = _Pages([pages[:] for pages in source.groups], source.firsts[:], source.length)
+        copy.due = source.due
+        self._sequences[child] = copy
 
     def trim(self, seq_id: Hashable, length: int) -> list[int]:
         """Drop tokens from the end until `length` are left, as speculative decoding does.
@@ -194,7 +297,8 @@ class PageTable:
         Returns:
             Pages that are free now: those that no one else owns and that are not kept.
         Raises:
-            ArgumentError: unknown sequence, or length is not from 0 to its present length.
+            ArgumentError: unknown sequence, length is not from 0 to its present length, or the next token would see a
+                page that was given back; nothing was changed.
         Cost: O(pages dropped).
         """
         sequence = self._sequence(seq_id)
@@ -203,10 +307,18 @@ class PageTable:
                 f"length must be from 0 to {sequence.length}, the tokens of sequence {seq_id!r}; "
                 f"got {length}. Fix: use append to lengthen a sequence"
             )
+        for sight, first in zip(self.groups, sequence.firsts, strict=True):
+            if first and sight.first_key(length) // self.page_size < first:
+                raise ArgumentError(
+                    f"length must leave every page in sight of layers that see {sight}; got {length}, where "
+                    f"sequence {seq_id!r} has given back its first {first} pages. Fix: trim before release_unseen"
+                )
         kept = -(-length // self.page_size)
-        self._let_go(sequence.pages[kept:])
-        released = self.allocator.free(sequence.pages[kept:])
-        del sequence.pages[kept:]
+        released: list[int] = []
+        for pages in sequence.groups:
+            self._let_go(pages[kept:])
+            released += self.allocator.free(pages[kept:])
+            del pages[kept:]
         sequence.length = length
         return released
 
@@ -220,7 +332,7 @@ class PageTable:
                 pages stay owned.
         Cost: O(pages of the sequence).
         """
-        pages = self._sequence(seq_id).pages
+        pages = self._sequence(seq_id).held()
         del self._sequences[seq_id]  # first: it ends also where someone freed its pages before
         self._let_go(pages)
         return self.allocator.free(pages)
@@ -230,15 +342,18 @@ class PageTable:
 
         Returns:
             int32 [batch, max_pages] on the CPU, a fresh tensor padded with -1; max_pages is the most
-            pages a sequence of the batch has.
+            pages a sequence of the batch has. Of several groups [groups, batch, max_pages]. Pages given back
+            are 0: an id that a plan accepts, and that no kernel reads.
         Raises:
             ArgumentError: unknown sequence.
         Cost: one copy of the batch's page ids, row by row.
         """
-        rows = [self._sequence(seq_id).pages for seq_id in seq_ids]
+        batch, num_groups = [self._sequence(seq_id).groups for seq_id in seq_ids], len(self.groups)
+        rows = [groups[group] for group in range(num_groups) for groups in batch]
         width = max(map(len, rows), default=0)
         table = _join([row if len(row) == width else row + _PAD * (width - len(row)) for row in rows])
-        return torch.from_numpy(table.reshape(len(rows), width))
+        shape = (len(batch), width) if num_groups == 1 else (num_groups, len(batch), width)
+        return torch.from_numpy(table.reshape(shape))
 
     def seq_lens(self, seq_ids: Sequence[Hashable]) -> torch.Tensor:
         """Tokens of each sequence of a batch, int32 [batch] on the CPU.
@@ -249,8 +364,8 @@ class PageTable:
         lengths = [self._sequence(seq_id).length for seq_id in seq_ids]
         return torch.tensor(lengths, dtype=torch.int32, device="cpu")
 
-    def csr(self, seq_ids: Sequence[Hashable]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages of a batch end to end, without padding.
+    def csr(self, seq_ids: Sequence[Hashable], group: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages of a batch in one group end to end, without padding.
 
         Returns:
             page_indptr int32 [batch + 1] and page_indices int32 [pages of the batch] on the CPU: the
@@ -259,7 +374,7 @@ class PageTable:
             ArgumentError: unknown sequence.
         Cost: one copy of the batch's page ids, row by row.
         """
-        rows = [self._sequence(seq_id).pages for seq_id in seq_ids]
+        rows = [self._sequence(seq_id).groups[group] for seq_id in seq_ids]
         page_indptr = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum([len(row) for row in rows], out=page_indptr[1:])
         return torch.from_numpy(page_indptr), torch.from_numpy(_join(rows))
@@ -278,8 +393,8 @@ class PageTable:
         ] = {}  # last pages of several: how many have not filled it, most tokens
         for sequence in self._sequences.values():
             tokens = sequence.length % size
-            if tokens:
-                last = sequence.pages[-1]
+            for pages in sequence.groups if tokens else ():
+                last = pages[-1]
                 if self._holders[last] == 1:
                     unused += size - tokens
                 else:
@@ -299,7 +414,7 @@ class PageTable:
         """
         owners: list[list[Hashable]] = [[] for _ in range(self.allocator.num_pages)]
         for seq_id, sequence in self._sequences.items():
-            for page in sequence.pages:
+            for page in sequence.held():
                 owners[page].append(seq_id)
         return owners
 
@@ -334,11 +449,20 @@ class PageTable:
             self._holders_of_many[index] -= 1
             self._num_held -= len(pages) - int(np.count_nonzero(self._holders_of_many[index]))
 
-    def _check_index(self, seq_id: Hashable, index: int) -> int:
-        num_pages = len(self._sequence(seq_id).pages)
-        if not 0 <= index < num_pages:
+    def _set_due(self, sequence: _Pages) -> None:
+        """When the next page falls out of a group's sight."""
+        size = self.page_size
+        sequence.due = min(
+            sight.unseen_from((first + 1) * size)
+            for sight, first in zip(self.groups, sequence.firsts, strict=True)
+        )
+
+    def _check_index(self, seq_id: Hashable, index: int, group: int) -> int:
+        sequence = self._sequence(seq_id)
+        first, num_pages = sequence.firsts[group], len(sequence.groups[group])
+        if not first <= index < num_pages:
             raise ArgumentError(
-                f"index must be from 0 to {num_pages - 1}, the pages of sequence {seq_id!r}; got {index}. "
+                f"index must be from {first} to {num_pages - 1}, the pages of sequence {seq_id!r}; got {index}. "
                 "Fix: pages(seq_id) lists them"
             )
         return index
@@ -357,11 +481,12 @@ class PageTable:
             )
         if not num_tokens:
             return 0
-        pages_after = -(-(sequence.length + num_tokens) // self.page_size)
-        return pages_after - len(sequence.pages) + self._last_page_must_be_copied(sequence)
-
-    def _last_page_must_be_copied(self, sequence: _Pages) -> bool:
-        return sequence.length % self.page_size != 0 and not self.allocator.is_private(sequence.pages[-1])
+        groups, length, size = sequence.groups, sequence.length, self.page_size
+        needed = (-(-(length + num_tokens) // size) - len(groups[0])) * len(groups)
+        if length % size:
+            for pages in groups:
+                needed += not self.allocator.is_private(pages[-1])
+        return needed
 
     def __repr__(self) -> str:
         tokens = sum(sequence.length for sequence in self._sequences.values())

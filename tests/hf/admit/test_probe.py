@@ -8,8 +8,8 @@ from transformers import masking_utils as masks
 
 from quire.hf.admit.guard import check_tokens
 from quire.hf.admit.probe import PROBE_TOKENS, MaskRule, record_layer_calls
-from quire.hf.cache import Visibility
 from quire.hf.forward import PackedForward
+from quire.spec import Visibility
 
 from ..families import tiny_model
 

@@ -10,8 +10,8 @@ from quire.errors import UnsupportedError
 from quire.hf import attention
 from quire.hf.admit import guard
 from quire.hf.attention import ATTENTION_NAME, attend_pages
-from quire.hf.cache import Visibility
 from quire.kernels import reference
+from quire.spec import Visibility
 
 from ..families import FAMILIES, attention_with, on_pages, tiny_model
 

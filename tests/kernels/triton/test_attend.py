@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, exact, plain
 from pairs import every_pair, one_in
-from support import LAYOUTS, Shape, attend, features, make_batch, plan_for
+from support import LAYOUTS, Shape, attend, features, give_back_unseen, make_batch, plan_for
 
 import quire
 from quire.kernels.triton import tune
@@ -123,6 +123,16 @@ def test_a_windows_first_key_is_the_one_window_left_positions_back(shape):
     batch = make_batch(shape, [17, 65, 140], [5, 1, 3], page_size=16)
     for window_left in (0, 15, 16, 64, 127, 128):
         judge(batch, window_left=window_left)
+
+
+@few_shapes
+def test_pages_before_a_window_are_never_read(shape):
+    for window_left in (15, 64):
+        batch = make_batch(shape, [17, 65, 140], [5, 1, 3], page_size=16)
+        whole = attend(batch, backend="triton", window_left=window_left)
+        assert give_back_unseen(batch, window_left)
+        for part, wanted in zip(attend(batch, backend="triton", window_left=window_left), whole, strict=True):
+            assert torch.equal(part, wanted)
 
 
 @few_shapes

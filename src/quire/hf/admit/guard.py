@@ -27,8 +27,9 @@ from quire.errors import QuireError, UnsupportedError
 from quire.hf import limits
 from quire.hf.admit.probe import PROBE_TOKENS, LayerCall, record_layer_calls
 from quire.hf.admit.rehearsal import TEXT_TOKENS, Outcome, Stage, first_rows, rehearse_far_out, rehearse_texts
-from quire.hf.cache import LayerShape, Visibility
+from quire.hf.cache import LayerShape
 from quire.hf.forward import PackedForward
+from quire.spec import Visibility
 
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # Bounds on the median row and on the largest row, as multiples of the noise.

@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from quire.hf.cache import Visibility
 from quire.hf.forward import PackedForward
+from quire.spec import Visibility
 
 PROBE_NAME = "quire_probe"
 PROBE_TOKENS = 8

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quire.hf.admit.probe import LayerCall
 from quire.hf.admit.witness import Witness
 from quire.hf.attention import RunningStep
-from quire.hf.cache import LayerShape, PagedCache
+from quire.hf.cache import LayerShape, PagedCache, PageLayout
 from quire.hf.forward import PackedForward
 from quire.hf.planners import Planners
 from quire.hf.step import Step
@@ -44,16 +44,13 @@ class Stage(NamedTuple):
 
     def pages(self, num_tokens: Sequence[int], layers: Sequence[int]) -> tuple[PagedCache, PageTable]:
         """Pages full of NaN for sequences of so many tokens, and the sequences' table."""
-        num_pages = sum(-(-tokens // self.page_size) for tokens in num_tokens)
-        cache = PagedCache(
-            {layer_idx: self.shapes[layer_idx] for layer_idx in layers},
-            page_size=self.page_size,
-            num_pages=num_pages,
-            kv_dtype=self.kv_dtype,
-            device=self.device,
-        )
+        shapes = {layer_idx: self.shapes[layer_idx] for layer_idx in layers}
+        layout = PageLayout(shapes, page_size=self.page_size, kv_dtype=self.kv_dtype)
+        groups = [group.visibility for group in layout.groups]
+        num_pages = len(groups) * sum(-(-tokens // self.page_size) for tokens in num_tokens)
+        cache = PagedCache(shapes, layout, num_pages=num_pages, device=self.device)
         cache.poison(range(num_pages))
-        table = PageTable(PageAllocator(num_pages), self.page_size)
+        table = PageTable(PageAllocator(num_pages), self.page_size, groups)
         for i in range(len(num_tokens)):
             table.add(i)
         return cache, table
@@ -227,7 +224,7 @@ def _next_step(table: PageTable, counts: Sequence[int], input_ids: torch.Tensor)
         page_table=table.dense(sequences),
         seq_lens=table.seq_lens(sequences),
         cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-        slot_mapping=torch.cat(slots),
+        slot_mapping=torch.cat(slots, dim=-1),
         # Not in order: a model must return the rows asked for, not the last so many.
         logits_indices=torch.arange(sum(counts)).flip(0),
     )

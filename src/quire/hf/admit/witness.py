@@ -56,7 +56,7 @@ class Witness:
         for i, seq_len in enumerate(step.seq_lens.tolist()):
             rows = slice(starts[i], starts[i + 1])
             written = self._written[layer_idx, i]
-            kept = _kept(layer, step.page_table[i].to(q.device), written, seq_len)
+            kept = _kept(layer, step.table_of(layer.group)[i].to(q.device), written, seq_len)
             exact = attention(q[rows].double(), kept[0], kept[1], call)
             plain = attention(q[rows], kept[0], kept[1].to(q.dtype), call)
             differences = [

@@ -7,7 +7,15 @@ import torch
 from accuracy import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, Shape, assert_no_byte_beyond_is_touched, attend, features, make_batch
+from support import (
+    LAYOUTS,
+    Shape,
+    assert_no_byte_beyond_is_touched,
+    attend,
+    features,
+    give_back_unseen,
+    make_batch,
+)
 
 from quire.kernels import cpu, reference
 
@@ -111,6 +119,16 @@ def test_a_windows_first_key_is_the_one_window_left_positions_back(shape):
     batch = make_batch(shape, [1, 16, 17, 63, 64, 65, 129], page_size=16)
     for window_left in (0, 1, 15, 16, 17, 63, 64, 200):
         check(batch, workers=3, window_left=window_left)
+
+
+@few_shapes
+def test_pages_before_a_window_are_never_read(shape):
+    for window_left in (0, 15, 17, 64):
+        batch = make_batch(shape, [1, 16, 17, 63, 64, 65, 129], page_size=16)
+        whole = attend(batch, workers=3, window_left=window_left)
+        assert give_back_unseen(batch, window_left)
+        for part, wanted in zip(attend(batch, workers=3, window_left=window_left), whole, strict=True):
+            assert torch.equal(part, wanted)
 
 
 @few_shapes
