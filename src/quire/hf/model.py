@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.debug import debug_enabled
-from quire.errors import ArgumentError
+from quire.errors import ArgumentError, UnsupportedError
 from quire.hf import limits
 from quire.hf.admit import guard
 from quire.hf.admit.rehearsal import Stage
@@ -45,17 +45,20 @@ class PagedModel:
         backend: "auto", "cpu", "triton" or "reference".
         compile: run the model's layers compiled by torch, which takes a C++ compiler and, once, the time to
             compile; see docs/experiments.md for what both come to.
+        batch_invariant: a token's logits have the same bits whatever else is in its steps, however its sequence was
+            divided into them, and wherever its earlier keys come from; see docs/numerics.md for how, and at what cost.
     Attributes:
         allocator: the one allocator of the pool's pages, for all who run steps on them.
         prefix_cache: which pages hold the beginning of which texts, for all engines on this model. Call
             `Engine.reset_prefix_cache` after the weights were changed in place: it cannot see that.
+        batch_invariant: as given.
         lock: an RLock, the same for every PagedModel of this transformers model, and of models that share its configs,
             linear layers or decoder.
     Raises:
-        UnsupportedError: the model would not compute the same on pages, or cannot be compiled as asked; the
-            sentence says why (see guard.py, compiled.py).
-        ArgumentError: sizes that do not fit, or both num_pages and memory_bytes.
-    Cost: eight forwards of at most 70 tokens to check the model, and the pool; on the CPU the weights are moved into
+        UnsupportedError: the model would not compute the same on pages, or cannot be compiled or made batch-invariant
+            as asked; the sentence says why (see guard.py, compiled.py, invariant.py).
+        ArgumentError: sizes that do not fit, both num_pages and memory_bytes, or a switch that is no bool.
+    Cost: eight forwards of at most 70 tokens to check the model, nine more if it is to be batch-invariant, and the pool; on the CPU the weights are moved into
         huge pages, at about 1 GB/s.
     """
 
@@ -69,6 +72,7 @@ class PagedModel:
         kv_dtype: KVDtype | None = None,
         backend: str = "auto",
         compile: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         if num_pages is not None and memory_bytes is not None:
             raise ArgumentError(
@@ -80,12 +84,16 @@ class PagedModel:
             check_size("num_pages", num_pages)
         if memory_bytes is not None:
             memory_bytes = check_bytes("memory_bytes", memory_bytes)
+        _check_batch_invariant(batch_invariant, compile)
         guard.check_config(model)
-        self._forward = PackedForward(model, compile=compile)
+        self._forward = PackedForward(model, compile=compile, batch_invariant=batch_invariant)
         calls = guard.layer_calls(model, self._forward)
         shapes = guard.layer_shapes(model, calls)
         self.bytes_per_page = bytes_per_page(shapes, page_size, kv_dtype)
-        guard.rehearse(model, Stage(self._forward, calls, shapes, page_size, kv_dtype, backend))
+        stage = Stage(self._forward, calls, shapes, page_size, kv_dtype, backend, batch_invariant)
+        if batch_invariant:
+            guard.keep_bits(model, stage)
+        guard.rehearse(model, stage)
 
         self.model = model
         self.page_size = page_size
@@ -93,7 +101,8 @@ class PagedModel:
             budget = _default_pool_bytes(model.device) if memory_bytes is None else memory_bytes
             num_pages = pages_within(budget, self.bytes_per_page)
         self.max_seq_len = limits.max_seq_len(model.config)
-        self._planners = Planners(backend, model.device)
+        self.batch_invariant = batch_invariant
+        self._planners = Planners(backend, model.device, batch_invariant)
         if resolve_backend(backend, model.device) == "cpu":
             collapse_to_huge_pages(model.parameters())
         self._cache = PagedCache(
@@ -117,6 +126,7 @@ class PagedModel:
         kv_dtype: KVDtype | None = None,
         backend: str = "auto",
         compile: bool = False,
+        batch_invariant: bool = False,
     ) -> PagedModel:
         """Load a local folder in the Hugging Face format: config.json and *.safetensors.
 
@@ -135,6 +145,7 @@ class PagedModel:
             kv_dtype=kv_dtype,
             backend=backend,
             compile=compile,
+            batch_invariant=batch_invariant,
         )
 
     def forward(self, step: Step) -> torch.Tensor:
@@ -202,6 +213,16 @@ class PagedModel:
             f"PagedModel({type(self.model).__name__}, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
             f"page_size={self.page_size}, {self.num_pages * self.bytes_per_page / 1e6:.1f} MB of pages, "
             f"{self.allocator!r})"
+        )
+
+
+def _check_batch_invariant(batch_invariant: object, compile: bool) -> None:
+    if not isinstance(batch_invariant, bool):
+        raise ArgumentError(f"batch_invariant must be a bool; got {batch_invariant!r}. Fix: batch_invariant=True")
+    if batch_invariant and compile:
+        raise UnsupportedError(
+            "a batch-invariant model must run operator by operator, as a compiler chooses the order of sums itself; "
+            "got compile=True. Fix: compile=False"
         )
 
 
