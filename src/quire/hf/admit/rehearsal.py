@@ -14,6 +14,7 @@ from quire.hf.admit.witness import Witness
 from quire.hf.attention import RunningStep
 from quire.hf.cache import LayerShape, PagedCache
 from quire.hf.forward import PackedForward
+from quire.hf.invariant import suspended
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.pages import PageAllocator, PageTable
@@ -95,7 +96,9 @@ class WitnessedStep(RunningStep):
 
     def attend(self, q: torch.Tensor, *others: Any) -> torch.Tensor:
         """As a RunningStep's."""
-        return self._witness.attend(self, others[-1], q, super().attend(q, *others))
+        out = super().attend(q, *others)
+        with suspended():
+            return self._witness.attend(self, others[-1], q, out)
 
 
 @torch.inference_mode()
