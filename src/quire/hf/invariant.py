@@ -33,7 +33,7 @@ Operator = Callable[..., Any]
 EXACT = frozenset(
     """
     _local_scalar_dense _reshape_alias _reshape_copy _to_copy _unsafe_view alias arange as_strided cat chunk clone
-    constant_pad_nd contiguous copy detach dropout embedding empty empty_like expand expand_as eye flatten flip full
+    complex constant_pad_nd contiguous copy detach dropout embedding empty empty_like expand expand_as eye flatten flip full
     full_like gather index index_copy index_select is_nonzero item lift_fresh linspace masked_fill
     masked_scatter meshgrid movedim narrow new_empty new_full new_ones new_zeros ones ones_like pad permute ravel
     repeat repeat_interleave reshape resolve_conj resolve_neg roll scalar_tensor select slice slice_scatter
@@ -256,15 +256,7 @@ def _power_of_a_number(base: float, exponent: torch.Tensor) -> torch.Tensor:
 
 
 def _choose_add(x: Any, y: Any, *, alpha: Any = 1) -> Any:
-    return None if alpha == 1 else _add_multiple  # one rounding or two, in 16 bits
-
-
-def _choose_sub(x: Any, y: Any, *, alpha: Any = 1) -> Any:
-    return None if alpha == 1 else NotImplemented
-
-
-def _add_multiple(x: torch.Tensor, y: torch.Tensor, *, alpha: Any = 1) -> torch.Tensor:
-    return x + y * alpha
+    return None if alpha == 1 else NotImplemented  # one rounding or two, in 16 bits
 
 
 def _choose_mul(x: Any, y: Any) -> Any:
@@ -302,7 +294,7 @@ def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any
 
 def _sum_rows(x: torch.Tensor, keepdim: bool) -> torch.Tensor:
     if x.device.type != "cpu":
-        from quire.kernels.triton.row_sums import row_sums
+        from quire.kernels.triton.linear import row_sums
 
         return row_sums(x)[..., None] if keepdim else row_sums(x)
     # A second row keeps the first from being split.
@@ -359,8 +351,8 @@ _CHOICES: dict[str, Operator] = {
     "rsqrt": _choose_rsqrt,
     "pow": _choose_pow,
     "add": _choose_add,
+    "sub": _choose_add,
     "mul": _choose_mul,
-    "sub": _choose_sub,
     "sum": _choose_sum(torch.sum, _sum),
     "mean": _choose_sum(torch.mean, _mean),
     "index_put": _choose_index_put,
