@@ -31,12 +31,12 @@ def grouped(x):
 # Of x [rows, width]; each gives a tensor with as many rows. Some are what models make of operators, not one.
 REPLACED = {
     "linear": lambda x: F.linear(x, weight(21, x.shape[1]).to(x.dtype), weight(21).to(x.dtype)),
-    "matmul": lambda x: x @ weight(x.shape[1], 9).to(x.dtype),
+    "matmul": lambda x: x @ weight(x.shape[1], 130).to(x.dtype),
     "addmm": lambda x: torch.addmm(weight(30).to(x.dtype), x, weight(x.shape[1], 30).to(x.dtype)),
     "addmm of a matrix": lambda x: torch.addmm(x[:, :5], x, weight(x.shape[1], 5).to(x.dtype)),
     "bmm": lambda x: torch.bmm(x.expand(2, *x.shape), weight(2, x.shape[1], 20).to(x.dtype))[1],
     "baddbmm": lambda x: torch.baddbmm(x[None, :, :5], x[None], weight(1, x.shape[1], 5).to(x.dtype))[0],
-    "einsum": lambda x: torch.einsum("tk,nk->tn", x, weight(6, x.shape[1]).to(x.dtype)),
+    "einsum": lambda x: torch.einsum("tk,nk->tn", x, weight(130, x.shape[1]).to(x.dtype)),
     "sigmoid": torch.sigmoid,
     "sigmoid in place": lambda x: x.clone().sigmoid_(),
     "silu": F.silu,
@@ -47,6 +47,7 @@ REPLACED = {
     "rsqrt": lambda x: x.abs().rsqrt(),
     "power": lambda x: (x.abs() + 0.1).pow(-0.5),
     "sum of neighbours": lambda x: x[:, :40].reshape(len(x), 4, 10).sum(1),
+    "sum over a stack": lambda x: torch.stack([x * (i + 0.3) for i in range(7)]).sum(0) / 30,
     "sum, dimension kept": lambda x: x[:, :40].reshape(len(x), 4, 10).sum(1, keepdim=True)[:, 0],
     "sum across columns": lambda x: x.t().contiguous().t().sum(-1, keepdim=True),
     "mean across columns": lambda x: x.t().contiguous().t().mean(-1, keepdim=True),
