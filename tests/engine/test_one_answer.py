@@ -16,7 +16,11 @@ from quire.hf import PagedModel
 
 # A window, experts with a router, gated activations of two kinds, latent attention; rows that are no whole vectors.
 FAMILIES = {
-    "gemma3": {"intermediate_size": 75, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3": {
+        "intermediate_size": 75,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt_oss": {"intermediate_size": 76, "num_hidden_layers": 2},
     "deepseek_v3": {"num_hidden_layers": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 20},
 }

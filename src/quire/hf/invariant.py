@@ -30,21 +30,20 @@ from quire.spec import COMPUTE_DTYPES
 Operator = Callable[..., Any]
 
 # Names as in aten, without the underscore of those that work in place.
-EXACT = frozenset(
-    """
-    _local_scalar_dense _reshape_alias _reshape_copy _to_copy _unsafe_view alias arange as_strided cat chunk clone
-    complex constant_pad_nd contiguous copy detach dropout embedding empty empty_like expand expand_as eye flatten flip full
-    full_like gather index index_copy index_select is_nonzero item lift_fresh linspace masked_fill
-    masked_scatter meshgrid movedim narrow new_empty new_full new_ones new_zeros ones ones_like pad permute ravel
-    repeat repeat_interleave reshape resolve_conj resolve_neg roll scalar_tensor select slice slice_scatter
-    split split_with_sizes squeeze stack swapaxes t take_along_dim tensor_split tile to transpose tril triu type_as
-    unbind unflatten unsafe_split unsqueeze view view_as view_as_complex view_as_real where zeros zeros_like
+_EXACT = """
+    _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias arange as_strided cat chunk clone complex
+    constant_pad_nd contiguous copy detach dropout embedding empty empty_like expand expand_as eye fill flatten flip
+    full full_like gather index index_copy index_select is_nonzero item lift_fresh masked_fill masked_scatter movedim narrow
+    new_empty new_full new_ones new_zeros ones ones_like permute ravel repeat repeat_interleave reshape resolve_conj
+    resolve_neg roll scalar_tensor select slice slice_scatter split split_with_sizes squeeze stack swapaxes t
+    take_along_dim tensor_split tile to transpose tril triu type_as unbind unflatten unsafe_split unsqueeze view view_as
+    view_as_complex view_as_real where zero zeros zeros_like
     abs all any argmax argmin argsort bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min diff div eq
-    floor ge gt histc isfinite isinf isnan le logical_and logical_not logical_or lt max maximum amax amin
-    min minimum ne neg nonzero numel one_hot reciprocal relu round searchsorted sign sort sqrt square topk trunc
-    """.split()
-)
-KEPT = frozenset("_fused_rms_norm cos erf exp layer_norm log log1p polar rms_norm sin tanh".split())
+    floor ge gt histc isfinite isinf isnan le logical_and logical_not logical_or lt max maximum amax amin min minimum ne
+    neg nonzero numel one_hot reciprocal relu round searchsorted sign sort sqrt square topk trunc
+"""
+_KEPT = "_fused_rms_norm cos erf exp layer_norm log log1p polar rms_norm sin tanh"
+EXACT, KEPT = frozenset(_EXACT.split()), frozenset(_KEPT.split())
 # x ** n that torch computes by products, roots and quotients.
 _EXACT_POWERS = (0, 0.5, 1, 2, 3, -1, -2)
 # Torch splits the sum of a single row between threads from this width on.
@@ -181,8 +180,15 @@ def _product(function: Operator) -> Operator:
     return choose
 
 
-def _choose_grouped(x: torch.Tensor, weight: torch.Tensor, offs: Any = None, *rest: Any, **options: Any) -> Any:
-    odd = offs is None or x.dim() != 2 or weight.dim() != 3 or any(v is not None for v in (*rest, *options.values()))
+def _choose_grouped(
+    x: torch.Tensor, weight: torch.Tensor, offs: Any = None, *rest: Any, **options: Any
+) -> Any:
+    odd = (
+        offs is None
+        or x.dim() != 2
+        or weight.dim() != 3
+        or any(v is not None for v in (*rest, *options.values()))
+    )
     return NotImplemented if odd else _product(_grouped_mm)(x, weight)
 
 
@@ -296,10 +302,10 @@ def _sum_rows(x: torch.Tensor, keepdim: bool) -> torch.Tensor:
     if x.device.type != "cpu":
         from quire.kernels.triton.linear import row_sums
 
-        return row_sums(x)[..., None] if keepdim else row_sums(x)
-    # A second row keeps the first from being split.
-    rows = x.reshape(-1, x.shape[-1])
-    total = torch.cat([rows, rows[:1]]).sum(-1)[:-1].view(x.shape[:-1])
+        total = row_sums(x)
+    else:  # a second row keeps the first from being split
+        rows = x.reshape(-1, x.shape[-1])
+        total = torch.cat([rows, rows[:1]]).sum(-1)[:-1].view(x.shape[:-1])
     return total[..., None] if keepdim else total
 
 

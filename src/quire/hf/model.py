@@ -58,8 +58,8 @@ class PagedModel:
         UnsupportedError: the model would not compute the same on pages, or cannot be compiled or made batch-invariant
             as asked; the sentence says why (see guard.py, compiled.py, invariant.py).
         ArgumentError: sizes that do not fit, both num_pages and memory_bytes, or a switch that is no bool.
-    Cost: eight forwards of at most 70 tokens to check the model, nine more if it is to be batch-invariant, and the pool; on the CPU the weights are moved into
-        huge pages, at about 1 GB/s.
+    Cost: eight forwards of at most 70 tokens to check the model, nine more if it is to be batch-invariant, and the
+        pool; on the CPU the weights are moved into huge pages, at about 1 GB/s.
     """
 
     def __init__(
@@ -218,7 +218,9 @@ class PagedModel:
 
 def _check_batch_invariant(batch_invariant: object, compile: bool) -> None:
     if not isinstance(batch_invariant, bool):
-        raise ArgumentError(f"batch_invariant must be a bool; got {batch_invariant!r}. Fix: batch_invariant=True")
+        raise ArgumentError(
+            f"batch_invariant must be a bool; got {batch_invariant!r}. Fix: batch_invariant=True"
+        )
     if batch_invariant and compile:
         raise UnsupportedError(
             "a batch-invariant model must run operator by operator, as a compiler chooses the order of sums itself; "

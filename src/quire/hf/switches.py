@@ -69,7 +69,7 @@ class Switches:
             self._compiled = CompiledDecoder(model) if compile else None
 
     def keep_bits(self, forwards: Iterable[tuple[torch.nn.Module, Callable[..., Any]]]) -> None:
-        """Let calls on pages take these forwards, which keep a row's bits in any company, in place of the present ones."""
+        """Let calls with kernels take these forwards, by which a row keeps its bits in any company."""
         self._invariant = [(module, forward, vars(module).get("forward")) for module, forward in forwards]
 
     def run(

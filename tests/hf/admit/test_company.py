@@ -8,8 +8,8 @@ import torch
 from quire.errors import ArgumentError, UnsupportedError
 from quire.hf.admit import company
 
-from ..families import ordinary_logits, random_texts, tiny_model
 from ..families import on_pages as served
+from ..families import ordinary_logits, random_texts, tiny_model
 
 
 def on_pages(model, **options):
@@ -59,14 +59,18 @@ class Scaled(torch.nn.Module):
 
 
 def test_an_operator_of_which_nobody_has_shown_it_is_refused_by_name_and_place():
-    with pytest.raises(UnsupportedError, match=r"got aten\.var\.correction in Scaled\. Fix: batch_invariant=False"):
+    with pytest.raises(
+        UnsupportedError, match=r"got aten\.var\.correction in Scaled\. Fix: batch_invariant=False"
+    ):
         on_pages(with_behind(Scaled(lambda x: x.var(-1, keepdim=True))))
 
 
 def test_rows_that_mix_in_operators_which_do_not_are_found_by_their_bits():
     """Each operator is exact; together they let all tokens of a step scale one another."""
     model = with_behind(Scaled(lambda x: 1 + 1e-4 * x.abs().amax()))
-    with pytest.raises(UnsupportedError, match=r"same bits in any step; got llama: logits of token \d+ that differ by"):
+    with pytest.raises(
+        UnsupportedError, match=r"same bits in any step; got llama: logits of token \d+ that differ by"
+    ):
         on_pages(model)
 
 

@@ -126,9 +126,13 @@ def run_any(x, weight, bias):
 
 
 @pytest.mark.parametrize("by_columns", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.exhaustive) for d in DTYPES[1:])])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.exhaustive) for d in DTYPES[1:])]
+)
 @pytest.mark.parametrize(("rows", "width"), WEIGHTS)
-def test_of_any_number_of_tokens_each_has_the_bits_that_it_has_alone(rows, width, dtype, by_columns, set_threads):
+def test_of_any_number_of_tokens_each_has_the_bits_that_it_has_alone(
+    rows, width, dtype, by_columns, set_threads
+):
     x, weight, bias = case(PANEL + 9, rows, width, dtype, biased=True)
     if by_columns:
         weight = weight.t().contiguous().t()
@@ -154,8 +158,12 @@ def test_tensors_that_no_kernel_reads_are_copied_first():
     x, weight, bias = case(STREAMED_TOKENS + 1, 20, 33, torch.float32, biased=True)
     expected = run_any(x, weight, bias)
     assert torch.equal(run_any(x.t().contiguous().t(), weight, bias), expected)
-    assert torch.equal(run_any(x, weight.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2], bias), expected)
-    assert torch.equal(run_any(torch._neg_view(-x), torch._neg_view(-weight), torch._neg_view(-bias)), expected)
+    assert torch.equal(
+        run_any(x, weight.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2], bias), expected
+    )
+    assert torch.equal(
+        run_any(torch._neg_view(-x), torch._neg_view(-weight), torch._neg_view(-bias)), expected
+    )
     wide = torch.full((len(x), 50), math.nan)
     linear_of_any(x, weight, bias, wide[:, :20])
     assert torch.equal(wide[:, :20], expected)

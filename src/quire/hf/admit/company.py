@@ -1,7 +1,7 @@
 """Finds out whether a model's rows have the same bits alone and in company, and makes them so.
 
-    invariant_forwards   which modules call operators that mix rows, and forwards for them that do not
-    rehearse_company     texts alone, and the same texts together in chunks and single tokens: the same bits
+invariant_forwards   which modules call operators that mix rows, and forwards for them that do not
+rehearse_company     texts alone, and the same texts together in chunks and single tokens: the same bits
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 _TOKENS = (1, 2, 9)
 
 
-def invariant_forwards(forward: PackedForward, input_ids: torch.Tensor) -> list[tuple[torch.nn.Module, Forward]]:
+def invariant_forwards(
+    forward: PackedForward, input_ids: torch.Tensor
+) -> list[tuple[torch.nn.Module, Forward]]:
     """The modules that call operators whose rows depend on one another, each with a forward that replaces them.
 
     Args:
@@ -107,9 +109,11 @@ class _Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if parts is NotImplemented:
                 raise refusal(str(error), f" in {type(module).__name__}") from None
             return parts
-        alone = len(args) == 1 and chosen is not None
-        self.calls[module].append(partial(chosen, **kwargs) if alone else chosen)  # type: ignore[arg-type]
-        return (chosen or func)(*args, **kwargs)
+        operator: Forward = func if chosen is None else chosen
+        # Of an operator with one argument, all that is left to know is that argument.
+        noted = partial(operator, **kwargs) if len(args) == 1 and chosen is not None else chosen
+        self.calls[module].append(noted)
+        return operator(*args, **kwargs)
 
 
 @contextmanager
@@ -131,9 +135,13 @@ def _forward_for(module: torch.nn.Module, calls: list[Forward | None], runs: int
     replaced = "forward" in vars(module)
     if type(module) is torch.nn.Linear and not replaced:
         return _linear_forward(module)
-    [first, *others] = calls
-    if type(module).__module__ in _ACTIVATIONS and not replaced and len(calls) == runs and first is not None:
-        return first
+    if (
+        type(module).__module__ in _ACTIVATIONS
+        and not replaced
+        and len(calls) == runs
+        and isinstance(calls[0], partial)
+    ):
+        return calls[0]
     return _replacing(module.forward)
 
 
@@ -159,8 +167,7 @@ def _replacing(own: Forward) -> Forward:
 def _attend_to_nothing(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, None]:
-    batch, heads, tokens, _ = query.shape
-    return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
 AttentionInterface.register(_LISTENING, _attend_to_nothing)

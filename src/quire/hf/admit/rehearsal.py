@@ -133,16 +133,16 @@ def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
     return Outcome(error.cpu(), noise.cpu(), float(runs[0].abs().max()), witness.fault())
 
 
-def grow_texts(
-    stage: Stage, texts: torch.Tensor, schedule: Sequence[Sequence[int]]
-) -> list[torch.Tensor]:
+def grow_texts(stage: Stage, texts: torch.Tensor, schedule: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits fp32 [tokens, vocab] of each text, of which each step of the schedule takes so many new tokens."""
     cache, table = stage.pages([texts.shape[1]] * len(texts), list(stage.shapes))
     planners, grown = stage.planners(), [[] for _ in texts]  # type: tuple[Planners, list[list[torch.Tensor]]]
     for counts in schedule:
         new = [slice(table.length(i), table.length(i) + count) for i, count in enumerate(counts)]
         step = _next_step(table, counts, torch.cat([text[s] for text, s in zip(texts, new, strict=True)]))
-        rows = stage.forward.paged(RunningStep(step, cache, planners)).flip(0)  # asked for from the last to the first
+        rows = stage.forward.paged(RunningStep(step, cache, planners)).flip(
+            0
+        )  # asked for from the last to the first
         for each, part in zip(grown, rows.split(list(counts)), strict=True):  # type: ignore[no-untyped-call]
             each.append(part)
     return [torch.cat(each) for each in grown]

@@ -1,4 +1,4 @@
-"""Linear layers: of a few tokens, where every weight is read once, as it lies, and of any number in the same order.
+"""Linear layers of a few tokens, where every weight is read once, as it lies; and of any number in the same order.
 
     out[t, n] = Σ_k x[t, k] · w[n, k] + b[n]
 
@@ -10,8 +10,8 @@ read in order, and while one tile is computed the rows of the next are prefetche
 pairs (``pairs``), bfloat16 stays as it is, [k / 2 · LANES][token][LANES pairs], for half the multiplications.
 
 Lane l of a dot product sums k = l, l + LANES, … in this order, and ``sum_rows`` adds up the lanes by one tree. Neither
-depends on the tile, so a token has the same bits alone and among any others, on any number of threads. ``linear_of_any``
-keeps to that order for any number of tokens.
+depends on the tile, so a token has the same bits alone and among any others, on any number of threads.
+``linear_of_any`` keeps to that order for any number of tokens.
 
 Source: the register tile is the usual one of matrix products (Goto, van de Geijn, 10.1145/1356052.1356053), with
 the packing of the large operand left out.
@@ -215,7 +215,7 @@ def linear_of_any(
     """
     tokens, width = x.shape
     if 0 in (*out.shape, width):
-        out.copy_(0 if bias is None else bias)
+        out.zero_() if bias is None else out.copy_(bias)
         return
     x, bias = _by_rows(x), bias if bias is None else bias.resolve_neg().contiguous()
     by_columns = weight.stride(1) != 1 and weight.stride(0) == 1

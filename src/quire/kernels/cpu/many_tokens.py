@@ -4,8 +4,8 @@
 
 ``linear`` runs a dot product along k with lanes on k: lane l sums k = l, l + LANES, …, and a tree adds up the lanes.
 Here lanes lie on n, and the k of one lane are taken together: for each l a register tile of TOKENS × VECTORS vectors
-sums k = l, l + LANES, …, and the tiles of all l meet in the same tree. Every product and sum is one of those of ``linear``,
-so a token has the same bits here and there, among any number of others and on any number of threads.
+sums k = l, l + LANES, …, and the tiles of all l meet in the same tree. Every product and sum is one of those of
+``linear``, so a token has the same bits here and there, among any number of others and on any number of threads.
 
 A group of w's rows is packed to [l][k / LANES][row] once for a PANEL of tokens, the panel to [l][k / LANES][token]. A
 weight that lies as [k][n] is packed without being transposed, and only here.
@@ -202,7 +202,10 @@ def finish_tile(cfg: Any, panels: Panels, row: int, first: int, sums: int) -> No
         for v in range(VECTORS):
             offset = (row + v * LANES) * BYTES[cfg.dtype]
             count = min(panels.num_rows - row - v * LANES, LANES)
-            total, out = load(F32, sums + (t * VECTORS + v) * LANES * 4), panels.out + (first + t) * panels.out_token
+            total, out = (
+                load(F32, sums + (t * VECTORS + v) * LANES * 4),
+                panels.out + (first + t) * panels.out_token,
+            )
             if count == LANES:
                 if panels.bias:
                     total = add(total, load(cfg.dtype, panels.bias + offset))
