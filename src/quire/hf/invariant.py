@@ -31,16 +31,16 @@ Operator = Callable[..., Any]
 
 # Names as in aten, without the underscore of those that work in place.
 _EXACT = """
-    _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias arange as_strided cat chunk clone complex
-    constant_pad_nd contiguous copy detach dropout embedding empty empty_like expand expand_as eye fill flatten flip
-    full full_like gather index index_copy index_select is_nonzero item lift_fresh masked_fill masked_scatter movedim narrow
-    new_empty new_full new_ones new_zeros ones ones_like permute ravel repeat repeat_interleave reshape resolve_conj
-    resolve_neg roll scalar_tensor select slice slice_scatter split split_with_sizes squeeze stack swapaxes t
-    take_along_dim tensor_split tile to transpose tril triu type_as unbind unflatten unsafe_split unsqueeze view view_as
-    view_as_complex view_as_real where zero zeros zeros_like
-    abs all any argmax argmin argsort bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min diff div eq
-    floor ge gt histc isfinite isinf isnan le logical_and logical_not logical_or lt max maximum amax amin min minimum ne
-    neg nonzero numel one_hot reciprocal relu round searchsorted sign sort sqrt square topk trunc
+    _local_scalar_dense _reshape_alias _to_copy _unsafe_view abs alias all amax amin any arange argmax argmin
+    argsort as_strided bitwise_and bitwise_not bitwise_or cat ceil chunk clamp clamp_max clamp_min clone complex
+    constant_pad_nd contiguous copy detach diff div dropout embedding empty empty_like eq expand expand_as eye
+    fill flatten flip floor full full_like gather ge gt histc index index_copy index_select is_nonzero isfinite
+    isinf isnan item le lift_fresh logical_and logical_not logical_or lt masked_fill masked_scatter max maximum
+    min minimum movedim narrow ne neg new_empty new_full new_ones new_zeros nonzero numel one_hot ones ones_like
+    permute ravel reciprocal relu repeat repeat_interleave reshape resolve_conj resolve_neg roll round
+    scalar_tensor searchsorted select sign slice slice_scatter sort split split_with_sizes sqrt square squeeze
+    stack swapaxes t take_along_dim tensor_split tile to topk transpose tril triu trunc type_as unbind unflatten
+    unsafe_split unsqueeze view view_as view_as_complex view_as_real where zero zeros zeros_like
 """
 _KEPT = "_fused_rms_norm cos erf exp layer_norm log log1p polar rms_norm sin tanh"
 EXACT, KEPT = frozenset(_EXACT.split()), frozenset(_KEPT.split())
@@ -302,7 +302,7 @@ def _sum_rows(x: torch.Tensor, keepdim: bool) -> torch.Tensor:
     if x.device.type != "cpu":
         from quire.kernels.triton.linear import row_sums
 
-        total = row_sums(x)
+        total: torch.Tensor = row_sums(x)
     else:  # a second row keeps the first from being split
         rows = x.reshape(-1, x.shape[-1])
         total = torch.cat([rows, rows[:1]]).sum(-1)[:-1].view(x.shape[:-1])
