@@ -299,14 +299,15 @@ def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any
 
 
 def _sum_rows(x: torch.Tensor, keepdim: bool) -> torch.Tensor:
+    total: torch.Tensor
     if x.device.type != "cpu":
         from quire.kernels.triton.linear import row_sums
 
-        total: torch.Tensor = row_sums(x)
+        total = row_sums(x)
     else:  # a second row keeps the first from being split
         rows = x.reshape(-1, x.shape[-1])
         total = torch.cat([rows, rows[:1]]).sum(-1)[:-1].view(x.shape[:-1])
-    return total[..., None] if keepdim else total
+    return total.unsqueeze(-1) if keepdim else total
 
 
 def _choose_sum(own: Operator, function: Operator) -> Operator:
