@@ -295,7 +295,7 @@ def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any
     [last] = dim
     x = x if dtype is None else x.to(dtype)
     total = _sum(x.to(torch.promote_types(x.dtype, torch.float32)), dim, keepdim)
-    return (total / x.shape[last]).to(x.dtype)
+    return total.div_(int(x.shape[last])).to(x.dtype)
 
 
 def _sum_rows(x: torch.Tensor, keepdim: bool) -> torch.Tensor:

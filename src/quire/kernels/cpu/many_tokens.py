@@ -34,6 +34,7 @@ VECTORS = 3  # of rows in a register tile
 TILE = TOKENS * VECTORS
 GROUP = VECTORS * LANES  # rows of the weight that are packed together
 LEVELS = LANES.bit_length() - 1  # of the tree
+TREE_BYTES = (LEVELS + 1) * TILE * LANES * 4
 
 
 @compile_time
@@ -69,9 +70,9 @@ class Panels(NamedTuple):
 
 
 def scratch_bytes(tokens: int, vectors: int) -> int:
-    """Scratch memory of one worker: the tree's tiles, a packed group and a packed panel, in whole vectors."""
+    """Scratch memory of one worker: the trees of a block's tiles, a packed group and a packed panel."""
     token_blocks = -(-min(tokens, PANEL) // LANES)
-    return ((LEVELS + 1) * TILE + (GROUP + token_blocks * LANES) * vectors) * LANES * 4
+    return LANES // TOKENS * TREE_BYTES + (GROUP + token_blocks * LANES) * vectors * LANES * 4
 
 
 @compiled
@@ -85,7 +86,7 @@ def multiply_share(worker: int, cfg: Any, workers: int, panels: Panels) -> None:
     """Consecutive pairs of a panel of tokens and a group of rows, panel by panel."""
     tree = panels.scratch + worker * panels.scratch_bytes
     vectors = (panels.width + cfg.at_once - 1) // cfg.at_once
-    packed = tree + (LEVELS + 1) * TILE * LANES * 4
+    packed = tree + LANES // TOKENS * TREE_BYTES
     tokens = packed + GROUP * vectors * LANES * 4
     groups = (panels.num_rows + GROUP - 1) // GROUP
     total = (panels.num_tokens + PANEL - 1) // PANEL * groups
@@ -99,10 +100,14 @@ def multiply_share(worker: int, cfg: Any, workers: int, panels: Panels) -> None:
             pack_columns(cfg, panels, vectors, row, packed)
         else:
             pack_rows(cfg, panels, vectors, row, packed)
-        for first in range(panel * PANEL, min((panel + 1) * PANEL, panels.num_tokens), TOKENS):
-            at = (first - panel * PANEL) // LANES * LANES * vectors * LANES + (first % LANES)
-            multiply_tile(cfg, vectors, packed, tokens + at * 4, tree)
-            finish_tile(cfg, panels, row, first, tree + LEVELS * TILE * LANES * 4)
+        for first in range(panel * PANEL, min((panel + 1) * PANEL, panels.num_tokens), LANES):
+            at = tokens + (first - panel * PANEL) * vectors * LANES * 4
+            tiles = min((panels.num_tokens - first + TOKENS - 1) // TOKENS, LANES // TOKENS)
+            multiply_block(cfg, vectors, tiles, packed, at, tree)
+            for i in range(tiles):
+                finish_tile(
+                    cfg, panels, row, first + i * TOKENS, tree + i * TREE_BYTES + LEVELS * TILE * LANES * 4
+                )
 
 
 @part
@@ -162,37 +167,45 @@ def pack_columns(cfg: Any, panels: Panels, vectors: int, first: int, packed: int
 
 
 @part
-def multiply_tile(cfg: Any, vectors: int, packed: int, tokens: int, tree: int) -> None:
-    """The products of a group of rows with TOKENS tokens, at the tree's last level.
+def multiply_block(cfg: Any, vectors: int, tiles: int, packed: int, tokens: int, tree: int) -> None:
+    """The products of a group of rows with a block of tokens, at the last levels of its tiles' trees.
 
-    Lanes come in the order of their reversed bits, 0, 8, 4, 12, …, so that whatever the tree adds comes one behind the
-    other: a level holds a tile until its neighbour is there.
+    Lanes come in the order of their reversed bits, 0, 8, 4, 12, …, so that whatever a tree adds comes one behind the
+    other: a level holds a tile until its neighbour is there. What is packed for a lane serves all tiles of the block
+    while it is in the first cache.
     """
-    sums, weights = tile(TILE), tile(VECTORS)
     for number in range(LANES):
         lane, bits = 0, number
         for _ in range(LEVELS):
             lane, bits = lane * 2 + bits % 2, bits // 2
-        for j in range(TILE):
-            sums[j] = splat(np.float32(0.0))
         w, x = packed + lane * vectors * GROUP * 4, tokens + lane * vectors * LANES * 4
-        for _ in range(vectors):
+        for i in range(tiles):
+            multiply_tile(cfg, vectors, number, w, x + i * TOKENS * 4, tree + i * TREE_BYTES)
+
+
+@part
+def multiply_tile(cfg: Any, vectors: int, number: int, w: int, x: int, tree: int) -> None:
+    """One lane's sums of a register tile, added to those that the tree holds for its neighbours."""
+    sums, weights = tile(TILE), tile(VECTORS)
+    for j in range(TILE):
+        sums[j] = splat(np.float32(0.0))
+    for _ in range(vectors):
+        for v in range(VECTORS):
+            weights[v] = load(F32, w + v * LANES * 4)
+        for t in range(TOKENS):
+            token = load_pair(x + t * 4) if cfg.pairs else splat(load_f32(x + t * 4))
             for v in range(VECTORS):
-                weights[v] = load(F32, w + v * LANES * 4)
-            for t in range(TOKENS):
-                token = load_pair(x + t * 4) if cfg.pairs else splat(load_f32(x + t * 4))
-                for v in range(VECTORS):
-                    sums[t * VECTORS + v] = add_product(cfg, weights[v], token, sums[t * VECTORS + v])
-            w += GROUP * 4
-            x += LANES * 4
-        at, bits = tree, number
-        while bits % 2:
-            for j in range(TILE):
-                sums[j] = add(load(F32, at + j * LANES * 4), sums[j])
-            at += TILE * LANES * 4
-            bits //= 2
+                sums[t * VECTORS + v] = add_product(cfg, weights[v], token, sums[t * VECTORS + v])
+        w += GROUP * 4
+        x += LANES * 4
+    at, bits = tree, number
+    while bits % 2:
         for j in range(TILE):
-            store(F32, at + j * LANES * 4, sums[j])
+            sums[j] = add(load(F32, at + j * LANES * 4), sums[j])
+        at += TILE * LANES * 4
+        bits //= 2
+    for j in range(TILE):
+        store(F32, at + j * LANES * 4, sums[j])
 
 
 @part
