@@ -29,8 +29,8 @@ class LLM(Engine):
             LLM then shares with the other engines on it; the embedded demo model by default.
         tokenizer: a fast transformers tokenizer; None: the folder's own, and none for a model that
             is no folder, so that prompts and results are token ids.
-        page_size, num_pages, memory_bytes, kv_dtype, backend, compile: the pool and the kernels, as for
-            PagedModel; for a model that is not a PagedModel yet.
+        page_size, num_pages, memory_bytes, kv_dtype, backend, compile, batch_invariant: the pool and the kernels, as
+            for PagedModel; for a model that is not a PagedModel yet.
         dtype, device: of the weights; for a folder only. Default: float32 on the CPU.
         max_batch_tokens, max_num_seqs, enable_prefix_caching: see Engine.
     Raises:
@@ -51,6 +51,7 @@ class LLM(Engine):
         kv_dtype: KVDtype | None = None,
         backend: str | None = None,
         compile: bool | None = None,
+        batch_invariant: bool | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
@@ -64,6 +65,7 @@ class LLM(Engine):
             kv_dtype=kv_dtype,
             backend=backend,
             compile=compile,
+            batch_invariant=batch_invariant,
         )
         weights = _given(dtype=dtype, device=device)
         if isinstance(model, (str, PathLike)):

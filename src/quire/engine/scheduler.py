@@ -161,7 +161,7 @@ class Scheduler:
                     num_tokens = self._make_room(request, sequence, num_tokens)
                     if not num_tokens:
                         return chunks
-                elif self.table.releases:  # what it will hold at most may be less than all of these tokens take
+                elif self.table.releases:  # it may hold less at most than these tokens take
                     num_tokens = min(num_tokens, self.table.room(sequence.seq_id))
                 if num_tokens:
                     chunks.append(self._extend(request, sequence, num_tokens))

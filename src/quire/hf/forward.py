@@ -41,12 +41,15 @@ class PackedForward:
 
     Args:
         compile: run the steps on pages with the decoder compiled.
+        batch_invariant: run them with the forwards that `switches` has been given for it.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, compile: bool = False, batch_invariant: bool = False
+    ) -> None:
         self.model = model
-        self.switches = Switches(model, compile=compile)
-        self._compile = compile
+        self.switches = Switches(model, compile=compile, batch_invariant=batch_invariant)
+        self._compile, self._batch_invariant = compile, batch_invariant
         self._can_keep_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         text_config = model.config.get_text_config(decoder=True)
         self._scales_by_index = bool(getattr(text_config, "attn_temperature_tuning", False))
@@ -61,7 +64,7 @@ class PackedForward:
         if self._compile and step.num_tokens < LEAST_TOKENS:
             input_ids, position_ids = input_ids.repeat(LEAST_TOKENS), position_ids.repeat(LEAST_TOKENS)
         past = TokenPast(position_ids.to(device)) if self._scales_by_index else None
-        kernels = resolve_backend(running.planners.backend, device) == "cpu"
+        kernels = self._batch_invariant or resolve_backend(running.planners.backend, device) == "cpu"
         with self.switches.lock, running_step(running):  # the planners, too, serve one step at a time
             return self.packed(
                 input_ids, position_ids, step.logits_indices, ATTENTION_NAME, past, kernels, self._compile

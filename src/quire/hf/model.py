@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.debug import debug_enabled
-from quire.errors import ArgumentError, ShapeError
+from quire.errors import ArgumentError, ShapeError, UnsupportedError
 from quire.hf import limits, linear
 from quire.hf.admit import guard
 from quire.hf.admit.rehearsal import Stage
@@ -46,6 +46,8 @@ class PagedModel:
         backend: "auto", "cpu", "triton" or "reference".
         compile: run the model's layers compiled by torch, which takes a C++ compiler and, once, the time to
             compile; see docs/experiments.md for what both come to.
+        batch_invariant: a token's logits have the same bits whatever else is in its steps, however its sequence was
+            divided into them, and wherever its earlier keys come from; see docs/numerics.md for how, and at what cost.
     Attributes:
         groups: what the layers of each page table see. Most models have one page table; where some layers see fewer
             tokens than others, groups of equally many layers have one each, and a token lies on a page of each group.
@@ -53,14 +55,16 @@ class PagedModel:
         allocator: the one allocator of the pool's pages, for all who run steps on them.
         prefix_cache: which pages hold the beginning of which texts, for all engines on this model. Call
             `Engine.reset_prefix_cache` after the weights were changed in place: it cannot see that.
+        batch_invariant: as given.
         lock: an RLock, the same for every PagedModel of this transformers model, and of models that share its configs,
             linear layers or decoder.
     Raises:
-        UnsupportedError: the model would not compute the same on pages, or cannot be compiled as asked; the
-            sentence says why (see guard.py, compiled.py).
-        ArgumentError: sizes that do not fit, or both num_pages and memory_bytes.
-    Cost: eight forwards of at most 70 tokens to check the model, and the pool; on the CPU the weights are moved into
-        huge pages, at about 1 GB/s, and kernels that are not on disk yet are compiled (see ``quire.warm_up``).
+        UnsupportedError: the model would not compute the same on pages, or cannot be compiled or made batch-invariant
+            as asked; the sentence says why (see guard.py, compiled.py, invariant.py).
+        ArgumentError: sizes that do not fit, both num_pages and memory_bytes, or a switch that is no bool.
+    Cost: eight forwards of at most 70 tokens to check the model, nine more if it is to be batch-invariant, and the
+        pool; on the CPU the weights are moved into huge pages, at about 1 GB/s, and kernels that are not on disk yet
+        are compiled (see ``quire.warm_up``).
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class PagedModel:
         kv_dtype: KVDtype | None = None,
         backend: str = "auto",
         compile: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         if num_pages is not None and memory_bytes is not None:
             raise ArgumentError(
@@ -84,15 +89,19 @@ class PagedModel:
             check_size("num_pages", num_pages)
         if memory_bytes is not None:
             memory_bytes = check_bytes("memory_bytes", memory_bytes)
+        _check_batch_invariant(batch_invariant, compile)
         guard.check_config(model)
-        self._forward = PackedForward(model, compile=compile)
+        self._forward = PackedForward(model, compile=compile, batch_invariant=batch_invariant)
         calls = guard.layer_calls(model, self._forward)
         shapes = guard.layer_shapes(model, calls)
         _compile_kernels(model, {shape.spec(page_size, kv_dtype) for shape in shapes.values()}, backend)
         layout = PageLayout(shapes, page_size=page_size, kv_dtype=kv_dtype)
         self.groups = tuple(group.visibility for group in layout.groups)
         self.bytes_per_page = layout.bytes_per_page
-        guard.rehearse(model, Stage(self._forward, calls, shapes, page_size, kv_dtype, backend))
+        stage = Stage(self._forward, calls, shapes, page_size, kv_dtype, backend, batch_invariant)
+        if batch_invariant:
+            guard.keep_bits(model, stage)
+        guard.rehearse(model, stage)
 
         self.model = model
         self.page_size = page_size
@@ -100,7 +109,8 @@ class PagedModel:
             budget = _default_pool_bytes(model.device) if memory_bytes is None else memory_bytes
             num_pages = pages_within(budget, self.bytes_per_page)
         self.max_seq_len = limits.max_seq_len(model.config)
-        self._planners = Planners(backend, model.device)
+        self.batch_invariant = batch_invariant
+        self._planners = Planners(backend, model.device, batch_invariant)
         if resolve_backend(backend, model.device) == "cpu":
             collapse_to_huge_pages(model.parameters())
         self._cache = PagedCache(shapes, layout, num_pages=num_pages, device=model.device)
@@ -122,6 +132,7 @@ class PagedModel:
         kv_dtype: KVDtype | None = None,
         backend: str = "auto",
         compile: bool = False,
+        batch_invariant: bool = False,
     ) -> PagedModel:
         """Load a local folder in the Hugging Face format: config.json and *.safetensors.
 
@@ -140,6 +151,7 @@ class PagedModel:
             kv_dtype=kv_dtype,
             backend=backend,
             compile=compile,
+            batch_invariant=batch_invariant,
         )
 
     def forward(self, step: Step) -> torch.Tensor:
@@ -222,6 +234,18 @@ def _compile_kernels(model: PreTrainedModel, specs: Iterable[AttentionSpec], bac
     if resolve_backend(backend, model.device) == "cpu":
         jobs += linear.compile_jobs(model)
     ahead.compile_ahead(jobs)
+
+
+def _check_batch_invariant(batch_invariant: object, compile: bool) -> None:
+    if not isinstance(batch_invariant, bool):
+        raise ArgumentError(
+            f"batch_invariant must be a bool; got {batch_invariant!r}. Fix: batch_invariant=True"
+        )
+    if batch_invariant and compile:
+        raise UnsupportedError(
+            "a batch-invariant model must run operator by operator, as a compiler chooses the order of sums itself; "
+            "got compile=True. Fix: compile=False"
+        )
 
 
 def _default_pool_bytes(device: torch.device) -> int:

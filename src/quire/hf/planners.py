@@ -24,8 +24,8 @@ class Planners:
     A plan can be run until the next one of its kind is made, so steps are planned and run one after the other.
     """
 
-    def __init__(self, backend: str, device: torch.device) -> None:
-        self.backend, self.device = backend, device
+    def __init__(self, backend: str, device: torch.device, batch_invariant: bool = False) -> None:
+        self.backend, self.device, self.batch_invariant = backend, device, batch_invariant
         self._planners: dict[tuple[AttentionSpec, Visibility, bool, int], Planner] = {}
 
     def plan(self, step: Step, spec: AttentionSpec, visibility: Visibility, group: int = 0) -> AttentionPlan:
@@ -58,6 +58,7 @@ class Planners:
             max_q_len=q_len,
             max_tokens=tokens,
             window_left=visibility.window_left,
+            batch_invariant=self.batch_invariant,
             backend=self.backend,
             device=self.device,
         )

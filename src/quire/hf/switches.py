@@ -3,6 +3,7 @@
     the attention its configs name       always
     the `forward` of its linear layers   where Quire's kernel serves a step
     the `forward` of its decoder         where that is compiled
+    the `forward` of any module          where it is to be batch-invariant, in place of the other two
 
 `Switches.run` is the one place that changes a model and the one that changes it back.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable, Iterable
 from itertools import chain, repeat
 from typing import Any
 from weakref import WeakSet
@@ -38,6 +40,7 @@ class Switches:
     Args:
         model: its configs, linear layers and decoder are looked up once, here.
         compile: make a compiled forward of its decoder.
+        batch_invariant: calls with kernels take the forwards of `keep_bits`, and no others.
     Attributes:
         lock: held while the model is changed; the thread that holds it may call `run`.
         parts: what a call may change, by id.
@@ -46,21 +49,28 @@ class Switches:
             steps may run at the same time.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
-        self._model = model
+    def __init__(
+        self, model: PreTrainedModel, *, compile: bool = False, batch_invariant: bool = False
+    ) -> None:
+        self._model, self._batch_invariant = model, batch_invariant
         modules = list(model.modules())
         holders = (getattr(module, "config", None) for module in modules)
         configs = list({id(c): c for c in holders if isinstance(c, PretrainedConfig)}.values())
         linears = [m for m in modules if type(m) is torch.nn.Linear and m.weight.device.type == "cpu"]
-        patched = (*configs, *linears, model.get_decoder() or model)
+        patched = (*configs, *(modules if batch_invariant else linears), model.get_decoder() or model)
         self.parts: dict[int, Any] = {
             id(part): part for part in patched
         }  # kept, so that each id stays its own
         self.lock = _share_lock(self)
         self._configs = [vars(config) for config in configs]
         self._linears = [(vars(layer), few_token_forward(layer)) for layer in linears]
+        self._invariant: list[tuple[torch.nn.Module, Callable[..., Any], Any]] = []
         with self.lock:  # the forward to be compiled is the model's own
             self._compiled = CompiledDecoder(model) if compile else None
+
+    def keep_bits(self, forwards: Iterable[tuple[torch.nn.Module, Callable[..., Any]]]) -> None:
+        """Let calls with kernels take these forwards, by which a row keeps its bits in any company."""
+        self._invariant = [(module, forward, vars(module).get("forward")) for module, forward in forwards]
 
     def run(
         self, attention: str, inputs: dict[str, Any], *, kernels: bool = False, compiled: bool = False
@@ -70,14 +80,18 @@ class Switches:
         Args:
             attention: the registered name of the attention its layers call.
             inputs: keyword arguments of the model.
-            kernels: linear layers take Quire's kernel for as few tokens as it is faster for.
+            kernels: linear layers take Quire's kernel for as few tokens as it is faster for; of a model that is to be
+                batch-invariant, modules take the forwards of `keep_bits`.
             compiled: the decoder runs compiled.
         Raises:
-            UnsupportedError: the compiled decoder is not the model's any more.
+            UnsupportedError: the compiled decoder is not the model's any more, or a module that keeps its bits has
+                been given another forward.
         """
         with self.lock:
             changes: list[_Change] = [(attributes, _ATTENTION, attention) for attributes in self._configs]
-            if kernels:
+            if kernels and self._batch_invariant:
+                changes += [_change_of(*each) for each in self._invariant]
+            elif kernels:
                 changes += [(layer, "forward", f) for layer, f in self._linears if "forward" not in layer]
             if compiled and self._compiled is not None:
                 self._compiled.check_current()
@@ -90,6 +104,16 @@ class Switches:
             finally:
                 # One call that runs no Python: a signal, such as Ctrl-C, is dealt with before or after it.
                 deque(undo, maxlen=0)
+
+
+def _change_of(module: torch.nn.Module, forward: Callable[..., Any], present: Any) -> _Change:
+    attributes = vars(module)
+    if attributes.get("forward") is not present:
+        raise UnsupportedError(
+            f"a batch-invariant model must keep its forwards; got another one of a {type(module).__name__}. "
+            "Fix: make a new PagedModel after changing the model"
+        )
+    return attributes, "forward", forward
 
 
 def _restoring(changes: list[_Change]) -> chain[Any]:

@@ -7,7 +7,8 @@ import torch
 from support import guarded_copy
 
 from quire.kernels.cpu import linear as kernels
-from quire.kernels.cpu.linear import linear
+from quire.kernels.cpu.linear import STREAMED_TOKENS, linear, linear_of_any
+from quire.kernels.cpu.many_tokens import GROUP, PANEL
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # tokens, rows, width: whole tiles and vectors, tails of each, one token, more tokens than a tile has
@@ -124,3 +125,76 @@ def test_all_that_layers_run_is_known_before(dtype, monkeypatch):
     jobs = kernels.compile_jobs(dtype, {64, 50})
     assert {(kernels.multiply, job.arguments[0]) for job in jobs} == used
     assert {job.function for job in jobs} == {"multiply"}
+
+
+# rows, width: a weight of fewer rows than a vector has lanes, whole vectors and groups, tails of each
+WEIGHTS = [(1, 5), (3, 64), (GROUP, 32), (GROUP + 21, 75)]
+# first and end of a batch's tokens: one, a tile, the most that are streamed, one more, a panel and a few
+BATCHES = [(2, 3), (5, 12), (0, STREAMED_TOKENS), (1, STREAMED_TOKENS + 2), (3, PANEL + 6)]
+
+
+def run_any(x, weight, bias):
+    out = torch.full((x.shape[0], weight.shape[0]), math.nan, dtype=x.dtype)
+    linear_of_any(x, weight, bias, out)
+    return out
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.exhaustive) for d in DTYPES[1:])]
+)
+@pytest.mark.parametrize(("rows", "width"), WEIGHTS)
+def test_of_any_number_of_tokens_each_has_the_bits_that_it_has_alone(
+    rows, width, dtype, by_columns, set_threads
+):
+    x, weight, bias = case(PANEL + 9, rows, width, dtype, biased=True)
+    if by_columns:
+        weight = weight.t().contiguous().t()
+    out = run_any(x, weight, bias)
+    assert_accurate(out, x, weight, bias)
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        for first, end in BATCHES:
+            assert torch.equal(run_any(x[first:end], weight, bias), out[first:end])
+
+
+@pytest.mark.parametrize("width", [21, 64])
+def test_many_tokens_touch_no_byte_behind_a_tensor(width):
+    for by_columns in (False, True):
+        x, weight, bias = case(STREAMED_TOKENS + 3, 19, width, torch.float32, biased=True)
+        guarded = guarded_copy(weight.t().contiguous()).t() if by_columns else guarded_copy(weight)
+        out = guarded_copy(torch.zeros(len(x), 19))
+        linear_of_any(guarded_copy(x), guarded, guarded_copy(bias), out)
+        assert torch.equal(out, run_any(x, weight, bias))
+
+
+def test_tensors_that_no_kernel_reads_are_copied_first():
+    x, weight, bias = case(STREAMED_TOKENS + 1, 20, 33, torch.float32, biased=True)
+    expected = run_any(x, weight, bias)
+    assert torch.equal(run_any(x.t().contiguous().t(), weight, bias), expected)
+    assert torch.equal(
+        run_any(x, weight.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2], bias), expected
+    )
+    assert torch.equal(
+        run_any(torch._neg_view(-x), torch._neg_view(-weight), torch._neg_view(-bias)), expected
+    )
+    wide = torch.full((len(x), 50), math.nan)
+    linear_of_any(x, weight, bias, wide[:, :20])
+    assert torch.equal(wide[:, :20], expected)
+    assert wide[:, 20:].isnan().all()
+
+
+def test_a_token_that_is_nan_or_infinite_spoils_none_of_many():
+    x, weight, _ = case(STREAMED_TOKENS + 9, 33, 40, torch.float32, biased=False)
+    clean = run_any(x, weight, None)
+    x[2, 5], x[-1, 7] = math.nan, math.inf
+    out = run_any(x, weight, None)
+    assert torch.equal(out[3:-1], clean[3:-1])
+    assert out[2].isnan().all()
+    assert not out[-1].isfinite().any()
+
+
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing_to_multiply_gives_the_bias(tokens, rows, width):
+    out = run_any(torch.ones(tokens, width), torch.ones(rows, width), torch.ones(rows))
+    assert torch.equal(out, torch.ones(tokens, rows))

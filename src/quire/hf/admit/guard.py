@@ -3,6 +3,7 @@
     check_config    what the config already says: encoders, training mode, several devices
     layer_calls     what each layer asks of attention, by a dry run
     layer_shapes    the same, as pages can express it; refuses what they cannot
+    keep_bits       where the model is to be batch-invariant: which operators it needs for that, and whether they do
     rehearse        a test on the pages' own dtype, device and kernels: every layer against its formula in float64,
                     and the logits of short texts against those of the model itself
 
@@ -25,6 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedError
 from quire.hf import limits
+from quire.hf.admit.company import invariant_forwards, rehearse_company
 from quire.hf.admit.probe import PROBE_TOKENS, LayerCall, record_layer_calls
 from quire.hf.admit.rehearsal import TEXT_TOKENS, Outcome, Stage, first_rows, rehearse_far_out, rehearse_texts
 from quire.hf.cache import LayerShape
@@ -88,6 +90,27 @@ def layer_shapes(model: PreTrainedModel, calls: Mapping[int, LayerCall]) -> dict
     """
     max_position = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return {layer_idx: _layer_shape(model, call, max_position) for layer_idx, call in calls.items()}
+
+
+def keep_bits(model: PreTrainedModel, stage: Stage) -> None:
+    """Give the model forwards with which a row keeps its bits in any company, and see whether rows do.
+
+    Raises:
+        UnsupportedError: the model needs an operator that is not known to be invariant, or its rows do not keep their
+            bits all the same.
+    Cost: three forwards of a few tokens, six of at most 70.
+    """
+    tokens = min(TEXT_TOKENS, limits.max_seq_len(model.config) or TEXT_TOKENS)
+    ids = check_tokens(model.config, 2 * tokens)
+    try:
+        stage.forward.switches.keep_bits(invariant_forwards(stage.forward, ids))
+        fault = rehearse_company(stage, ids.view(2, tokens))
+    except QuireError:
+        raise
+    except Exception as error:
+        raise _refusal(model, "run on packed steps", f"{type(error).__name__}: {error}") from error
+    if fault:
+        raise _refusal(model, "give each token the same bits in any step", fault, "batch_invariant=False")
 
 
 def rehearse(model: PreTrainedModel, stage: Stage) -> None:

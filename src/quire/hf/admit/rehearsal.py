@@ -14,6 +14,7 @@ from quire.hf.admit.witness import Witness
 from quire.hf.attention import RunningStep
 from quire.hf.cache import LayerShape, PagedCache, PageLayout
 from quire.hf.forward import PackedForward
+from quire.hf.invariant import suspended
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.pages import PageAllocator, PageTable
@@ -35,12 +36,17 @@ class Stage(NamedTuple):
     page_size: int
     kv_dtype: KVDtype | None
     backend: str
+    batch_invariant: bool = False
 
     @property
     def device(self) -> torch.device:
         """Where model and pages are."""
         device: torch.device = self.forward.model.device
         return device
+
+    def planners(self) -> Planners:
+        """Planners as the model's own will be."""
+        return Planners(self.backend, self.device, self.batch_invariant)
 
     def pages(self, num_tokens: Sequence[int], layers: Sequence[int]) -> tuple[PagedCache, PageTable]:
         """Pages full of NaN for sequences of so many tokens, and the sequences' table."""
@@ -87,7 +93,9 @@ class WitnessedStep(RunningStep):
 
     def attend(self, q: torch.Tensor, *others: Any) -> torch.Tensor:
         """As a RunningStep's."""
-        return self._witness.attend(self, others[-1], q, super().attend(q, *others))
+        out = super().attend(q, *others)
+        with suspended():
+            return self._witness.attend(self, others[-1], q, out)
 
 
 @torch.inference_mode()
@@ -109,8 +117,8 @@ def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
     noise = torch.stack([_distance(run, runs[:i] + runs[i + 1 :]) for i, run in enumerate(runs)]).amax(0)
     error = torch.full_like(noise, torch.inf)
     cache, table = stage.pages([texts.shape[1]] * len(texts), list(stage.shapes))
-    planners = Planners(stage.backend, stage.device)
-    for counts in _new_tokens(texts.shape[1]):
+    planners = stage.planners()
+    for counts in new_tokens(texts.shape[1]):
         new = [slice(table.length(i), table.length(i) + count) for i, count in enumerate(counts)]
         step = _next_step(table, counts, torch.cat([text[s] for text, s in zip(texts, new, strict=True)]))
         logits = forward.paged(WitnessedStep(step, cache, planners, witness))
@@ -122,13 +130,28 @@ def rehearse_texts(stage: Stage, texts: torch.Tensor) -> Outcome:
     return Outcome(error.cpu(), noise.cpu(), float(runs[0].abs().max()), witness.fault())
 
 
+def grow_texts(stage: Stage, texts: torch.Tensor, schedule: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Logits fp32 [tokens, vocab] of each text, of which each step of the schedule takes so many new tokens."""
+    cache, table = stage.pages([texts.shape[1]] * len(texts), list(stage.shapes))
+    planners, grown = stage.planners(), [[] for _ in texts]  # type: tuple[Planners, list[list[torch.Tensor]]]
+    for counts in schedule:
+        new = [slice(table.length(i), table.length(i) + count) for i, count in enumerate(counts)]
+        step = _next_step(table, counts, torch.cat([text[s] for text, s in zip(texts, new, strict=True)]))
+        rows = stage.forward.paged(RunningStep(step, cache, planners)).flip(
+            0
+        )  # asked for from the last to the first
+        for each, part in zip(grown, rows.split(list(counts)), strict=True):  # type: ignore[no-untyped-call]
+            each.append(part)
+    return [torch.cat(each) for each in grown]
+
+
 def first_rows(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens of two texts come first of several in a step, and which come alone: bool [2, length] each.
 
     A model that keeps something from one token to the next outside its pages gets these rows wrong, if no others.
     """
     chunks, singles = torch.zeros(2, 2, length, dtype=torch.bool)
-    for i, counts in enumerate(zip(*_new_tokens(length), strict=True)):
+    for i, counts in enumerate(zip(*new_tokens(length), strict=True)):
         for count, start in zip(counts, accumulate(counts, initial=0), strict=False):
             (singles if count == 1 else chunks)[i, start] = True
     return chunks, singles
@@ -158,7 +181,7 @@ def rehearse_far_out(stage: Stage) -> str | None:
 def _cross(stage: Stage, layer_idx: int, begin: int) -> str | None:
     """Attend in one layer after `begin` tokens have been written."""
     shape, call = stage.shapes[layer_idx], stage.calls[layer_idx]
-    witness, planners = Witness(stage.calls), Planners(stage.backend, stage.device)
+    witness, planners = Witness(stage.calls), stage.planners()
     cache, table = stage.pages([begin + sum(_FAR_STEPS)], [layer_idx])
     generator = torch.Generator(stage.device).manual_seed(0)
 
@@ -207,7 +230,7 @@ class _OtherRounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (out.float() * (1 + (2 * drawn - 1) * self._eps)).to(out.dtype)
 
 
-def _new_tokens(length: int) -> list[tuple[int, int]]:
+def new_tokens(length: int) -> list[tuple[int, int]]:
     """New tokens of two texts per step: two prefills, a decode beside a chunk, a chunk beside a decode, two decodes."""
     chunk, few = length // 3, length // 6
     return [(length - chunk - 2, few), (1, length - few - 2), (chunk, 1), (1, 1)]

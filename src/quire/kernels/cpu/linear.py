@@ -1,4 +1,4 @@
-"""Linear layers of a few tokens: every weight is read once, where it lies.
+"""Linear layers of a few tokens, where every weight is read once, as it lies; and of any number in the same order.
 
     out[t, n] = Σ_k x[t, k] · w[n, k] + b[n]
 
@@ -8,6 +8,10 @@ for many rows packs its operands first, which costs as much as this product itse
 as the model has it. The tokens of a tile are interleaved once, [k / LANES][token][LANES] in float32, so that they are
 read in order, and while one tile is computed the rows of the next are prefetched. Where the CPU multiplies bfloat16
 pairs (``pairs``), bfloat16 stays as it is, [k / 2 · LANES][token][LANES pairs], for half the multiplications.
+
+Lane l of a dot product sums k = l, l + LANES, … in this order, and ``sum_rows`` adds up the lanes by one tree. Neither
+depends on the tile, so a token has the same bits alone and among any others, on any number of threads.
+``linear_of_any`` keeps to that order for any number of tokens.
 
 Source: the register tile is the usual one of matrix products (Goto, van de Geijn, 10.1145/1356052.1356053), with
 the packing of the large operand left out.
@@ -27,16 +31,18 @@ from quire.kernels.cpu import wake
 from quire.kernels.cpu.attend.config import DTYPE_CODES
 from quire.kernels.cpu.attend.products import add_product
 from quire.kernels.cpu.backend import borrow_scratch
+from quire.kernels.cpu.many_tokens import PanelConfig, Panels, multiply_panels, scratch_bytes
 from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import BF16, BYTES, F32, load, load_head, prefetch, store, store_head
 from quire.kernels.cpu.simd.pairs import PAIRED, has_pair_products, load_pairs
 from quire.kernels.cpu.simd.vectors import add, fma, splat, sum_rows, tile
 from quire.kernels.cpu.threads import parallel_for, run, threads_for
 
-MAX_TOKENS = LANES // 2  # of one tile
-LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token
+MAX_TOKENS = LANES // 2  # of one tile, where the weight has two rows
+LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token, and needs tiles of more
 # Up to how many tokens this kernel was measured to be faster than torch's; see docs/experiments.md.
 FEW_TOKENS = {torch.float32: 24, torch.float16: 8, torch.bfloat16: 8}
+STREAMED_TOKENS = 24  # up to so many, a weight is read from memory once, as it lies, and not packed
 CACHE_LINE = 64
 
 
@@ -45,7 +51,7 @@ class LinearConfig(NamedTuple):
     """What the kernel is specialised for."""
 
     dtype: int  # of x, weight, bias and out: a code of memory.py
-    tokens: int  # of one tile: 1, 2, 4 or 8
+    tokens: int  # of one tile: 1, 2, 4, 8, or 16 for a weight of one row
     pairs: int  # whether pairs of bfloat16 are multiplied: a row is then whole vectors of them
 
     @property
@@ -170,9 +176,14 @@ def compile_jobs(dtype: torch.dtype, widths: Iterable[int]) -> list[Job]:
     return [Job.of(multiply, config, 1, 1, product) for config in sorted(configs, reverse=True)]
 
 
-def _config(dtype: torch.dtype, width: int, tokens: int) -> LinearConfig:
-    pairs = dtype == torch.bfloat16 and width % PAIRED == 0 and has_pair_products()
-    return LinearConfig(DTYPE_CODES[dtype], min(MAX_TOKENS, 1 << (tokens - 1).bit_length()), int(pairs))
+def _config(dtype: torch.dtype, width: int, tokens: int, rows: int = LANES) -> LinearConfig:
+    least = LANES >> (min(rows, LANES).bit_length() - 1)  # a tile has no more rows than the weight
+    tile_tokens = max(least, min(MAX_TOKENS, 1 << (tokens - 1).bit_length()))
+    return LinearConfig(DTYPE_CODES[dtype], tile_tokens, _pairs(dtype, width))
+
+
+def _pairs(dtype: torch.dtype, width: int) -> int:
+    return int(dtype == torch.bfloat16 and width % PAIRED == 0 and has_pair_products())
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -180,16 +191,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
 
     Args:
         x: [tokens, width], last dimension contiguous; float32, float16 or bfloat16, like all others.
-        weight: [rows, width], last dimension contiguous, at least LEAST_ROWS rows.
+        weight: [rows, width], last dimension contiguous.
         bias: [rows], contiguous, or None.
         out: [tokens, rows], last dimension contiguous; written.
     Cost: the weight is read once for up to MAX_TOKENS tokens, and from the cache for more.
     """
     tokens, width = x.shape
-    config = _config(x.dtype, width, tokens)
+    config = _config(x.dtype, width, tokens, weight.shape[0])
     tiles, vectors = -(-tokens // config.tokens), -(-width // config.at_once)
     # An odd number of lines apart, so that workers' tokens do not fight for the same sets of a shared cache.
-    scratch_bytes = (tiles * vectors * config.tokens + 2 | 1) * CACHE_LINE
+    apart = (tiles * vectors * config.tokens + 2 | 1) * CACHE_LINE
     element, num_rows = x.element_size(), weight.shape[0]
     takes = max(
         wake.reading_takes(num_rows * width * element), wake.multiplying_takes(tokens * num_rows * width)
@@ -206,7 +217,62 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         num_tokens=tokens,
         num_rows=num_rows,
         width=width,
-        scratch=borrow_scratch(threads * scratch_bytes),
-        scratch_bytes=scratch_bytes,
+        scratch=borrow_scratch(threads * apart),
+        scratch_bytes=apart,
     )
     run(multiply, config, threads, takes, threads, product)
+
+
+def linear_of_any(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """The same for any number of tokens: a row of out has bits that depend on its row of x alone.
+
+    Args:
+        x: [tokens, width], float32, float16 or bfloat16, like all others; tokens and width may be 0.
+        weight: [rows, width]. Copied where neither of its dimensions is contiguous.
+        bias: [rows], or None.
+        out: [tokens, rows], last dimension contiguous; written.
+    Cost: of few tokens as ``linear``; of more, or where the weight lies as [width, rows], that of a usual matrix
+        product: the weight is packed once for PANEL tokens.
+    """
+    tokens, width = x.shape
+    if 0 in (*out.shape, width):
+        out.zero_() if bias is None else out.copy_(bias)
+        return
+    x, bias = _by_rows(x), bias if bias is None else bias.resolve_neg().contiguous()
+    by_columns = weight.stride(1) != 1 and weight.stride(0) == 1
+    if weight.is_neg() or not (by_columns or weight.stride(1) == 1):
+        weight = weight.resolve_neg().contiguous()
+        by_columns = False
+    if tokens <= STREAMED_TOKENS and not by_columns:
+        linear(x, weight, bias, out)
+        return
+    pairs = 0 if by_columns else _pairs(x.dtype, width)
+    config = PanelConfig(DTYPE_CODES[x.dtype], pairs, int(by_columns))
+    # An odd number of lines apart, as above.
+    lines = scratch_bytes(tokens, -(-width // config.at_once)) // CACHE_LINE | 1
+    takes = wake.multiplying_takes(tokens * weight.shape[0] * width)
+    threads, element = threads_for(takes), x.element_size()
+    panels = Panels(
+        x=x.data_ptr(),
+        x_token=x.stride(0) * element,
+        weight=weight.data_ptr(),
+        weight_row=weight.stride(0) * element,
+        weight_column=weight.stride(1) * element,
+        bias=0 if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+        out_token=out.stride(0) * element,
+        num_tokens=tokens,
+        num_rows=weight.shape[0],
+        width=width,
+        scratch=borrow_scratch(threads * lines * CACHE_LINE),
+        scratch_bytes=lines * CACHE_LINE,
+    )
+    run(multiply_panels, config, threads, takes, threads, panels)
+
+
+def _by_rows(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, with elements of a row next to each other and no sign left to apply."""
+    x = x.resolve_neg()
+    return x if x.stride(1) == 1 else x.contiguous()
