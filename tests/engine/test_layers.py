@@ -40,7 +40,7 @@ def test_windows_and_chunks_of_layers_hold_when_prompts_come_in_pieces_and_pages
     while llm.has_unfinished:
         outputs |= {delta.request_id: delta.output for delta in llm.step() if delta.output is not None}
         if llm.stats.steps % 7 == 0 and llm._scheduler.running:
-            llm._scheduler.preempt_youngest()
+            llm._scheduler.preempt_last()
     assert [outputs[i].token_ids for i in ids] == expected
     assert sum(output.preemptions for output in outputs.values()) > 0
     assert llm.model.allocator.num_available == num_pages
