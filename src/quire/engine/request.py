@@ -119,9 +119,8 @@ class Delta:
         return None if self.output is None else self.output.outputs[self.sequence].finish_reason
 
 
-HEAD_START = (
-    60.0  # seconds by which a request may arrive later and still be as urgent as one a priority above it
-)
+# Seconds by which a request may arrive later and still be as urgent as one a priority above it.
+HEAD_START = 60.0
 
 
 class Request:

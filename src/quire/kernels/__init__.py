@@ -3,8 +3,9 @@
 A backend is a module with five functions:
 
     why_not(spec, device) -> str | None          a sentence if it cannot serve this spec there
-    tiling(spec, device, batch) -> work_list.Tiling     how it wants the work of at most so many sequences cut; see
-                                                        Tiling.batch_invariant
+    tiling(spec, device, batch) -> work_list.Tiling
+                                                 how it wants the work of at most ``batch`` sequences cut; see
+                                                 Tiling.batch_invariant
     prepare(spec, step, device) -> object        called once per plan, for what can be computed ahead;
                                                  its ``notes``, if any, are lines for plan.explain()
     bind(prepared, call) -> call.BoundCall       called once per plan and layout of tensors; the bound call runs once

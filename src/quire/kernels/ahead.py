@@ -90,10 +90,10 @@ def _side_by_side(jobs: Sequence[Job], advance: Callable[[], None]) -> list[Job]
     processes: list[_Process] = []
 
     def work(process: _Process) -> None:
-        while waiting:
+        while True:
             try:
                 job = waiting.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:  # none is left
                 return
             if not process.compile(job):
                 failed.append(job)

@@ -20,11 +20,10 @@ MIN_ROWS, MIN_COLUMNS = 16, 8  # the sides of the matrix units' smallest tile
 KIB = 1024
 # Shares per multiprocessor: tiles take unequal times, and a multiprocessor that is free takes the next share.
 PREFILL_WAVES = 4
-# In KV tokens that a worker reads meanwhile, measured of decode on an H100 (docs/experiments.md): what it takes that a
-# split tile's parts meet, about 5 µs, and that an item's first keys arrive and its result is written.
-PART_COST = 384
-ITEM_COST = 256
-MANY_ITEMS = 2  # items per multiprocessor from which one that begins should not leave its multiprocessor idle
+# Costs are in KV tokens: those that a decode worker reads in the same time, as measured on an H100.
+PART_COST = 384  # folding the parts of a split tile, about 5 µs
+ITEM_COST = 256  # waiting for an item's first keys, and writing its result
+MANY_ITEMS = 2  # items per multiprocessor from which two workers share it
 
 
 class Tile(NamedTuple):
