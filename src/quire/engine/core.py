@@ -200,8 +200,10 @@ class Engine:
                 page is checked in each step, with QUIRE_DEBUG=1 all. The prefix cache is cleared then, and the next
                 step computes the running requests again.
         """
-        self._run_step()
+        has_run = self._run_step()
         with self._news:
+            if not has_run:
+                self._reader.look()  # news that an interrupted step did not tell
             return self._reader.read()
 
     def abort(self, request_id: int) -> bool:
