@@ -111,7 +111,7 @@ def _batch_invariant(backend: str) -> str:
     spec = AttentionSpec(4, 1, 64)
     kernels = load_backend(backend, spec, device)
     try:
-        kernels.tiling(spec, device).batch_invariant(backend)
+        kernels.tiling(spec, device, 1).batch_invariant(backend)
     except UnsupportedError:
         return "refused"
     return "yes"

@@ -47,6 +47,10 @@ def most_pages(
     shared = len(prompt) // page_size
     own = -(-(len(prompt) + params.max_tokens - 1) // page_size) - shared
     width = params.beam_width if isinstance(params, BeamSearchParams) else params.n
+    if params.max_tokens == 1:
+        width = (
+            1  # the one token of each is handed out and never computed: nothing is written beside the prompt
+        )
     pages = 0
     for sight in groups:
         in_sight = shared + own

@@ -38,7 +38,8 @@ def test_one_graph_serves_every_step_a_single_token_too_with_the_logits_of_the_o
     text = random_texts()["a"][:11]
     for cache in (plain._cache, paged._cache):
         cache.poison(range(plain.num_pages))
-    for step in (prefill(text[:10], [5, 0, 3], [9]), prefill(text, [5, 0, 3], [0], first=10)):
+    pages = [[5, 0, 3], [6, 2, 4]]  # the layer with a window has a page table of its own
+    for step in (prefill(text[:10], pages, [9]), prefill(text, pages, [0], first=10)):
         expected, logits = plain.forward(step), paged.forward(step)
         assert logits.shape == expected.shape
         assert (logits - expected).abs().max() <= TOLERANCE

@@ -25,16 +25,16 @@ from .families import (
 
 
 def prefill(text, pages, rows, first=0):
-    """A step that runs one text from token `first` on, on the given pages."""
+    """A step that runs one text from token `first` on, on the given pages, or on those of each group of layers."""
     positions = torch.arange(first, len(text))
-    table = torch.tensor([pages], dtype=torch.int32)
+    table = torch.tensor(pages, dtype=torch.int32).unsqueeze(-2)
     return Step(
         input_ids=text[first:],
         position_ids=positions,
         page_table=table,
         seq_lens=torch.tensor([len(text)], dtype=torch.int32),
         cu_seqlens_q=torch.tensor([0, len(positions)], dtype=torch.int32),
-        slot_mapping=table[0].long()[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
+        slot_mapping=table[..., 0, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE,
         logits_indices=torch.tensor(rows, dtype=torch.int64),
     )
 
