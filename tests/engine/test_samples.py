@@ -13,6 +13,7 @@ from quire.engine.core import Engine
 from quire.engine.params import SamplingParams
 from quire.engine.request import RequestOutput
 from quire.errors import ArgumentError
+from quire.spec import Visibility
 
 from .fakes import FakeModel, byte_tokenizer
 
@@ -124,6 +125,24 @@ def test_samples_that_just_fit_the_pool_also_finish_after_they_were_preempted(ca
         assert deltas[-1].output.preemptions == (preempted_before < 8)
     with pytest.raises(ArgumentError, match="in each of 3 samples must fit the pool; got a need of 16 pages"):
         engine.add_request(prompt, replace(params, max_tokens=12))
+
+
+@pytest.mark.parametrize("evicted", range(13, 21))
+def test_samples_that_just_fit_also_finish_where_one_of_them_does_not_find_the_prompt(evicted):
+    groups = (Visibility(), Visibility(chunk_size=2), Visibility(1))
+    params = SamplingParams(n=2, temperature=1.0, seed=5, max_tokens=9)
+    # 13 pages of the prompt and 8 of each sample; 2 pages of each sample in each of the other groups.
+    model = FakeModel(num_pages=13 + 2 * 8 + 2 * 2 * 2, page_size=1, groups=groups)
+    engine = Engine(model, max_batch_tokens=1)
+    prompt = list(range(13))
+    engine.add_request(prompt, params)
+    for _ in range(20):  # 13 tokens of the prompt, and more of one sample than of the other
+        engine.step()
+    engine._scheduler.preempt_all()
+    # Small windows keep no page of the prompt: who does not find the end of its own tokens finds none of them.
+    model.prefix_cache.evict(evicted)
+    [output] = serve(engine).values()
+    assert tokens_of(output) == model.samples(prompt, params)
 
 
 def test_a_prompt_that_is_computed_again_is_computed_once_for_all_samples():

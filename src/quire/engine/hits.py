@@ -59,7 +59,7 @@ class PrefixHits:
         A prompt whose early pages fall out of sight needs the pages in sight, and those of the tokens of a step.
 
         Of several sequences, one alone is the leader: it begins with the prompt, and the others as forks of it. Where
-        all of them have generated tokens, and the full pages of the prompt are found, each begins by itself.
+        all of them have generated tokens, and each finds the full pages of the prompt, each begins by itself.
 
         Changes no page and no name. Use the result before pages are allocated.
 
@@ -80,13 +80,13 @@ class PrefixHits:
         starts = [self._start(first, copies=True)]
         if starts[0].copies and self._needed(starts, live, step_tokens) > num_pages:
             starts = [self._start(first, copies=False)]
-        size = self.table.page_size
-        if (
-            len(live) > 1
-            and first.num_generated
-            and -(-starts[0].num_computed // size) >= self._shared_pages(first)
-        ):
-            starts = [self._start(sequence, copies=False) for sequence in live]
+        if len(live) > 1 and first.num_generated and self._has_prompt(starts[0]):
+            apart = [self._start(sequence, copies=False) for sequence in live]
+            if all(map(self._has_prompt, apart)) and self._needed(apart, live, step_tokens) <= num_pages:
+                return apart
+            # A page of the prompt that is out of sight of one sequence's tokens may be dropped, and then the next
+            # sequence does not find what comes before its own tokens.
+            starts = [self._start_in_prompt(first)]
         return starts if self._needed(starts, live, step_tokens) <= num_pages else None
 
     def is_coming(self, starts: list[Start]) -> bool:
@@ -168,6 +168,21 @@ class PrefixHits:
                 return Start(sequence, prefix, tuple(cache.pages(prefix)), found)
         next_page = tokens[found : found + size].tobytes()
         return Start(sequence, prefix, tuple(cache.pages(prefix)), found, next_page)
+
+    def _start_in_prompt(self, sequence: Sequence) -> Start:
+        """Where a leader that has generated tokens begins: before the last token of the prompt."""
+        if self.cache is None:
+            return Start(sequence)
+        tokens, size = sequence.tokens, self.table.page_size
+        prefix = self.cache.match(tokens[: sequence.num_prompt_tokens - 1], sequence.params.cache_salt)
+        found = prefix.num_pages * size
+        return Start(
+            sequence, prefix, tuple(self.cache.pages(prefix)), found, tokens[found : found + size].tobytes()
+        )
+
+    def _has_prompt(self, start: Start) -> bool:
+        """Whether it begins behind the full pages of its prompt."""
+        return -(-start.num_computed // self.table.page_size) >= self._shared_pages(start.sequence)
 
     def _needed(self, starts: list[Start], live: list[Sequence], step_tokens: int) -> int:
         """Available pages that sequences take: new ones, a copy, and cached ones that get an owner.
