@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -18,15 +20,19 @@ class Doubled(torch.nn.Linear):
 
 @pytest.fixture
 def served(monkeypatch):
-    """Shapes (tokens, rows) that reached the kernel."""
+    """Shapes (tokens, rows) that reached a kernel, on a CPU that has products of every dtype."""
+    monkeypatch.setattr(kernels, "most_tokens", lambda dtype: kernels.FEW_TOKENS.get(dtype, 0))
     seen = []
-    kernel = kernels.linear
 
-    def noting(x, weight, bias, out):
-        seen.append((x.shape[0], weight.shape[0]))
-        kernel(x, weight, bias, out)
+    def noting(kernel):
+        def call(x, weight, bias, out):
+            seen.append((x.shape[0], weight.shape[0]))
+            kernel(x, weight, bias, out)
 
-    monkeypatch.setattr(kernels, "linear", noting)
+        return call
+
+    for name in ("linear", "linear_of_any"):
+        monkeypatch.setattr(kernels, name, noting(getattr(kernels, name)))
     return seen
 
 
@@ -54,6 +60,18 @@ def test_few_tokens_are_served_in_whatever_shape_they_come(served, shape, bias):
     out = run(module, x)
     torch.testing.assert_close(out, module(x).detach(), atol=1e-5, rtol=1e-5)
     assert served == [(x[..., 0].numel(), 32)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [9, kernels.STREAMED_TOKENS, kernels.STREAMED_TOKENS + 1, 300])
+def test_a_dtype_without_products_is_served_for_any_number_of_tokens(served, dtype, tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "most_tokens", lambda dtype: sys.maxsize)
+    module = layer(dtype=dtype)
+    x = torch.randn(tokens, 48).to(dtype)
+    out = run(module, x)
+    assert served == [(tokens, 32)]
+    exact = torch.nn.functional.linear(x.double(), module.weight.double(), module.bias.double())
+    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

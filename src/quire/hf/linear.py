@@ -1,6 +1,7 @@
-"""A linear layer of a few tokens: the model's own weight, read by Quire's kernel where that is faster.
+"""A linear layer: the model's own weight, read by Quire's kernel where that is faster than torch.
 
-A decode step has a token per sequence and is bound by reading the weights; see `kernels/cpu/linear.py`.
+It is for a few tokens: a decode step has a token per sequence and is bound by reading the weights; see
+`kernels/cpu/linear.py`. Of a dtype that the CPU has no products for, it is for any number of tokens.
 Weights that are no plain parameters (quantised, sharded) are left to torch.
 """
 
@@ -32,7 +33,7 @@ def compile_jobs(model: torch.nn.Module) -> list[Job]:
     ]
 
 
-def few_token_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+def own_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """A `forward` for this layer, which chooses between the kernel and torch at each call."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,7 @@ def few_token_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.
         if compiling:
             torch.ops.quire.linear(rows, weight, bias, out)
         else:
-            kernels.linear(rows, weight, bias, out)
+            _run_kernel(rows, weight, bias, out)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     return forward
@@ -58,7 +59,7 @@ def _is_faster(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     The kernel reads memory: elements of a row must be neighbours, and no sign may be left to apply (`is_neg`).
     """
     return (
-        0 < x.shape[:-1].numel() <= kernels.FEW_TOKENS.get(x.dtype, 0)
+        0 < x.shape[:-1].numel() <= kernels.most_tokens(x.dtype)
         and x.stride(-1) == 1
         and weight.dtype == x.dtype
         and weight.stride(1) == 1
@@ -68,9 +69,14 @@ def _is_faster(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     )
 
 
+def _run_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    few = x.shape[0] <= kernels.STREAMED_TOKENS
+    (kernels.linear if few else kernels.linear_of_any)(x, weight, bias, out)
+
+
 def _linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     if out.stride(1) == 1 and _is_faster(x, weight, bias):
-        kernels.linear(x, weight, bias, out)
+        _run_kernel(x, weight, bias, out)
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from quire.errors import UnsupportedError
 from quire.hf.compiled import CompiledDecoder
-from quire.hf.linear import few_token_forward
+from quire.hf.linear import own_forward
 
 # Every module reads this from its config at each call. `set_attn_implementation` would walk all modules at every
 # step; what it checks, the guard finds out.
@@ -63,7 +63,7 @@ class Switches:
         }  # kept, so that each id stays its own
         self.lock = _share_lock(self)
         self._configs = [vars(config) for config in configs]
-        self._linears = [(vars(layer), few_token_forward(layer)) for layer in linears]
+        self._linears = [(vars(layer), own_forward(layer)) for layer in linears]
         self._invariant: list[tuple[torch.nn.Module, Callable[..., Any], Any]] = []
         with self.lock:  # the forward to be compiled is the model's own
             self._compiled = CompiledDecoder(model) if compile else None
@@ -80,7 +80,7 @@ class Switches:
         Args:
             attention: the registered name of the attention its layers call.
             inputs: keyword arguments of the model.
-            kernels: linear layers take Quire's kernel for as few tokens as it is faster for; of a model that is to be
+            kernels: linear layers take Quire's kernel for as many tokens as it is faster for; of a model that is to be
                 batch-invariant, modules take the forwards of `keep_bits`.
             compiled: the decoder runs compiled.
         Raises:

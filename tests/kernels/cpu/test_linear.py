@@ -1,6 +1,7 @@
 """Linear layers of a few tokens: as exact as torch's, and nothing read or written beside the tensors."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -114,17 +115,42 @@ def test_more_threads_than_tiles_leave_some_idle(set_threads):
     assert_accurate(run(x, weight, None), x, weight, None)
 
 
+@pytest.mark.parametrize("most", [8, 24, sys.maxsize])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_that_layers_run_is_known_before(dtype, monkeypatch):
+def test_all_that_layers_run_is_known_before(dtype, most, monkeypatch):
     used = set()
     monkeypatch.setattr(kernels, "run", lambda function, *arguments: used.add((function, arguments[0])))
+    monkeypatch.setattr(kernels, "most_tokens", lambda dtype: most)
     for width in (64, 50):
-        for tokens in range(1, kernels.FEW_TOKENS[dtype] + 1):
+        for tokens in (*range(1, min(most, 30) + 1), min(most, 300)):
             x, weight, _ = case(tokens, 32, width, dtype, biased=False)
-            linear(x, weight, None, x.new_empty(tokens, 32))
+            linear_of_any(x, weight, None, x.new_empty(tokens, 32))
     jobs = kernels.compile_jobs(dtype, {64, 50})
-    assert {(kernels.multiply, job.arguments[0]) for job in jobs} == used
-    assert {job.function for job in jobs} == {"multiply"}
+    functions = {"multiply": kernels.multiply, "multiply_panels": kernels.multiply_panels}
+    assert {(functions[job.function], job.arguments[0]) for job in jobs} == used
+    assert {job.function for job in jobs} == ({"multiply", "multiply_panels"} if most > 24 else {"multiply"})
+
+
+SERVER_2019 = {"sse2": True, "avx512f": True, "avx512vnni": True, "avx512bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("features", "float16", "bfloat16"),
+    [
+        (SERVER_2019, sys.maxsize, sys.maxsize),
+        ({"sse2": True, "avx2": True}, sys.maxsize, sys.maxsize),
+        (SERVER_2019 | {"avx512bf16": True}, sys.maxsize, 8),
+        (SERVER_2019 | {"amx-bf16": True, "avx512fp16": True}, 8, 8),
+        ({"neon": True}, 8, 8),  # not measured: as where torch has products
+    ],
+)
+def test_where_torch_widens_each_product_any_number_of_tokens_is_faster_here(
+    features, float16, bfloat16, monkeypatch
+):
+    monkeypatch.setattr(kernels.llvm, "get_host_cpu_features", lambda: features)
+    most = kernels.most_tokens.__wrapped__  # without its cache
+    assert (most(torch.float16), most(torch.bfloat16)) == (float16, bfloat16)
+    assert (most(torch.float32), most(torch.float64)) == (24, 0)
 
 
 # rows, width: a weight of fewer rows than a vector has lanes, whole vectors and groups, tails of each

@@ -19,9 +19,12 @@ the packing of the large operand left out.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import llvmlite.binding as llvm
 import numpy as np
 import torch
 
@@ -40,8 +43,11 @@ from quire.kernels.cpu.threads import parallel_for, run, threads_for
 
 MAX_TOKENS = LANES // 2  # of one tile, where the weight has two rows
 LEAST_ROWS = LANES  # a weight of fewer has no whole tile for one token, and needs tiles of more
-# Up to how many tokens this kernel was measured to be faster than torch's; see docs/experiments.md.
+# Up to how many tokens these kernels were measured to be faster than torch's; see docs/experiments.md.
 FEW_TOKENS = {torch.float32: 24, torch.float16: 8, torch.bfloat16: 8}
+# Features of x86 CPUs with which torch multiplies numbers of 16 bits as they are. Without them it widens them in each
+# product, and is slower than these kernels for any number of tokens.
+PRODUCTS_OF = {torch.float16: ("avx512fp16", "amx-fp16"), torch.bfloat16: ("avx512bf16", "amx-bf16")}
 STREAMED_TOKENS = 24  # up to so many, a weight is read from memory once, as it lies, and not packed
 CACHE_LINE = 64
 
@@ -168,12 +174,28 @@ def finish_tile(cfg: Any, product: Product, row: int, first: int, sums: int) -> 
         store_head(cfg.dtype, out, total, cfg.rows)
 
 
+@functools.cache
+def most_tokens(dtype: torch.dtype) -> int:
+    """Up to how many tokens ``linear_of_any`` is faster than torch's product; 0 for a dtype that it does not take."""
+    features = llvm.get_host_cpu_features()
+    is_x86 = "sse2" in features
+    if is_x86 and dtype in PRODUCTS_OF and not any(features.get(name) for name in PRODUCTS_OF[dtype]):
+        return sys.maxsize
+    return FEW_TOKENS.get(dtype, 0)
+
+
 def compile_jobs(dtype: torch.dtype, widths: Iterable[int]) -> list[Job]:
-    """Whatever layers of these widths run for any number of tokens."""
+    """Whatever layers of these widths run for as many tokens as `most_tokens` says."""
+    widths = list(widths)
     tokens = [1 << i for i in range(MAX_TOKENS.bit_length())]
     configs = {_config(dtype, width, number) for width in widths for number in tokens}
     product = Product._make([0] * len(Product._fields))
-    return [Job.of(multiply, config, 1, 1, product) for config in sorted(configs, reverse=True)]
+    jobs = [Job.of(multiply, config, 1, 1, product) for config in sorted(configs, reverse=True)]
+    if most_tokens(dtype) > STREAMED_TOKENS:
+        panels = Panels._make([0] * len(Panels._fields))
+        panel_configs = {PanelConfig(DTYPE_CODES[dtype], _pairs(dtype, width), 0) for width in widths}
+        jobs += [Job.of(multiply_panels, config, 1, 1, panels) for config in sorted(panel_configs)]
+    return jobs
 
 
 def _config(dtype: torch.dtype, width: int, tokens: int, rows: int = LANES) -> LinearConfig:
