@@ -12,6 +12,7 @@ import pytest
 from quire.kernels import ahead
 from quire.kernels.ahead import Job, compile_ahead
 from quire.planning.split import part_end, visible_range
+from quire.planning.work_list import TileShape, Tiling
 
 needs_a_shell = pytest.mark.skipif(os.name != "posix", reason="an interpreter that fails is written in sh")
 
@@ -70,6 +71,16 @@ def jobs(*names):
 
 def compiled(shop):
     return sorted(name for names in shop.elsewhere for name in names)
+
+
+def test_a_job_is_the_same_after_its_way_to_a_process():
+    shape = TileShape(8, 128, part_cost=3)
+    job = Job("a.module", "name", (1, -2.5, True, (), (3, (4,)), shape, Tiling(2, shape, TileShape(1, 1))))
+    line = json.dumps(ahead._to_json(job))
+    again = ahead._from_json(json.loads(line))
+    assert again == job
+    assert [type(argument) for argument in again.arguments] == [int, float, bool, tuple, tuple, TileShape, Tiling]
+    assert type(again.arguments[-1].decode) is TileShape
 
 
 # --- which, and where ------------------------------------------------------------------------------------
@@ -178,6 +189,7 @@ SCRIPT = """
 import json
 from quire.kernels import ahead
 from quire.planning.split import part_end, visible_range
+from quire.planning.work_list import TileShape, Tiling
 
 print("began")
 ahead._cores = lambda: 2

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.planning import deal
 from quire.planning.split import Sequences, Tiles
+from quire.planning.step import plan_step
 from quire.planning.stream_k import share_step
-from quire.planning.work_list import TileShape, Tiling, WorkList
+from quire.planning.work_list import ITEM, TileShape, Tiling, WorkList
 
 
 def step_of(sequences, num_kv_heads=8, causal=True, window_left=-1):
@@ -95,3 +99,37 @@ def test_heads_too_long_for_a_cache_come_one_after_another():
 def test_too_few_tiles_are_not_called_even():
     sequences = [(32768, 256)]  # 64 tiles of 256 blocks
     assert not dealt(sequences, 8, 132)[2]
+
+
+@settings(max_examples=100)
+@given(
+    sequences=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 40)), max_size=6),
+    num_workers=st.integers(1, 12),
+    decode_max_q_len=st.integers(0, 20),
+)
+def test_a_step_that_may_be_dealt_has_the_work_of_one_that_may_not(sequences, num_workers, decode_max_q_len):
+    sequences = [(max(n, q), q) for n, q in sequences]
+
+    def plan(prefill_tile_cost):
+        shape = TileShape(4, 16)
+        tiling = Tiling(
+            num_workers, shape, shape, decode_max_q_len, whole_tiles=True, prefill_tile_cost=prefill_tile_cost
+        )
+        return plan_step(
+            torch.zeros(len(sequences), 300, dtype=torch.int32),
+            torch.tensor([n for n, _ in sequences], dtype=torch.int64),
+            torch.tensor([0, *[q for _, q in sequences]]).cumsum(0),
+            num_kv_heads=2, page_size=1, causal=True, window_left=-1, tiling=tiling,
+        )  # fmt: skip
+
+    def keys_of(work):
+        """How many keys the parts of each tile have."""
+        keys = Counter()
+        for item in work.items:
+            keys[tuple(item[: ITEM.q_position])] += item[ITEM.kv_end] - item[ITEM.kv_begin]
+        return keys
+
+    maybe, never = plan(30), plan(0)
+    np.testing.assert_array_equal(maybe.decode.items, never.decode.items)
+    assert keys_of(maybe.prefill) == keys_of(never.prefill)
+    assert maybe.prefill.num_items == maybe.prefill.worker_indptr[-1]

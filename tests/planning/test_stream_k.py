@@ -115,7 +115,7 @@ def test_a_step_is_copied_from_integers_of_either_width(lengths, far, dtypes, on
         starts, places[2:4] = np.arange(len(starts)), [0, 0]
 
     numbers, is_step, *sizes, decode, prefill = cut.cut_step(
-        *places, *table.strides, batch, max_pages, page_size, tiling, 2, True, -1, 2**31 - 1
+        *places, *table.strides, batch, max_pages, page_size, tiling, 2, True, -1, 2**31 - 1, False
     )
 
     np.testing.assert_array_equal(numbers[:batch], seq_lens)
@@ -138,7 +138,7 @@ def test_a_step_whose_table_is_elsewhere_has_no_page_ids():
     seq_lens, batch = np.array([9, 3]), 2
     tiling = Tiling(3, TileShape(1, 32), TileShape(8, 32))
     with_table, without = (
-        cut.cut_step(seq_lens.ctypes.data, 8, 0, 0, at, 12, 4, batch, 3, 4, tiling, 2, True, -1, 2)
+        cut.cut_step(seq_lens.ctypes.data, 8, 0, 0, at, 12, 4, batch, 3, 4, tiling, 2, True, -1, 2, False)
         for at in (np.zeros(6, np.int32).ctypes.data, 0)
     )
     assert len(without[0]) == len(with_table[0]) - 3  # six ids of four bytes

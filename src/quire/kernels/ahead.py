@@ -10,10 +10,9 @@ Nothing fails because a process does: what it leaves undone is compiled in this 
 
 from __future__ import annotations
 
-import base64
 import importlib
+import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -157,7 +156,7 @@ class _Process:
         timer.daemon = True
         timer.start()
         try:
-            process.stdin.write(base64.b64encode(pickle.dumps(job)) + b"\n")
+            process.stdin.write(json.dumps(_to_json(job)).encode() + b"\n")
             process.stdin.flush()
             return process.stdout.readline() == DONE
         except (OSError, ValueError):  # it has ended
@@ -176,9 +175,28 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything else prints is no answer
     for line in sys.stdin.buffer:
-        pickle.loads(base64.b64decode(line)).compile()
+        _from_json(json.loads(line)).compile()
         answers.write(DONE)
         answers.flush()
+
+
+def _to_json(value: Any) -> Any:
+    """A job, or an argument of one: numbers, text, and tuples of these; of a NamedTuple also where its class is."""
+    if not isinstance(value, tuple):
+        return value
+    kind = type(value)
+    name = "" if kind is tuple else f"{kind.__module__}:{kind.__name__}"
+    return [name, *map(_to_json, value)]
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    name, *fields = value
+    if not name:
+        return tuple(map(_from_json, fields))
+    module, _, kind = name.partition(":")
+    return getattr(importlib.import_module(module), kind)._make(map(_from_json, fields))
 
 
 # --- progress --------------------------------------------------------------------------------------------

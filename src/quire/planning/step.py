@@ -67,19 +67,31 @@ def plan_step(
     if cu_seqlens_q is not None:
         cu_seqlens_q = cu_seqlens_q.contiguous()
         starts_at, starts_bytes = _address("cu_seqlens_q", cu_seqlens_q), cu_seqlens_q.element_size()
-    numbers, fits, num_tokens, max_q_len, max_seq_len, highest_page, decode, prefill = _arithmetic()(
+    arguments = (
         _address("seq_lens", seq_lens), seq_lens.element_size(), starts_at, starts_bytes, table_at, row * 4, column * 4,
         batch, max_pages, page_size, tiling, num_kv_heads, causal, window_left,
         MAX_TOKENS if limit is None or cu_seqlens_q is None else limit[0],
     )  # fmt: skip
-    if not fits:
-        _refuse(numbers[:batch], numbers[batch:], page_table, page_size, limit)
-    step = StepPlan(
-        numbers, device_table, batch, max_pages, page_size, causal, window_left, WorkList(numbers, *decode),
-        WorkList(numbers, *prefill), tiling.kv_split, num_tokens, max_q_len, max_seq_len, highest_page,
-    )  # fmt: skip
-    if tiling.prefill_tile_cost and not tiling.kv_split and step.prefill.num_items:
-        step.prefill = _dealt(step, num_kv_heads, tiling) or step.prefill
+
+    def cut(*, leaves_prefill: bool) -> StepPlan:
+        numbers, fits, num_tokens, max_q_len, max_seq_len, highest_page, decode, prefill = _arithmetic()(
+            *arguments, leaves_prefill
+        )
+        if not fits:
+            _refuse(numbers[:batch], numbers[batch:], page_table, page_size, limit)
+        return StepPlan(
+            numbers, device_table, batch, max_pages, page_size, causal, window_left, WorkList(numbers, *decode),
+            WorkList(numbers, *prefill), tiling.kv_split, num_tokens, max_q_len, max_seq_len, highest_page,
+        )  # fmt: skip
+
+    if not tiling.prefill_tile_cost or tiling.kv_split:
+        return cut(leaves_prefill=False)
+    step = cut(leaves_prefill=True)
+    if step.max_q_len > tiling.decode_max_q_len:
+        prefill = _dealt(step, num_kv_heads, tiling)
+        if prefill is None:  # few tiles, so that both cost little
+            return cut(leaves_prefill=False)
+        step.prefill = prefill
     return step
 
 
@@ -173,7 +185,7 @@ def compile_jobs() -> list[Job]:
     return [Job.of(cut_step, *_TYPES)]
 
 
-_TYPES = (*[0] * 10, Tiling(0, TileShape(0, 0), TileShape(0, 0)), 0, False, 0, 0)  # arguments of cut_step
+_TYPES = (*[0] * 10, Tiling(0, TileShape(0, 0), TileShape(0, 0)), 0, False, 0, 0, False)  # arguments of cut_step
 
 
 @functools.cache

@@ -31,7 +31,7 @@ ITEM_WIDTH, MERGE_WIDTH = len(ITEM_COLUMNS), len(MERGE_COLUMNS)
 def cut_step(
     lens_at: int, lens_bytes: int, starts_at: int, starts_bytes: int, table_at: int, row_bytes: int, column_bytes: int,
     batch: int, max_pages: int, page_size: int, tiling: Any, num_kv_heads: int, causal: bool, window_left: int,
-    most_tokens: int,
+    most_tokens: int, leaves_prefill: bool,
 ) -> tuple[Any, bool, int, int, int, int, Any, Any]:  # fmt: skip
     """Copy a step's lengths and page ids, and cut the copy by ``share_step``.
 
@@ -43,6 +43,7 @@ def cut_step(
         table_at: address of the page table, int32 [batch, max_pages], whose strides follow; 0 where it is not here.
         tiling: a ``work_list.Tiling``.
         most_tokens: the query tokens that a step may have.
+        leaves_prefill: whether prefill is not cut, as its whole tiles will be dealt (``deal``).
     Returns:
         The array: seq_lens, starts, the page ids in use in a table, and the two work lists.
         Whether the step is valid; if not, the array ends after starts. Then the number of query tokens, the longest
@@ -59,7 +60,7 @@ def cut_step(
     table_len = batch * max_pages if table_at else 0
     at = len(lengths) + -(-table_len // 2)
     step = Sequences(seq_lens, starts, num_kv_heads, causal, window_left)
-    numbers, max_q_len, few, many = share_step(at, step, tiling)
+    numbers, max_q_len, few, many = share_step(at, step, tiling, leaves_prefill)
     numbers[: len(lengths)] = lengths
     highest_page = -1
     if table_len:
@@ -74,7 +75,7 @@ def cut_step(
 
 
 @compiled
-def share_step(at: int, step: Sequences, tiling: Any) -> tuple[Any, int, Any, Any]:
+def share_step(at: int, step: Sequences, tiling: Any, leaves_prefill: bool = False) -> tuple[Any, int, Any, Any]:
     """The work of a step's decode and that of its prefill, in an array with room for ``at`` numbers before them.
 
     Returns:
@@ -85,7 +86,7 @@ def share_step(at: int, step: Sequences, tiling: Any) -> tuple[Any, int, Any, An
         longest = max(longest, step.starts[i + 1] - step.starts[i])
     short = tiling.decode_max_q_len
     few = measure_work(step, tiles_of(tiling, tiling.decode, 1, short))
-    many = measure_work(step, tiles_of(tiling, tiling.prefill, short + 1, longest))
+    many = measure_work(step, tiles_of(tiling, tiling.prefill, short + 1, short if leaves_prefill else longest))
     between = at + few[0]
     numbers = np.empty(between + many[0], np.int64)
     return numbers, longest, share_work(numbers, at, few, step), share_work(numbers, between, many, step)
