@@ -79,7 +79,15 @@ def test_a_job_is_the_same_after_its_way_to_a_process():
     line = json.dumps(ahead._to_json(job))
     again = ahead._from_json(json.loads(line))
     assert again == job
-    assert [type(argument) for argument in again.arguments] == [int, float, bool, tuple, tuple, TileShape, Tiling]
+    assert [type(argument) for argument in again.arguments] == [
+        int,
+        float,
+        bool,
+        tuple,
+        tuple,
+        TileShape,
+        Tiling,
+    ]
     assert type(again.arguments[-1].decode) is TileShape
 
 

@@ -185,7 +185,15 @@ def compile_jobs() -> list[Job]:
     return [Job.of(cut_step, *_TYPES)]
 
 
-_TYPES = (*[0] * 10, Tiling(0, TileShape(0, 0), TileShape(0, 0)), 0, False, 0, 0, False)  # arguments of cut_step
+_TYPES = (
+    *[0] * 10,
+    Tiling(0, TileShape(0, 0), TileShape(0, 0)),
+    0,
+    False,
+    0,
+    0,
+    False,
+)  # arguments of cut_step
 
 
 @functools.cache

@@ -75,7 +75,9 @@ def cut_step(
 
 
 @compiled
-def share_step(at: int, step: Sequences, tiling: Any, leaves_prefill: bool = False) -> tuple[Any, int, Any, Any]:
+def share_step(
+    at: int, step: Sequences, tiling: Any, leaves_prefill: bool = False
+) -> tuple[Any, int, Any, Any]:
     """The work of a step's decode and that of its prefill, in an array with room for ``at`` numbers before them.
 
     Returns:
@@ -86,7 +88,9 @@ def share_step(at: int, step: Sequences, tiling: Any, leaves_prefill: bool = Fal
         longest = max(longest, step.starts[i + 1] - step.starts[i])
     short = tiling.decode_max_q_len
     few = measure_work(step, tiles_of(tiling, tiling.decode, 1, short))
-    many = measure_work(step, tiles_of(tiling, tiling.prefill, short + 1, short if leaves_prefill else longest))
+    many = measure_work(
+        step, tiles_of(tiling, tiling.prefill, short + 1, short if leaves_prefill else longest)
+    )
     between = at + few[0]
     numbers = np.empty(between + many[0], np.int64)
     return numbers, longest, share_work(numbers, at, few, step), share_work(numbers, between, many, step)
