@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all test-wheel check bench clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -17,6 +17,9 @@ test: $(READY)  ## Run the tests on all cores
 
 test-all: $(READY)  ## Run the exhaustive cases too: every dtype, head_dim and chip
 	@$(BIN)/python -m pytest -n auto -m ""
+
+test-wheel:  ## Build the wheel, install it into an empty environment and use it, extra by extra
+	@$(PYTHON) scripts/try_wheel.py
 
 check: $(READY)  ## Lint, formatting and strict types
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ ways are operators registered with torch, so that ``torch.compile(fullgraph=True
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -20,6 +20,39 @@ from quire.planning.checks import check_host
 from quire.planning.work_list import Ints
 from quire.spec import AttentionSpec
 from quire.state import SoftmaxState
+
+
+@overload
+def paged_attention(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None, *, causal: bool = True, softmax_scale: float | None = None,
+    window_left: int = -1, softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None, tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None, out: torch.Tensor | None = None, return_state: Literal[False] = False,
+    batch_invariant: bool = False, backend: str = "auto",
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def paged_attention(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None, *, causal: bool = True, softmax_scale: float | None = None,
+    window_left: int = -1, softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None, tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None, out: torch.Tensor | None = None, return_state: Literal[True],
+    batch_invariant: bool = False, backend: str = "auto",
+) -> SoftmaxState: ...  # fmt: skip
+
+
+@overload
+def paged_attention(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None, *, causal: bool = True, softmax_scale: float | None = None,
+    window_left: int = -1, softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None, tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None, out: torch.Tensor | None = None, return_state: bool,
+    batch_invariant: bool = False, backend: str = "auto",
+) -> torch.Tensor | SoftmaxState: ...  # fmt: skip
 
 
 def paged_attention(
@@ -43,7 +76,7 @@ def paged_attention(
     return_state: bool = False,
     batch_invariant: bool = False,
     backend: str = "auto",
-) -> Any:  # a tensor, or a SoftmaxState where asked for: a union would cost every caller a cast
+) -> torch.Tensor | SoftmaxState:
     """Attend each query token to its own sequence's pages, planning on the way.
 
     Arguments, results and errors are those of ``plan`` and ``AttentionPlan.run``.

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Hashable
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -81,6 +81,30 @@ class AttentionPlan:
         """int32 [pages]: tokens of each page that hold keys."""
         return torch.from_numpy(self.step.page_valid_lengths)
 
+    @overload
+    def run(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, softmax_scale: float | None = None,
+        softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None,
+        tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None, return_state: Literal[False] = False,
+    ) -> torch.Tensor: ...  # fmt: skip
+
+    @overload
+    def run(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, softmax_scale: float | None = None,
+        softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None,
+        tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None, return_state: Literal[True],
+    ) -> SoftmaxState: ...  # fmt: skip
+
+    @overload
+    def run(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, softmax_scale: float | None = None,
+        softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None,
+        tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None, return_state: bool,
+    ) -> torch.Tensor | SoftmaxState: ...  # fmt: skip
+
     def run(
         self,
         q: torch.Tensor,
@@ -96,7 +120,7 @@ class AttentionPlan:
         v_scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         return_state: bool = False,
-    ) -> Any:  # a tensor, or a SoftmaxState where asked for: a union would cost every caller a cast
+    ) -> torch.Tensor | SoftmaxState:
         """Attend each query token to its own sequence's pages.
 
         Args:

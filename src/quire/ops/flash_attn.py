@@ -10,6 +10,7 @@ from quire.ops import checks
 from quire.ops.planner import plan
 from quire.ops.store import write_kv
 from quire.planning.checks import check_host, check_page_ids, check_tensor, describe
+from quire.state import SoftmaxState
 
 
 def flash_attn_with_kvcache(
@@ -106,7 +107,7 @@ def flash_attn_with_kvcache(
     result = planned.run(
         rows, k_pages, v_pages, **scoring._asdict(), out=out, return_state=return_softmax_lse
     )
-    if not return_softmax_lse:
+    if not isinstance(result, SoftmaxState):
         return out.view_as(q)
     return result.out.view_as(q), result.lse.view(batch, seqlen_q, -1).transpose(1, 2)
 
