@@ -61,7 +61,7 @@ def cut_step(
     at = len(lengths) + -(-table_len // 2)
     step = Sequences(seq_lens, starts, num_kv_heads, causal, window_left)
     numbers, max_q_len, few, many = share_step(at, step, tiling, leaves_prefill)
-    numbers[: len(lengths)] = lengths
+    copy_into(numbers, 0, lengths)
     highest_page = -1
     if table_len:
         table = numbers[len(lengths) : at].view(np.uint32)[:table_len].reshape(batch, max_pages)
@@ -94,6 +94,30 @@ def share_step(
     between = at + few[0]
     numbers = np.empty(between + many[0], np.int64)
     return numbers, longest, share_work(numbers, at, few, step), share_work(numbers, between, many, step)
+
+
+# Numba makes an error message of every slice that is assigned to: a second of compiling each. Loops have none.
+
+
+@compiled
+def fill(array: Any, first: int, end: int, value: int) -> None:
+    """array[first:end] = value."""
+    for i in range(first, end):
+        array[i] = value
+
+
+@compiled
+def copy_into(target: Any, at: int, source: Any) -> None:
+    """target[at : at + len(source)] = source."""
+    for i in range(len(source)):
+        target[at + i] = source[i]
+
+
+@compiled
+def write_row(rows: Any, place: int, row: Any) -> None:
+    """rows[place] = row, of a tuple of numbers."""
+    for i in range(len(row)):
+        rows[place, i] = row[i]
 
 
 @compiled
@@ -141,7 +165,7 @@ def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[i
     items_at = at + num_workers + 1
     worker_indptr = numbers[at:items_at]
     items = numbers[items_at : items_at + most_items * ITEM_WIDTH].reshape(most_items, ITEM_WIDTH)
-    worker_indptr[:] = 0
+    fill(worker_indptr, 0, num_workers + 1, 0)
     if total == 0:
         return at, num_workers, 0, 0, 0, 0
     merges = np.empty((most_merges, MERGE_WIDTH), np.int64)
@@ -166,7 +190,7 @@ def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[i
                         cut = max(begin, (begin + ahead) // kv_tokens * kv_tokens)
                         worker += 1
                         if not kv_split and min(cut - begin, last - cut) >= 2 * kv_tokens:
-                            items[num_items] = Item(i, head, token, rows, position, begin, cut, -1)
+                            write_row(items, num_items, Item(i, head, token, rows, position, begin, cut, -1))
                             num_items += 1
                             line += lines * (cut - begin)
                             begin = cut
@@ -175,14 +199,15 @@ def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[i
                             worker_indptr[worker] = num_items
                         else:
                             at_end += 1
-                    items[num_items] = Item(i, head, token, rows, position, begin, last, -1)
+                    write_row(items, num_items, Item(i, head, token, rows, position, begin, last, -1))
                     num_items += 1
                     line, begin = line_end, last
-                    worker_indptr[worker - at_end + 1 : worker + 1] = num_items
+                    fill(worker_indptr, worker - at_end + 1, worker + 1, num_items)
                 parts = num_items - first_item
                 if parts > 1:
-                    items[first_item:num_items, ITEM.partial] = np.arange(parts) + num_partials
-                    merges[num_merges] = Merge(head, token, rows, num_partials, parts)
+                    for j in range(parts):
+                        items[first_item + j, ITEM.partial] = num_partials + j
+                    write_row(merges, num_merges, Merge(head, token, rows, num_partials, parts))
                     num_partials += parts
                     num_merges += 1
     worker_indptr[num_workers] = num_items
@@ -190,5 +215,5 @@ def share_work(numbers: Any, at: int, measured: Any, step: Sequences) -> tuple[i
         for worker in range(num_workers):
             worker_indptr[worker] = min(worker, num_items)
     behind = items_at + num_items * ITEM_WIDTH
-    numbers[behind : behind + num_merges * MERGE_WIDTH] = merges[:num_merges].reshape(-1)
+    copy_into(numbers, behind, merges.reshape(most_merges * MERGE_WIDTH)[: num_merges * MERGE_WIDTH])
     return at, num_workers, num_items, num_merges, num_partials, total
