@@ -38,7 +38,9 @@ PAGES_OF = {"gemma3": 22, "gpt_oss": 18, "llama4": 26}
 def invariant(family: str, dtype: torch.dtype = torch.float32) -> PagedModel:
     options = {**FAMILIES, **MORE_FAMILIES}[family]
     if family == "gpt_oss" and dtype != torch.float32:
-        options = options | {"intermediate_size": 72}  # torch multiplies experts' 16-bit rows of whole 16 bytes only
+        options = options | {
+            "intermediate_size": 72
+        }  # torch multiplies experts' 16-bit rows of whole 16 bytes only
     model = tiny_model(family, eos_token_id=None, **options).to(dtype)
     return PagedModel(model, page_size=4, num_pages=PAGES_OF.get(family, PAGES), batch_invariant=True)
 
