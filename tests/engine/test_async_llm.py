@@ -10,13 +10,14 @@ import sys
 import threading
 import weakref
 
+import numpy as np
 import pytest
 
 import quire
 from quire.engine import AsyncLLM
 from quire.engine.core import Engine
 from quire.engine.llm import LLM
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.errors import ArgumentError, QuireError, UnsupportedError
 from quire.hf import PagedModel
 
@@ -112,6 +113,86 @@ def test_a_chat_is_that_of_the_engine():
 
     output = served(chats())
     assert (output.prompt, output.text) == (expected.prompt, expected.text) == ("[user]hello", expected.text)
+
+
+def test_a_beam_search_is_that_of_the_engine_among_other_requests():
+    engine = texts()
+    beams = BeamSearchParams(beam_width=3, max_tokens=8, length_penalty=0.5)
+    [expected] = engine.beam_search("some text", beams)
+    assert len(expected.outputs) == 3
+
+    async def all_three():
+        async with AsyncLLM(engine) as llm:
+            other = asyncio.ensure_future(llm.generate("some", GREEDY))
+            whole = await llm.generate("some text", beams)
+            grown = [output async for output in llm.generate("some text", beams)]
+            deltas = [delta async for delta in llm.generate("some text", beams).deltas()]
+            return whole, grown, deltas, await other
+
+    whole, grown, deltas, other = served(all_three())
+    assert [output.outputs for output in grown] == [expected.outputs] == [whole.outputs]
+    assert [delta.output.outputs for delta in deltas] == [expected.outputs]
+    assert (deltas[0].text, deltas[0].token_ids) == (expected.text, expected.token_ids)
+    assert other.token_ids == engine.generate("some", GREEDY)[0].token_ids
+    assert all_pages_are_free(engine)
+
+
+@pytest.mark.parametrize("leave", ["cancels", "closes", "times out", "drops"])
+def test_whoever_leaves_a_beam_search_gives_all_its_pages_back(leave):
+    engine = fake(num_pages=2000)
+    gate = Gate(engine.model, at=4)
+
+    async def ask():
+        llm = AsyncLLM(engine)
+        answer = llm.generate([1], BeamSearchParams(beam_width=4, max_tokens=400))
+        task = asyncio.ensure_future(answer)
+        await comes(gate.reached.is_set)
+        held = engine.model.allocator.num_owned
+        if leave == "cancels":
+            task.cancel()
+        elif leave == "closes":
+            await answer.aclose()
+        elif leave == "drops":
+            task.cancel()
+            del answer, task
+        else:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(task, 0.01)
+        gate.opened.set()
+        await comes(lambda: all_pages_are_free(engine))
+        if leave == "closes":  # it waits meanwhile, and gets what was found until then
+            assert {each.finish_reason for each in (await task).outputs} == {"abort"}
+        assert not engine.requests
+        return held, (await llm.generate([2], GREEDY)).token_ids
+
+    held, after = served(ask())
+    assert held > 1
+    assert after == engine.model.continuation([2], 12)
+    assert engine.stats.steps < 40, "the search went on for nobody"
+
+
+def test_a_beam_search_without_a_number_to_choose_fails_its_coroutine_alone():
+    model = FakeModel(rule=lambda history: np.full(50, np.nan) if 7 in history else model.logits_of(history))
+    engine = Engine(model)
+
+    async def ask():
+        llm = AsyncLLM(engine)
+        beams = BeamSearchParams(beam_width=2, max_tokens=6)
+        return await asyncio.gather(
+            llm.generate([7], beams),
+            llm.generate([8], beams),
+            llm.generate([9], "fast"),
+            return_exceptions=True,
+        )
+
+    failed, searched, refused = served(ask())
+    assert isinstance(failed, ArgumentError)
+    assert "logits of a beam search must leave a token to choose" in str(failed)
+    assert [each.token_ids for each in searched.outputs] == [
+        tokens for tokens, _ in engine.model.beams([8], BeamSearchParams(beam_width=2, max_tokens=6))
+    ]
+    assert isinstance(refused, ArgumentError)
+    assert all_pages_are_free(engine)
 
 
 @pytest.mark.parametrize("seed", range(3))

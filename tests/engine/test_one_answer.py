@@ -31,12 +31,16 @@ ALL = [
 ]
 # Of 4 tokens: all requests together need about twice as many. Two groups of layers take a page each.
 PAGES = 16
-PAGES_OF = {"gemma3": 22, "gpt_oss": 18}
+PAGES_OF = {"gemma3": 22, "gpt_oss": 18, "llama4": 26}
 
 
 @cache
 def invariant(family: str, dtype: torch.dtype = torch.float32) -> PagedModel:
     options = {**FAMILIES, **MORE_FAMILIES}[family]
+    if family == "gpt_oss" and dtype != torch.float32:
+        options = options | {
+            "intermediate_size": 72
+        }  # torch multiplies experts' 16-bit rows of whole 16 bytes only
     model = tiny_model(family, eos_token_id=None, **options).to(dtype)
     return PagedModel(model, page_size=4, num_pages=PAGES_OF.get(family, PAGES), batch_invariant=True)
 
@@ -115,7 +119,7 @@ def test_company_chunks_hits_preemption_samples_and_threads_change_no_bit(family
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_nor_do_they_in_16_bits(family, dtype, set_threads):
     paged = invariant(family, dtype)
-    asked = requests(seed=2)
+    asked = requests(seed=1)
     expected = [alone(paged, *each) for each in asked]
     for seed, threads in enumerate([1, 3]):
         set_threads(threads)

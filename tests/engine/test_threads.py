@@ -300,9 +300,9 @@ def test_streams_that_the_collector_drops_in_the_middle_of_a_step_are_ended_afte
     del stream, circle
     pages_of = engine.model.allocator.allocate
 
-    def collecting(n):
+    def collecting(n, **options):
         gc.collect()
-        return pages_of(n)
+        return pages_of(n, **options)
 
     engine.model.allocator.allocate = collecting
     try:

@@ -19,7 +19,7 @@ from quire.engine.admission import Prompt
 from quire.engine.chat import Messages
 from quire.engine.core import Engine
 from quire.engine.llm import LLM
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.reader import Reader
 from quire.engine.request import Delta, Request, RequestOutput
 from quire.errors import ArgumentError, QuireError, UnsupportedError
@@ -76,17 +76,25 @@ class AsyncLLM:
     def __repr__(self) -> str:
         return f"AsyncLLM({self.engine!r})"
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Answer:
-        """Complete a prompt.
+    def generate(self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None) -> Answer:
+        """Complete a prompt, or search its likeliest texts.
 
         Args:
             prompt: text, or token ids.
-            params: default: SamplingParams(), greedy.
+            params: default: SamplingParams(), greedy. With BeamSearchParams the answer is that of `Engine.beam_search`;
+                as any beam may still be given up, iterating it gives one output, the whole.
         Returns:
             An Answer, to be awaited or iterated: nothing is done before. The prompt is checked and encoded in a thread
             of the event loop's executor, so that a long one holds up no other coroutine.
         """
-        return Answer(self._worker, lambda: self.engine._intake.make_requests([prompt], params))
+
+        def make() -> list[Request]:
+            intake = self.engine._intake  # self: the answer keeps the AsyncLLM
+            if isinstance(params, BeamSearchParams):
+                return intake.make_beam_requests([prompt], params)
+            return intake.make_requests([prompt], params)
+
+        return Answer(self._worker, make)
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> Answer:
         """Write the next turn of a conversation, by the tokenizer's chat template; see `Engine.chat`.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.debug import debug_enabled
 from quire.engine.admission import Prompt, Prompts, check_priority, list_prompts
-from quire.engine.audit import audit_all, audit_sample
+from quire.engine.audit import audit_all, audit_counts, audit_sample
 from quire.engine.beams import Beam, BeamRequest, add_candidates
 from quire.engine.chat import Messages
 from quire.engine.intake import Intake
@@ -27,6 +27,7 @@ from quire.engine.sequence import Sequence
 from quire.engine.turns import turns_of
 from quire.errors import ArgumentError, OutOfPages, PageStateError
 from quire.pages import PageAllocator, PageTable
+from quire.pages.balance import settle
 from quire.spec import check_size
 
 if TYPE_CHECKING:
@@ -440,6 +441,7 @@ class Engine:
 
     def _step_in_turn(self) -> bool:
         try:
+            audit_counts(self.table.allocator, self._num_turns, whole=self._debug)
             chunks = self._schedule()
             if chunks:
                 self._count(chunks)
@@ -574,8 +576,11 @@ class Engine:
             self._turns.defer(lambda: self._end(requests))
 
     def _recover(self) -> None:
-        """Bring the queues in order after a step that broke off, wherever that was; in a turn."""
-        self._scheduler.preempt_all()
+        """Bring queues and pages in order after a step that broke off, wherever that was; in a turn."""
+        try:
+            self._scheduler.preempt_all()
+        finally:
+            settle(self.table.allocator)
         self._end([request for request in list(self.requests.values()) if request.finished])
 
     def _count(self, chunks: abc.Sequence[Chunk]) -> None:

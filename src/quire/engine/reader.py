@@ -69,7 +69,7 @@ class Reader:
             if (
                 request.finished
                 or request.error is not None
-                or any(len(sequence.tokens) > self._seen_of(sequence)[0] for sequence in request.sequences)
+                or any(len(sequence.tokens) > self._seen_of(sequence)[0] for sequence in request.streamed)
             ):
                 self.note(request)
 

@@ -6,8 +6,13 @@ import operator
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from quire.errors import ArgumentError, OutOfPages
+
+if TYPE_CHECKING:
+    from quire.pages.table import PageTable
 
 MAX_PAGES = 2**31 - 1  # page tables hold page ids as int32
 
@@ -31,15 +36,21 @@ class PageAllocator:
     pool ever touched stays small. Pages freed by one call come back in the order they had there, so
     that a sequence's neighbouring pages stay neighbours for the next one.
 
+    **Two kinds of owners.** The sequences of a `PageTable` are counted by their table as well (`counted=True`); all
+    other owners are counted here. So `quire.pages.balance` can tell a page that was lost from one that someone beside
+    the tables holds.
+
     Not thread-safe: engines on one model hold `PagedModel.lock` while they use its allocator.
 
     Args:
         num_pages: pages in the pool, 1 to 2**31 - 1; ids are 0 to num_pages - 1.
         on_drop: called with the pages whose content has just been dropped, before they are handed out
             again; PagedModel poisons them with QUIRE_DEBUG=1.
+    Attributes:
+        tables: those whose sequences own pages here, while anyone holds the tables.
     Raises:
         ArgumentError: num_pages out of range.
-    Cost: 17 bytes of host memory per page; every call is linear in the pages it names and
+    Cost: 21 bytes of host memory per page; every call is linear in the pages it names and
         independent of num_pages.
     Source: the block manager of PagedAttention, arXiv:2309.06180 §4.2-4.4.
     """
@@ -56,6 +67,11 @@ class PageAllocator:
         self._kept = bytearray(num_pages)
         self._generations = array("q", [0]) * num_pages
         self._on_drop = on_drop
+        self.tables: WeakSet[PageTable] = WeakSet()
+        self._others = array("i", [0]) * num_pages  # owners that are no sequence of a table
+        # Both follow from what is above, and are kept apart to notice when that goes wrong; see quire.pages.balance.
+        self._num_owned = 0
+        self._num_counted = 0  # owners that are sequences, all pages together
 
     @property
     def num_pages(self) -> int:
@@ -120,9 +136,11 @@ class PageAllocator:
             raise ArgumentError(self._no_such_page(page))
         return self._refcounts[page] == 1 and not self._kept[page]
 
-    def allocate(self, n: int) -> list[int]:
+    def allocate(self, n: int, *, counted: bool = False) -> list[int]:
         """Take n pages, each with one owner: the caller. Cached pages are evicted when no more are free.
 
+        Args:
+            counted: the owner is a sequence of a `PageTable`.
         Raises:
             OutOfPages: fewer than n pages are free or cached; nothing was changed.
             ArgumentError: n is negative.
@@ -141,11 +159,15 @@ class PageAllocator:
         del self._free[first:]
         for page in pages:
             self._refcounts[page] = 1
+        self._num_owned += n
+        self._count_in(pages, counted)
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
+    def share(self, pages: Iterable[int], *, counted: bool = False) -> None:
         """Add one owner to each page; a page named twice gains two. A cached page is owned again, its content kept.
 
+        Args:
+            counted: as for `allocate`.
         Raises:
             ArgumentError: a page is free or does not exist; nothing was changed.
         """
@@ -159,7 +181,9 @@ class PageAllocator:
         for page in wanted:
             if not self._refcounts[page]:
                 del self._cached[page]
+                self._num_owned += 1
             self._refcounts[page] += 1
+        self._count_in(wanted, counted)
 
     def keep(self, pages: Iterable[int]) -> None:
         """Keep the content of pages. When a kept page loses its last owner it becomes cached instead of free.
@@ -196,12 +220,14 @@ class PageAllocator:
         self._drop(released)
         return released
 
-    def free(self, pages: Iterable[int]) -> list[int]:
+    def free(self, pages: Iterable[int], *, counted: bool = False) -> list[int]:
         """Take one owner from each page; a page named twice loses two.
 
         Of the kept pages that lose their last owner the last named is the first to be evicted, so that a
         sequence's beginning, which others are the likeliest to share, outlives its end.
 
+        Args:
+            counted: as for `allocate`.
         Returns:
             The pages that are free now, in the order given: they lost their last owner and were not kept.
         Raises:
@@ -222,6 +248,8 @@ class PageAllocator:
             if not self._refcounts[page]:
                 (cached if self._kept[page] else released).append(page)
         self._cached.update(dict.fromkeys(reversed(cached)))
+        self._num_owned -= len(released) + len(cached)
+        self._count_out(returned, counted)
         self._drop(released)
         return released
 
@@ -242,6 +270,23 @@ class PageAllocator:
             self._kept[page] = False
         self._drop(evicted)
         return evicted
+
+    def _count_in(self, pages: list[int], counted: bool) -> None:
+        if counted:
+            self._num_counted += len(pages)
+        else:
+            for page in pages:
+                self._others[page] += 1
+
+    def _count_out(self, pages: list[int], counted: bool) -> None:
+        if counted:
+            self._num_counted -= len(pages)
+        else:
+            for page in pages:
+                if self._others[page]:
+                    self._others[page] -= 1
+                else:  # it was a sequence's, whose table still counts it
+                    self._num_counted -= 1
 
     def _drop(self, pages: list[int]) -> None:
         """Make pages free, which have no owner and are not kept."""

@@ -100,6 +100,8 @@ class PageTable:
         self._holders = array("i", [0]) * allocator.num_pages
         self._holders_of_many = np.frombuffer(self._holders, dtype=np.int32)
         self._num_held = 0
+        self._num_shares = 0
+        allocator.tables.add(self)
 
     @property
     def seq_ids(self) -> list[Hashable]:
@@ -160,7 +162,7 @@ class PageTable:
             start = end
         sequence = _Pages(groups, firsts, length)
         held = sequence.held()
-        self.allocator.share(held)
+        self.allocator.share(held, counted=True)
         self._hold(held)
         self._set_due(sequence)
         self._sequences[seq_id] = sequence
@@ -180,11 +182,11 @@ class PageTable:
         """
         pages = self._sequence(seq_id).groups[group]
         before = pages[self._check_index(seq_id, index, group)]
-        self.allocator.share([page])
+        self.allocator.share([page], counted=True)
         self._hold([page])
         pages[index] = page
         self._let_go([before])
-        self.allocator.free([before])
+        self.allocator.free([before], counted=True)
 
     def pages_needed(self, seq_id: Hashable, num_tokens: int) -> int:
         """Pages that `append` would allocate now, in all groups, the copy-on-write pages included.
@@ -225,7 +227,7 @@ class PageTable:
         copies: list[tuple[int, int]] = []
         needed = self._pages_needed(sequence, num_tokens)
         if needed:
-            fresh = self.allocator.allocate(needed)
+            fresh = self.allocator.allocate(needed, counted=True)
             self._hold(fresh)
             grows_by = -(-(first + num_tokens) // size) - len(groups[0])
             start = 0
@@ -235,7 +237,7 @@ class PageTable:
                     end += 1
                     shared = pages.pop()
                     self._let_go([shared])
-                    self.allocator.free([shared])
+                    self.allocator.free([shared], counted=True)
                     copies.append((shared, fresh[start]))
                 pages.extend(fresh[start:end])
                 start = end
@@ -265,7 +267,7 @@ class PageTable:
                 pages[before:first] = array("i", [0]) * (first - before)
                 firsts[group] = first
                 self._let_go(released)
-                self.allocator.free(released)
+                self.allocator.free(released, counted=True)
         self._set_due(sequence)
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
@@ -282,7 +284,7 @@ class PageTable:
         source = self._sequence(parent)
         self._check_unused(child)
         held = source.held()
-        self.allocator.share(held)
+        self.allocator.share(held, counted=True)
         self._hold(held)
         copy = _Pages([pages[:] for pages in source.groups], source.firsts[:], source.length)
         copy.due = source.due
@@ -317,7 +319,7 @@ class PageTable:
         released: list[int] = []
         for pages in sequence.groups:
             self._let_go(pages[kept:])
-            released += self.allocator.free(pages[kept:])
+            released += self.allocator.free(pages[kept:], counted=True)
             del pages[kept:]
         sequence.length = length
         return released
@@ -335,7 +337,7 @@ class PageTable:
         pages = self._sequence(seq_id).held()
         del self._sequences[seq_id]  # first: it ends also where someone freed its pages before
         self._let_go(pages)
-        return self.allocator.free(pages)
+        return self.allocator.free(pages, counted=True)
 
     def dense(self, seq_ids: Sequence[Hashable]) -> torch.Tensor:
         """Page table of a batch, the `page_table` of `paged_attention`.
@@ -418,6 +420,41 @@ class PageTable:
                 owners[page].append(seq_id)
         return owners
 
+    @property
+    def num_shares(self) -> int:
+        """Pages of all sequences together, as they were counted; one that several share counts for each."""
+        return self._num_shares
+
+    def count_shares(self) -> int:
+        """The same, counted from the sequences themselves.
+
+        Cost: O(sequences).
+        """
+        shares = 0
+        for sequence in self._sequences.values():
+            for pages, first in zip(sequence.groups, sequence.firsts, strict=True):
+                shares += len(pages) - first
+        return shares
+
+    def count_holders(self) -> npt.NDArray[np.int32]:
+        """How many of its sequences hold each page, int32 [num_pages], counted from the sequences themselves.
+
+        Cost: O(num_pages + pages held); to check the counts, not for every step.
+        """
+        holders = np.zeros(self.allocator.num_pages, dtype=np.int32)
+        for sequence in self._sequences.values():
+            np.add.at(holders, np.asarray(sequence.held(), dtype=np.int64), 1)
+        return holders
+
+    def recount(self) -> None:
+        """Count again which pages the sequences hold, where an interruption may have left the counts wrong.
+
+        Cost: as `count_holders`.
+        """
+        self._holders_of_many[:] = holders = self.count_holders()
+        self._num_held = int(np.count_nonzero(holders))
+        self._num_shares = int(holders.sum())
+
     def _sequence(self, seq_id: Hashable) -> _Pages:
         try:
             return self._sequences[seq_id]
@@ -429,6 +466,7 @@ class PageTable:
 
     def _hold(self, pages: Sequence[int]) -> None:
         """Count one more sequence for each of these pages, no two of them the same."""
+        self._num_shares += len(pages)
         if len(pages) < _FEW:
             for page in pages:
                 self._num_held += not self._holders[page]
@@ -440,6 +478,7 @@ class PageTable:
 
     def _let_go(self, pages: Sequence[int]) -> None:
         """Count one sequence less for each of these pages."""
+        self._num_shares -= len(pages)
         if len(pages) < _FEW:
             for page in pages:
                 self._holders[page] -= 1
