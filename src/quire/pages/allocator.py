@@ -6,6 +6,7 @@ import operator
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from quire.errors import ArgumentError, OutOfPages
 
@@ -37,6 +38,9 @@ class PageAllocator:
         num_pages: pages in the pool, 1 to 2**31 - 1; ids are 0 to num_pages - 1.
         on_drop: called with the pages whose content has just been dropped, before they are handed out
             again; PagedModel poisons them with QUIRE_DEBUG=1.
+    Attributes:
+        on_evict: called with cached pages that are about to be dropped because their memory is needed, while they still
+            hold their content; `Swap` copies them. If it raises, nothing was changed.
     Raises:
         ArgumentError: num_pages out of range.
     Cost: 17 bytes of host memory per page; every call is linear in the pages it names and
@@ -56,6 +60,7 @@ class PageAllocator:
         self._kept = bytearray(num_pages)
         self._generations = array("q", [0]) * num_pages
         self._on_drop = on_drop
+        self.on_evict: Callable[[list[int]], None] | None = None
 
     @property
     def num_pages(self) -> int:
@@ -237,8 +242,11 @@ class PageAllocator:
             raise ArgumentError(
                 f"n must be 0 pages or more; got {n}. Fix: evict(allocator.num_cached) evicts all"
             )
-        evicted = [self._cached.popitem(last=False)[0] for _ in range(min(n, len(self._cached)))]
+        evicted = list(islice(self._cached, n))
+        if self.on_evict is not None and evicted:
+            self.on_evict(evicted)
         for page in evicted:
+            del self._cached[page]
             self._kept[page] = False
         self._drop(evicted)
         return evicted
