@@ -69,9 +69,9 @@ class Scheduler:
     When a request needs a page and none is available, the least urgent running request gives all of its
     pages back and waits again; later its prompt and the tokens it has generated
     are computed again, as far as they are not found in cached pages or brought back from host memory. A waiting request
-    takes pages, and a place among max_num_seqs, from running ones that are less urgent; among requests of one priority there are none. The least
-    urgent running request never takes pages from anyone: it stands still until there are some. So the most urgent one
-    always moves, and as urgency depends on arrival, every request becomes the most urgent.
+    takes pages, and a place among max_num_seqs, from running ones that are less urgent; among requests of one priority
+    there are none. The least urgent running request never takes pages from anyone: it stands still until there are
+    some. So the most urgent one always moves, and as urgency depends on arrival, every request becomes the most urgent.
 
     The sequences of a request run, wait and give their pages up together. One of them, the leader, computes the prompt
     and the others begin as forks of it, also when they are computed again, so that the prompt is never in pages twice.

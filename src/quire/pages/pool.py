@@ -162,7 +162,8 @@ class KVPool:
             ) from error
         return padded[..., : spec.page_size * width].view(*leading, spec.page_size, width)
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
+        """All that pages lie in: [num_layers, num_kv_heads, num_pages, …] each."""
         return [t for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None]
 
     def _page_index(self, pages: Iterable[int]) -> torch.Tensor:

@@ -74,12 +74,12 @@ class Swap:
     their memory is needed they go to the host, and come back as a hit when the request is let in again. Its last,
     partly filled page is computed again.
 
-    Nobody writes a named page, so a copy stays true while its page is back on the device. It is kept, and a page that is
-    dropped for a second time need not be copied again. Host pages are dropped when host memory is full, those first that
-    were copied or brought back the longest ago, the ends of texts before their beginnings.
+    Nobody writes a named page, so a copy stays true while its page is back on the device. It is kept, and a page that
+    is dropped for a second time need not be copied again. Host pages are dropped when host memory is full, those first
+    that were copied or brought back the longest ago, the ends of texts before their beginnings.
 
-    Not thread-safe: engines on one model hold `PagedModel.lock` while they use it. Where an exception, Ctrl-C too, comes
-    in the middle, pages without a finished copy have no name, and those taken are given back.
+    Not thread-safe: engines on one model hold `PagedModel.lock` while they use it. Where an exception, Ctrl-C too,
+    comes in the middle, pages without a finished copy have no name, and those taken are given back.
 
     Args:
         cache: whose pages are copied; one Swap per cache.
