@@ -83,7 +83,7 @@ class PagedModel:
         batch_invariant: bool = False,
         swap_bytes: int = 0,
     ) -> None:
-        swap_bytes = check_bytes("swap_bytes", swap_bytes)
+        swap_bytes = _check_swap_bytes(swap_bytes)
         if num_pages is not None and memory_bytes is not None:
             raise ArgumentError(
                 f"only one of num_pages and memory_bytes may be given; got {num_pages} and {memory_bytes}. "
@@ -256,6 +256,13 @@ def _check_batch_invariant(batch_invariant: object, compile: bool) -> None:
             "a batch-invariant model must run operator by operator, as a compiler chooses the order of sums itself; "
             "got compile=True. Fix: compile=False"
         )
+
+
+def _check_swap_bytes(swap_bytes: int) -> int:
+    swap_bytes = check_bytes("swap_bytes", swap_bytes)
+    if swap_bytes < 0:
+        raise ArgumentError(f"swap_bytes must be 0 or more; got {swap_bytes}. Fix: swap_bytes=0 for none")
+    return swap_bytes
 
 
 def _default_pool_bytes(device: torch.device) -> int:

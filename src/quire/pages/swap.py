@@ -98,7 +98,8 @@ class Swap:
         self.allocator = PageAllocator(store.num_pages)
         self.num_saved = self.num_returned = 0
         self._taken: list[int] = []  # pages of the device that `bring_back` owns
-        self._pinned: list[int] = []  # host pages that are being copied
+        self._pinned: list[int] = []  # host pages that it reads
+        self._written: list[int] = []  # host pages that copies are made to
         self._places: dict[tuple[Prefix, int], _Place] = {}  # by prefix and group
         self._names: dict[int, tuple[Prefix, int]] = {}  # by host page
         self._checked = debug_enabled()
@@ -212,6 +213,7 @@ class Swap:
 
     def release(self) -> None:
         """Give back the pages that an interrupted call had taken; between calls there are none."""
+        self._end_copy()
         if self._pinned:
             pinned, self._pinned = self._pinned, []
             self.allocator.free(pinned)
@@ -243,19 +245,25 @@ class Swap:
         self._copy(wanted[-count:], names[-count:])
 
     def _copy(self, pages: list[int], names: list[tuple[Prefix, int]]) -> None:
-        allocator, taken = self.allocator, []
+        self._end_copy()
+        allocator = self.allocator
         try:
-            taken += allocator.allocate(len(pages))
-            self.store.save(pages, taken)
-            allocator.keep(taken)
-            for host_page, name in zip(taken, names, strict=True):
+            self._written += allocator.allocate(len(pages))
+            self.store.save(pages, self._written)
+            allocator.keep(self._written)
+            for host_page, name in zip(self._written, names, strict=True):
                 checksum = self.store.checksum(host_page) if self._checked else 0
                 self.cache.hold(name[0])
                 self._names[host_page] = name
                 self._places[name] = _Place(host_page, allocator.generation(host_page), checksum)
             self.num_saved += len(pages)
         finally:
-            allocator.free(taken[::-1])  # the first to be dropped again is the first that was dropped
+            self._end_copy()
+
+    def _end_copy(self) -> None:
+        if self._written:
+            written, self._written = self._written, []
+            self.allocator.free(written[::-1])  # the first to be dropped is the first that was dropped before
 
     def _may_pay(self) -> bool:
         """Whether it would pay to bring back a page of tokens, of which each group has its part."""
@@ -266,7 +274,8 @@ class Swap:
         """Host pages are about to be dropped."""
         for host_page in host_pages:
             name = self._names.pop(host_page, None)
-            if name is not None:
+            # An interruption may have come between a name and its place.
+            if name in self._places and self._places[name].page == host_page:
                 del self._places[name]
                 self.cache.let_go(name[0])
 
