@@ -126,13 +126,13 @@ def preempted(num_host_pages: int, **options) -> tuple[Engine, list[int], dict]:
     return engine, ids, outputs
 
 
-def test_of_a_preempted_request_the_last_partly_filled_page_is_computed_again_and_no_more():
+def test_of_a_preempted_request_at_most_the_last_partly_filled_page_is_computed_again():
     engine, (_, second), outputs = preempted(64)
     without, _, _ = preempted(0)
     preemptions = outputs[second].preemptions
     assert preemptions > 0
     once = 15 + 18 + 2 * 19
-    assert once < engine.stats.computed_tokens <= once + preemptions * PAGE
+    assert once <= engine.stats.computed_tokens < once + preemptions * PAGE
     assert without.stats.computed_tokens > once + preemptions * PAGE
     assert engine.stats.returned_tokens > 0
 
