@@ -102,7 +102,7 @@ def page() -> tuple[int, list[Box], list[Arrow]]:
                "the longest unused first, the ends of texts before their beginnings"), (320, 276)),
         Arrow((cached.at("bottom", 0.4), (680, 391), (546, 391)), ("evicted,", "with swap_bytes"), (610, 366)),
         Arrow(((546, 415), (720, 415), cached.at("bottom", 0.6)),
-              ("a hit: a page is taken, and the copy comes back",), (675, 436)),
+              ("a hit: a page is taken,", "the copy comes back"), (728, 380), "start"),
         Arrow((named.at("top", 0.7), (740, 62), (660, 62), named.at("top", 0.3)),
               ("a hit or a fork: one more owner",), (700, 52)),
         Arrow((filling.at("top", 0.75), (341, 62), (271, 62), filling.at("top", 0.25)),

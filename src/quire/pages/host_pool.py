@@ -65,7 +65,7 @@ class HostPool:
             raise _too_much(num_pages * self.bytes_per_page, "the system has less") from error
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             _pin(self._rows)
             weakref.finalize(self, _unpin, self._rows)
         else:
@@ -111,7 +111,7 @@ class HostPool:
         """A number by which changed bytes show, as good as always; waits for copies that are on their way."""
         if self._stream is not None:
             self._stream.synchronize()
-        return zlib.crc32(self._rows[host_page].numpy())
+        return zlib.crc32(self._rows[host_page].numpy().tobytes())
 
     def measure(self) -> float:
         """Bytes per second of `load`: of a few pages, to where they came from. No page of the pools is changed.
@@ -195,7 +195,8 @@ def _view(rows: torch.Tensor, part: _Part) -> torch.Tensor:
     """A tensor's part of host pages: [pages, layers, heads, …], in its own bits."""
     layers, heads, _, *rest = part.bits.shape
     size = part.bits[:, :, 0].numel() * part.bits.element_size()
-    return rows[:, part.start : part.start + size].view(part.bits.dtype).unflatten(1, (layers, heads, *rest))
+    flat = rows[:, part.start : part.start + size].view(part.bits.dtype)
+    return flat.view(len(rows), layers, heads, *rest)
 
 
 def _runs(host_pages: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -213,13 +214,15 @@ def _pin(memory: torch.Tensor) -> None:
     Raises:
         ArgumentError: the system refuses.
     """
-    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if status:
         raise _too_much(memory.nbytes, f"cudaHostRegister returned {status}")
 
 
 def _unpin(memory: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(memory.data_ptr())
 
 
 def _too_much(num_bytes: int, why: str) -> ArgumentError:
