@@ -86,6 +86,7 @@ def page() -> tuple[int, list[Box], list[Arrow]]:
         600, 96, 200, 78, "owned and named", ("full; found by its tokens,", "never written again"), BUSY
     )
     cached = Box(600, 262, 200, 78, "cached", ("no owner;", "still found by its tokens"), KEPT)
+    host = Box(236, 372, 310, 62, "free, with a copy on the host", ("still found by its tokens",), GONE)
     arrows = [
         Arrow((free.at("right"), filling.at("left")), ("a token", "needs a slot"), (188, 112)),
         Arrow((filling.at("right"), named.at("left")), ("full: its name is all tokens", "from the first to its last"),
@@ -99,12 +100,15 @@ def page() -> tuple[int, list[Box], list[Arrow]]:
         Arrow((cached.at("left"), (40, 301), free.at("bottom", 1 / 6)),
               ("evicted when its memory is needed:",
                "the longest unused first, the ends of texts before their beginnings"), (320, 276)),
+        Arrow((cached.at("bottom", 0.4), (680, 391), (546, 391)), ("evicted,", "with swap_bytes"), (610, 366)),
+        Arrow(((546, 415), (720, 415), cached.at("bottom", 0.6)),
+              ("a hit: a page is taken,", "the copy comes back"), (728, 380), "start"),
         Arrow((named.at("top", 0.7), (740, 62), (660, 62), named.at("top", 0.3)),
               ("a hit or a fork: one more owner",), (700, 52)),
         Arrow((filling.at("top", 0.75), (341, 62), (271, 62), filling.at("top", 0.25)),
               ("a fork shares it: whoever writes", "first gets a copy of its own"), (306, 36)),
     ]  # fmt: skip
-    return 362, [free, filling, named, cached], arrows
+    return 452, [free, filling, named, cached, host], arrows
 
 
 def svg(height: int, boxes: list[Box], arrows: list[Arrow], title: str) -> str:

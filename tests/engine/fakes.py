@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 import zlib
 from collections import abc
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from quire.engine import BeamSearchParams, Engine, SamplingParams
 from quire.engine.sampler import sample
 from quire.engine.sequence import Sequence
 from quire.hf import Step
-from quire.pages import PageAllocator, PrefixCache
+from quire.pages import PageAllocator, PrefixCache, Swap, SwapCosts
 from quire.spec import Visibility
 
 EMPTY = -1
@@ -34,6 +35,8 @@ class FakeModel:
 
     groups: what the layers of each page table see; each of them reads back what its queries see, and a page that was
     given back holds nothing. Logits depend on what the group sees that sees most.
+
+    num_host_pages: pages that host memory has room for; they always come back, as copies take no time here.
     """
 
     device = torch.device("cpu")
@@ -48,6 +51,7 @@ class FakeModel:
         eos_token_ids: tuple[int, ...] = (),
         rule: Rule | None = None,
         groups: tuple[Visibility, ...] = (Visibility(),),
+        num_host_pages: int = 0,
     ) -> None:
         self.allocator = PageAllocator(num_pages, on_drop=self.poison)
         self.groups = groups
@@ -59,6 +63,9 @@ class FakeModel:
         self.max_seq_len = max_seq_len
         self.eos_token_ids = eos_token_ids
         self.slots = np.full((num_pages * page_size, 2), EMPTY)
+        self.swap = None
+        if num_host_pages:
+            self.swap = Swap(self.prefix_cache, FakeStore(self, num_host_pages), SwapCosts(float("inf")))
         self._rule = rule or self.logits_of
         self.step_sizes: list[int] = []
         self.logits_rows: list[int] = []
@@ -158,6 +165,34 @@ class FakeModel:
             if not running or (full and not running[0][1] / divisor > ended[-1][1]):
                 break
         return ended
+
+
+class FakeStore:
+    """Host memory of a FakeModel."""
+
+    bytes_per_page = 1
+
+    def __init__(self, model: FakeModel, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.model = weakref.proxy(model)  # or models would live until the garbage collector comes
+        self.slots = np.full((num_pages, model.page_size, 2), EMPTY)
+
+    @property
+    def _pages(self) -> np.ndarray:
+        return self.model.slots.reshape(-1, self.model.page_size, 2)
+
+    def save(self, pages: abc.Sequence[int], host_pages: abc.Sequence[int]) -> None:
+        assert len(set(host_pages)) == len(set(pages)) == len(pages) == len(host_pages)
+        assert (self._pages[pages] != EMPTY).all(), "a page that is not full, or was dropped before"
+        self.slots[host_pages] = self._pages[pages]
+
+    def load(self, host_pages: abc.Sequence[int], pages: abc.Sequence[int]) -> None:
+        assert len(set(host_pages)) == len(set(pages)) == len(pages) == len(host_pages)
+        assert (self._pages[pages] == EMPTY).all(), "a page that is in use"
+        self._pages[pages] = self.slots[host_pages]
+
+    def checksum(self, host_page: int) -> int:
+        return zlib.crc32(self.slots[host_page].tobytes())
 
 
 def fork(engine: Engine, request_id: int, token: int) -> Sequence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import cache
 
@@ -42,7 +43,10 @@ def invariant(family: str, dtype: torch.dtype = torch.float32) -> PagedModel:
             "intermediate_size": 72
         }  # torch multiplies experts' 16-bit rows of whole 16 bytes only
     model = tiny_model(family, eos_token_id=None, **options).to(dtype)
-    return PagedModel(model, page_size=4, num_pages=PAGES_OF.get(family, PAGES), batch_invariant=True)
+    num_pages = PAGES_OF.get(family, PAGES)
+    paged = PagedModel(model, page_size=4, num_pages=num_pages, batch_invariant=True, swap_bytes=1e6)
+    paged.swap.costs.bytes_per_second = math.inf  # whatever was dropped comes back
+    return paged
 
 
 def requests(seed: int) -> list[tuple[list[int], SamplingParams]]:
@@ -95,19 +99,21 @@ def together(paged: PagedModel, asked, seed: int) -> tuple[list[tuple], Engine]:
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_company_chunks_hits_preemption_samples_and_threads_change_no_bit(family, set_threads):
+def test_company_chunks_hits_preemption_swap_samples_and_threads_change_no_bit(family, set_threads):
     paged = invariant(family)
     set_threads(2)
     asked = requests(seed=1)
     expected = [alone(paged, *each) for each in asked]
-    admitted = cached = 0
+    admitted = cached = returned = 0
     for seed, threads in enumerate([1, 2]):
         set_threads(threads)
         got, engine = together(paged, asked, seed)
         assert got == expected
         admitted += engine.stats.admitted_tokens
         cached += engine.stats.cached_tokens
+        returned += engine.stats.returned_tokens
     assert cached, "nothing was found in pages"
+    assert returned, "nothing was swapped"
     # GPT-OSS's windows give so many pages back that the smallest pool that is let in never runs short.
     assert family == "gpt_oss" or admitted > 2 * sum(len(prompt) for prompt, _ in asked), (
         "nobody was preempted"

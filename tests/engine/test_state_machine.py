@@ -78,12 +78,21 @@ class EngineMachine(RuleBasedStateMachine):
         caching=st.sampled_from([[True], [True, True], [True, False], [False]]),
         groups=st.sampled_from([*GROUPS, None]),
         roomy=st.booleans(),
+        num_host_pages=st.sampled_from([0, 1, 5, 100]),
     )
-    def start(self, page_size, num_slots, max_batch_tokens, max_num_seqs, caching, groups, roomy):
+    def start(
+        self, page_size, num_slots, max_batch_tokens, max_num_seqs, caching, groups, roomy, num_host_pages
+    ):
         # The last has chunks, in whole pages.
         groups = groups or (ALL, Visibility(chunk_size=2 * page_size), Visibility(1))
         num_pages = -(-num_slots // page_size) * (max(1, len(groups) - 1) if roomy else 1)
-        self.model = FakeModel(num_pages=num_pages, page_size=page_size, vocab_size=VOCAB, groups=groups)
+        self.model = FakeModel(
+            num_pages=num_pages,
+            page_size=page_size,
+            vocab_size=VOCAB,
+            groups=groups,
+            num_host_pages=num_host_pages,
+        )
         self.max_batch_tokens = max_batch_tokens
         self.engines = [
             Engine(
@@ -177,6 +186,10 @@ class EngineMachine(RuleBasedStateMachine):
     def reset(self, data):
         data.draw(st.sampled_from(self.engines)).reset_prefix_cache()
         assert self.model.allocator.num_cached == 0
+        assert (
+            self.model.swap is None
+            or self.model.swap.allocator.num_free == self.model.swap.allocator.num_pages
+        )
 
     @invariant()
     def every_page_has_as_many_owners_as_live_requests_hold_it(self):
@@ -228,6 +241,26 @@ class EngineMachine(RuleBasedStateMachine):
                     or prefix.parent.parent is None
                     or cache.name_of(prefix.parent.page) is prefix.parent
                 )
+
+    @invariant()
+    def copies_on_the_host_hold_the_tokens_of_their_names(self):
+        swap, size = self.model.swap, self.model.page_size
+        if swap is None:
+            return
+        swap.audit()
+        assert swap.allocator.num_owned == 0
+        assert swap.allocator.num_cached == swap.num_swapped
+        for (prefix, _), place in swap._places.items():
+            first = (prefix.num_pages - 1) * size
+            assert swap.store.slots[place.page, :, 0].tolist() == list(array("q", prefix.tokens))
+            assert swap.store.slots[place.page, :, 1].tolist() == list(range(first, first + size))
+
+    @invariant()
+    def known_prefixes_have_a_page_or_a_copy_or_follow_one(self):
+        """Or links would be kept for ever."""
+        num_host_pages = 0 if self.model.swap is None else self.model.swap.allocator.num_pages
+        per_page = 1 if self.model.groups[0].sees_all else 100
+        assert len(self.model.prefix_cache._links) <= per_page * (self.model.num_pages + num_host_pages)
 
     @invariant()
     def two_computed_pages_with_the_same_beginning_are_one(self):

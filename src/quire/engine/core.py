@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ class EngineStats:
         computed_tokens: tokens that went through the model, those computed again included.
         admitted_tokens: known tokens of the sequences that began to run, those that began again included.
         cached_tokens: how many of these were found in pages, and not computed.
+        returned_tokens: how many were found because their pages came back from host memory.
+        swapped_pages: pages with a copy in host memory, of all engines on the model, as of the last step.
         generated_tokens: tokens handed out.
         peak_pages: most pages of `model.bytes_per_page` that its sequences held at once; a shared page counts once.
         peak_unused_slots: slots of those pages that held no token at that moment.
@@ -58,6 +61,8 @@ class EngineStats:
     computed_tokens: int = 0
     admitted_tokens: int = 0
     cached_tokens: int = 0
+    returned_tokens: int = 0
+    swapped_pages: int = 0
     generated_tokens: int = 0
     peak_pages: int = 0
     peak_unused_slots: int = 0
@@ -138,6 +143,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
             prefix_cache=model.prefix_cache if enable_prefix_caching else None,
+            swap=model.swap,
         )
         self._debug = debug_enabled()
         self._turns = turns_of(model.lock)
@@ -446,9 +452,13 @@ class Engine:
             if chunks:
                 self._count(chunks)
                 self._audit(chunks)
+                start = time.perf_counter()
                 logits = run(self.model, chunks, self.table)
                 self._scheduler.release_sources()
                 self._hand_out_all(chunks, logits)
+                if self.model.swap is not None:
+                    num_tokens = sum(chunk.num_tokens for chunk in chunks)
+                    self.model.swap.costs.observe(num_tokens, time.perf_counter() - start)
             return bool(chunks)
         except BaseException as error:
             if isinstance(error, PageStateError):
@@ -587,9 +597,12 @@ class Engine:
         stats = self.stats
         stats.steps += 1
         stats.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
-        admitted, cached = self._scheduler.hits.take_counts()
+        admitted, cached, returned = self._scheduler.hits.take_counts()
         stats.admitted_tokens += admitted
         stats.cached_tokens += cached
+        stats.returned_tokens += returned
+        if self.model.swap is not None:
+            stats.swapped_pages = self.model.swap.num_swapped
         if self.table.allocator.num_owned > stats.peak_pages:
             pages, filled = self.table.occupancy()
             if pages > stats.peak_pages:

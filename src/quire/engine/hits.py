@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quire.engine.request import Request
 from quire.engine.sequence import Sequence
-from quire.pages import PageTable, Prefix, PrefixCache
+from quire.pages import PageTable, Prefix, PrefixCache, Swap
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,16 @@ class PrefixHits:
     Args:
         table: the pages of the sequences.
         cache: shared by all engines on one pool; None: nothing is found or named.
+        swap: copies of the cache's pages in host memory; None: there are none.
     """
 
-    def __init__(self, table: PageTable, cache: PrefixCache | None) -> None:
+    def __init__(self, table: PageTable, cache: PrefixCache | None, swap: Swap | None = None) -> None:
         self.table = table
         self.cache = cache
+        self.swap = None if cache is None else swap
         self._admitted_tokens = 0
         self._cached_tokens = 0
+        self._returned_tokens = 0
         self._coming: set[tuple[Prefix, bytes]] = set()  # the first page that each chunk of this step fills
 
     def new_step(self) -> None:
@@ -89,6 +92,23 @@ class PrefixHits:
             starts = [self._start_in_prompt(first)]
         return starts if self._needed(starts, live, step_tokens) <= num_pages else None
 
+    def bring_back(self, request: Request) -> int:
+        """Copy pages back from host memory that the sequences of a waiting request begin with, where that pays.
+
+        Takes pages, so what was found before may be gone: look for it again. The request needs no more pages than
+        before, as it shares those that it would else compute.
+
+        Returns:
+            How many more tokens are found now.
+        """
+        if self.swap is None or request.lacks_prompt_logprobs:
+            return 0
+        returned = sum(
+            self.swap.bring_back(sequence.tokens, sequence.params.cache_salt) for sequence in request.live()
+        )
+        self._returned_tokens += returned
+        return returned
+
     def is_coming(self, starts: list[Start]) -> bool:
         """Whether another request computes, in this step, the page that one of these would compute first."""
         return any(
@@ -112,10 +132,13 @@ class PrefixHits:
             request.num_cached_tokens = starts[0].num_computed
             request.hit = self._explain(request, starts[0])
 
-    def take_counts(self) -> tuple[int, int]:
-        """Known tokens of the sequences that began since the last call, and how many of them were found in pages."""
-        counts = self._admitted_tokens, self._cached_tokens
-        self._admitted_tokens = self._cached_tokens = 0
+    def take_counts(self) -> tuple[int, int, int]:
+        """Known tokens of the sequences that began since the last call, how many of them were found in pages, and how
+
+        many because their pages came back from host memory.
+        """
+        counts = self._admitted_tokens, self._cached_tokens, self._returned_tokens
+        self._admitted_tokens = self._cached_tokens = self._returned_tokens = 0
         return counts
 
     def announce(self, sequence: Sequence, num_tokens: int) -> None:

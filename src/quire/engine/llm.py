@@ -29,8 +29,8 @@ class LLM(Engine):
             LLM then shares with the other engines on it; the embedded demo model by default.
         tokenizer: a fast transformers tokenizer; None: the folder's own, and none for a model that
             is no folder, so that prompts and results are token ids.
-        page_size, num_pages, memory_bytes, kv_dtype, backend, compile, batch_invariant: the pool and the kernels, as
-            for PagedModel; for a model that is not a PagedModel yet.
+        page_size, num_pages, memory_bytes, kv_dtype, backend, compile, batch_invariant, swap_bytes: the pool and the
+            kernels, as for PagedModel; for a model that is not a PagedModel yet.
         dtype, device: of the weights; for a folder only. Default: float32 on the CPU.
         max_batch_tokens, max_num_seqs, enable_prefix_caching: see Engine.
     Raises:
@@ -52,12 +52,18 @@ class LLM(Engine):
         backend: str | None = None,
         compile: bool | None = None,
         batch_invariant: bool | None = None,
+        swap_bytes: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
         enable_prefix_caching: bool = True,
     ) -> None:
+        if swap_bytes and not enable_prefix_caching:
+            raise ArgumentError(
+                f"swap_bytes must be 0 without prefix caching, which finds pages in host memory; got {swap_bytes}. "
+                "Fix: enable_prefix_caching=True"
+            )
         pool = _given(
             page_size=page_size,
             num_pages=num_pages,
@@ -66,6 +72,7 @@ class LLM(Engine):
             backend=backend,
             compile=compile,
             batch_invariant=batch_invariant,
+            swap_bytes=swap_bytes or None,
         )
         weights = _given(dtype=dtype, device=device)
         if isinstance(model, (str, PathLike)):

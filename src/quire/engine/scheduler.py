@@ -14,7 +14,7 @@ from quire.engine.hits import PrefixHits, Start
 from quire.engine.request import Request
 from quire.engine.sequence import Sequence
 from quire.errors import ArgumentError
-from quire.pages import PageTable, PrefixCache
+from quire.pages import PageTable, PrefixCache, Swap
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Scheduler:
 
     When a request needs a page and none is available, the least urgent running request gives all of its
     pages back and waits again; later its prompt and the tokens it has generated
-    are computed again, as far as they are not found in cached pages. A waiting request takes pages, and a place among
-    max_num_seqs, from running ones that are less urgent; among requests of one priority there are none. The least
-    urgent running request never takes pages from anyone: it stands still until there are some. So the most urgent one
-    always moves, and as urgency depends on arrival, every request becomes the most urgent.
+    are computed again, as far as they are not found in cached pages or brought back from host memory. A waiting request
+    takes pages, and a place among max_num_seqs, from running ones that are less urgent; among requests of one priority
+    there are none. The least urgent running request never takes pages from anyone: it stands still until there are
+    some. So the most urgent one always moves, and as urgency depends on arrival, every request becomes the most urgent.
 
     The sequences of a request run, wait and give their pages up together. One of them, the leader, computes the prompt
     and the others begin as forks of it, also when they are computed again, so that the prompt is never in pages twice.
@@ -87,6 +87,7 @@ class Scheduler:
         max_batch_tokens: most tokens in one step.
         max_num_seqs: most requests running at once; one of several sequences counts once.
         prefix_cache: where pages are found and named; None: nowhere.
+        swap: copies of the cache's pages in host memory; None: there are none.
     Attributes:
         hits: what was found.
         steps: how often `schedule` has found something to run.
@@ -102,9 +103,10 @@ class Scheduler:
         max_batch_tokens: int,
         max_num_seqs: int,
         prefix_cache: PrefixCache | None = None,
+        swap: Swap | None = None,
     ) -> None:
         self.table = table
-        self.hits = PrefixHits(table, prefix_cache)
+        self.hits = PrefixHits(table, prefix_cache, swap)
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
         self.waiting: list[Request] = []
@@ -178,14 +180,9 @@ class Scheduler:
         request = self.waiting[0]
         while True:
             if len(self.running) < self.max_num_seqs:
-                # A page of each group to spare per running request: else it would often be preempted a few steps later.
-                to_spare = (len(self.running) + request.num_to_come) * len(self.table.groups)
-                starts = self.hits.find(
-                    request,
-                    self.table.allocator.num_available - to_spare,
-                    # If none runs, fewer tokens at once must do: nobody will give this one more pages.
-                    self.max_batch_tokens if self.running else 1,
-                )
+                starts = self._find(request)
+                if starts is not None and self.hits.bring_back(request):
+                    starts = self._find(request)
                 if starts is not None:
                     break
             if len(self.running) == place:
@@ -198,6 +195,16 @@ class Scheduler:
             self.waiting.remove(request)
         self.hits.begin(request, starts)
         return starts
+
+    def _find(self, request: Request) -> list[Start] | None:
+        # A page of each group to spare per running request: else it would often be preempted a few steps later.
+        to_spare = (len(self.running) + request.num_to_come) * len(self.table.groups)
+        return self.hits.find(
+            request,
+            self.table.allocator.num_available - to_spare,
+            # If none runs, fewer tokens at once must do: nobody will give this one more pages.
+            self.max_batch_tokens if self.running else 1,
+        )
 
     def advance(self, chunks: list[Chunk]) -> None:
         """The keys and values of these chunks are written: count them, and name the pages that they have filled.
@@ -260,6 +267,8 @@ class Scheduler:
         Also brings queues and pages in order where a change of them was interrupted.
         """
         self.release_sources()
+        if self.hits.swap is not None:
+            self.hits.swap.release()
         wrong: ArgumentError | None = None
         while self.running:
             try:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from quire.errors import ArgumentError, UnsupportedError
-from quire.pages import KVPool
+from quire.pages import HostPool, KVPool, PrefixCache, Swap, SwapCosts, host_page_bytes
 from quire.spec import AttentionSpec, KVDtype, Visibility
 
 TABLE_PRICE = 0.02  # memory that one more page table, which every step fills and plans, must save at least
@@ -168,6 +168,23 @@ class PagedCache:
         pages = list(pages)
         for pool in self.pools:
             pool.poison(pages)
+
+
+def make_swap(cache: PrefixCache, pools: Sequence[KVPool], swap_bytes: int) -> Swap:
+    """Host memory for copies of the pages of some pools, as many as fit, and how fast they come back.
+
+    Raises:
+        ArgumentError: not even one fits, or the system has less memory.
+    Cost: copies of 16 MiB, to measure them.
+    """
+    page_bytes = host_page_bytes(pools)
+    if swap_bytes < page_bytes:
+        raise ArgumentError(
+            f"swap_bytes must be 0, or hold at least one page of {page_bytes} bytes; got {swap_bytes}. "
+            f"Fix: swap_bytes={page_bytes} or more"
+        )
+    store = HostPool(pools, swap_bytes // page_bytes)
+    return Swap(cache, store, SwapCosts(store.measure()))
 
 
 def pages_within(memory_bytes: int, page_bytes: int) -> int:

@@ -14,14 +14,14 @@ from quire.hf import limits, linear
 from quire.hf.admit import guard
 from quire.hf.admit.rehearsal import Stage
 from quire.hf.attention import RunningStep
-from quire.hf.cache import PagedCache, PageLayout, pages_within
+from quire.hf.cache import PagedCache, PageLayout, make_swap, pages_within
 from quire.hf.forward import PackedForward
 from quire.hf.load import load_model
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.kernels import ahead, resolve_backend
 from quire.ops.warm_up import compile_jobs
-from quire.pages import PageAllocator, PrefixCache
+from quire.pages import PageAllocator, PrefixCache, Swap
 from quire.pages.huge_pages import collapse_to_huge_pages
 from quire.spec import AttentionSpec, KVDtype, check_bytes, check_size, existing_device
 
@@ -48,6 +48,8 @@ class PagedModel:
             compile; see docs/experiments.md for what both come to.
         batch_invariant: a token's logits have the same bits whatever else is in its steps, however its sequence was
             divided into them, and wherever its earlier keys come from; see docs/numerics.md for how, and at what cost.
+        swap_bytes: host memory for copies of pages that the pool has no room for, in whole pages; pinned if the pool is
+            on a GPU. 0: none.
     Attributes:
         groups: what the layers of each page table see. Most models have one page table; where some layers see fewer
             tokens than others, groups of equally many layers have one each, and a token lies on a page of each group.
@@ -56,6 +58,7 @@ class PagedModel:
         prefix_cache: which pages hold the beginning of which texts, for all engines on this model. Call
             `Engine.reset_prefix_cache` after the weights were changed in place: it cannot see that.
         batch_invariant: as given.
+        swap: the copies in host memory, for all engines on this model; None with swap_bytes=0.
         lock: an RLock, the same for every PagedModel of this transformers model, and of models that share its configs,
             linear layers or decoder.
     Raises:
@@ -78,7 +81,9 @@ class PagedModel:
         backend: str = "auto",
         compile: bool = False,
         batch_invariant: bool = False,
+        swap_bytes: int = 0,
     ) -> None:
+        swap_bytes = _check_swap_bytes(swap_bytes)
         if num_pages is not None and memory_bytes is not None:
             raise ArgumentError(
                 f"only one of num_pages and memory_bytes may be given; got {num_pages} and {memory_bytes}. "
@@ -117,6 +122,9 @@ class PagedModel:
         # One per pool: every engine on this model draws from it.
         self.allocator = PageAllocator(num_pages, on_drop=self.poison if debug_enabled() else None)
         self.prefix_cache = PrefixCache(self.allocator, page_size, self.groups)
+        self.swap: Swap | None = (
+            make_swap(self.prefix_cache, self._cache.pools, swap_bytes) if swap_bytes else None
+        )
         self.lock = self._forward.switches.lock
 
     @classmethod
@@ -133,6 +141,7 @@ class PagedModel:
         backend: str = "auto",
         compile: bool = False,
         batch_invariant: bool = False,
+        swap_bytes: int = 0,
     ) -> PagedModel:
         """Load a local folder in the Hugging Face format: config.json and *.safetensors.
 
@@ -152,6 +161,7 @@ class PagedModel:
             backend=backend,
             compile=compile,
             batch_invariant=batch_invariant,
+            swap_bytes=swap_bytes,
         )
 
     def forward(self, step: Step) -> torch.Tensor:
@@ -224,7 +234,7 @@ class PagedModel:
         return (
             f"PagedModel({type(self.model).__name__}, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
             f"page_size={self.page_size}, {self.num_pages * self.bytes_per_page / 1e6:.1f} MB of pages, "
-            f"{self.allocator!r})"
+            f"{self.allocator!r}{'' if self.swap is None else f', {self.swap!r}'})"
         )
 
 
@@ -246,6 +256,13 @@ def _check_batch_invariant(batch_invariant: object, compile: bool) -> None:
             "a batch-invariant model must run operator by operator, as a compiler chooses the order of sums itself; "
             "got compile=True. Fix: compile=False"
         )
+
+
+def _check_swap_bytes(swap_bytes: int) -> int:
+    swap_bytes = check_bytes("swap_bytes", swap_bytes)
+    if swap_bytes < 0:
+        raise ArgumentError(f"swap_bytes must be 0 or more; got {swap_bytes}. Fix: swap_bytes=0 for none")
+    return swap_bytes
 
 
 def _default_pool_bytes(device: torch.device) -> int:

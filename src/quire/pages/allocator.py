@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 from weakref import WeakSet
+from itertools import islice
 
 from quire.errors import ArgumentError, OutOfPages
 
@@ -48,6 +49,8 @@ class PageAllocator:
             again; PagedModel poisons them with QUIRE_DEBUG=1.
     Attributes:
         tables: those whose sequences own pages here, while anyone holds the tables.
+        on_evict: called with cached pages that are about to be dropped because their memory is needed, while they still
+            hold their content; `Swap` copies them. If it raises, nothing was changed.
     Raises:
         ArgumentError: num_pages out of range.
     Cost: 21 bytes of host memory per page; every call is linear in the pages it names and
@@ -72,6 +75,7 @@ class PageAllocator:
         # Both follow from what is above, and are kept apart to notice when that goes wrong; see quire.pages.balance.
         self._num_owned = 0
         self._num_counted = 0  # owners that are sequences, all pages together
+        self.on_evict: Callable[[list[int]], None] | None = None
 
     @property
     def num_pages(self) -> int:
@@ -265,8 +269,11 @@ class PageAllocator:
             raise ArgumentError(
                 f"n must be 0 pages or more; got {n}. Fix: evict(allocator.num_cached) evicts all"
             )
-        evicted = [self._cached.popitem(last=False)[0] for _ in range(min(n, len(self._cached)))]
+        evicted = list(islice(self._cached, n))
+        if self.on_evict is not None and evicted:
+            self.on_evict(evicted)
         for page in evicted:
+            del self._cached[page]
             self._kept[page] = False
         self._drop(evicted)
         return evicted

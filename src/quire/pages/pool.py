@@ -62,7 +62,7 @@ class KVPool:
             scales = (num_layers, spec.num_kv_heads, num_pages, spec.page_size)
             self.k_scale = torch.empty(scales, dtype=torch.float32, device=self.device)
             self.v_scale = torch.empty(scales, dtype=torch.float32, device=self.device)
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             back_with_huge_pages(tensor)
         if self.debug:
             self.poison(range(num_pages))
@@ -122,8 +122,8 @@ class KVPool:
         if not origin:
             return
         destinations, sources = self._page_index(origin.keys()), self._page_index(origin.values())
-        for tensor in self._tensors():
-            bits = _as_bits(tensor)  # a copy of bits keeps every NaN as it is
+        for tensor in self.tensors():
+            bits = as_bits(tensor)  # a copy of bits keeps every NaN as it is
             bits[:, :, destinations] = bits[:, :, sources]
 
     def poison(self, pages: Iterable[int]) -> None:
@@ -135,11 +135,11 @@ class KVPool:
             ArgumentError: a page id out of range; nothing was changed.
         """
         index = self._page_index(pages)
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             if tensor.dtype.is_floating_point:
                 # Through bits: PyTorch has no index_fill_ for float8.
                 nan = torch.tensor(float("nan"), dtype=tensor.dtype, device="cpu")
-                _as_bits(tensor).index_fill_(2, index, int(_as_bits(nan).item()))
+                as_bits(tensor).index_fill_(2, index, int(as_bits(nan).item()))
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -162,7 +162,8 @@ class KVPool:
             ) from error
         return padded[..., : spec.page_size * width].view(*leading, spec.page_size, width)
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
+        """All that pages lie in: [num_layers, num_kv_heads, num_pages, …] each."""
         return [t for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None]
 
     def _page_index(self, pages: Iterable[int]) -> torch.Tensor:
@@ -176,5 +177,6 @@ class KVPool:
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
 
 
-def _as_bits(tensor: torch.Tensor) -> torch.Tensor:
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers, which copies leave as they are."""
     return tensor.view(_BIT_PATTERN[tensor.element_size()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from quire.errors import ArgumentError
 from quire.pages.allocator import PageAllocator
@@ -24,7 +24,8 @@ class Prefix:
     """
 
     __slots__ = (
-        "__weakref__", "_generation", "_next_tokens", "_others", "_uses", "num_pages", "page", "parent", "tokens",
+        "__weakref__", "_copies", "_generation", "_next_tokens", "_others", "_uses", "num_pages", "page", "parent",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -40,6 +41,7 @@ class Prefix:
         self.num_pages: int = 0 if parent is None else parent.num_pages + 1
         self._generation = generation
         self._others: Sequence[tuple[int, int]] = ()  # page and generation in each group but the first
+        self._copies = 0  # elsewhere, of its pages; see PrefixCache.hold
         self._uses = 0  # longer prefixes, and pages that still have this name; see PrefixCache._let_go
         self._next_tokens = b""  # of the page that was named last after this prefix, for `explain`
 
@@ -55,6 +57,10 @@ class Prefix:
     def page_of(self, group: int) -> int:
         """The last page, of one group."""
         return self._others[group - 1][0] if group else self.page
+
+    def group_of(self, page: int) -> int:
+        """The group of which a page is the last one."""
+        return 0 if page == self.page else [other for other, _ in self._others].index(page) + 1
 
     def __repr__(self) -> str:
         return f"Prefix({self.num_pages} pages, the last is page {self.page})"
@@ -90,6 +96,8 @@ class PrefixCache:
         allocator: owns the page ids; one cache per allocator.
         page_size: tokens per page.
         groups: what the layers of each group see, those that see all tokens first.
+    Attributes:
+        on_clear: called when every name is forgotten; whoever has copies of pages forgets them, too.
     Raises:
         ArgumentError: page_size below one, no group, or a group that sees all tokens behind one that does not.
     Cost: about 400 bytes of host memory per named page; half a µs per page matched, 1 µs per page inserted, and a
@@ -117,6 +125,7 @@ class PrefixCache:
         # Links whose page was dropped stay until the page is named again: at most one per page.
         self._links: dict[tuple[Prefix, bytes], Prefix] = {}
         self._named: dict[int, Prefix] = {}  # by page
+        self.on_clear: Callable[[], None] | None = None
         # By salt, and only while something is named after it: a salt may be used once and never again.
         self._empty: weakref.WeakValueDictionary[str | None, Prefix] = weakref.WeakValueDictionary()
 
@@ -145,9 +154,9 @@ class PrefixCache:
         Cost: O(pages found), half a µs each, and O(pages in sight) in each group with a window.
         """
         tokens = _as_array(tokens)
-        prefix = self._empty_prefix(salt) if near is None else near
+        prefix = self.empty(salt) if near is None else near
         while not self.is_known(prefix):
-            prefix = self._empty_prefix(salt) if prefix.parent is None else prefix.parent
+            prefix = self.empty(salt) if prefix.parent is None else prefix.parent
         size, find, generation = self.page_size, self._links.get, self.allocator.generation
         stops_at_lost = self._sees_all
         for start in range(prefix.num_pages * size, len(tokens) - size + 1, size):
@@ -173,7 +182,7 @@ class PrefixCache:
         end = min(first for _, first in firsts)
         while prefix.num_pages > end and prefix.parent is not None:
             for group, first in firsts:
-                if prefix.num_pages > first and not self._holds(prefix, group):
+                if prefix.num_pages > first and not self.holds(prefix, group):
                     return prefix
             prefix = prefix.parent
         return None
@@ -218,7 +227,7 @@ class PrefixCache:
             )
         if not self.is_known(prefix):
             return None
-        known = self._known_after(prefix, data)
+        known = self.known_after(prefix, data)
         lost = self._lost_pages(known, pages, count) if known else []
         # Those of each longer prefix side by side.
         fresh = list(pages[len(known) :]) if num_groups == 1 else self._side_by_side(pages, len(known), count)
@@ -227,23 +236,59 @@ class PrefixCache:
         self.allocator.keep(named)
         prefix = kept = known[-1] if known else prefix
         kept._uses += 1  # its own page may be among those that get another name
-        for longer, group, page in lost:
-            self._give_name(page, longer)
-            self._set_page(longer, group, page)
-        for (
-            longer,
-            _,
-            _,
-        ) in lost:  # the page that one gets may be what another one had lost, and its link with it
-            assert longer.parent is not None
-            self._links[longer.parent, longer.tokens] = longer
+        self._name_lost(lost)
         prefix = self._lengthen(prefix, data[len(known) * width :], fresh)
         if not self._sees_all:
             self._let_go(kept)
         return prefix
 
-    def _known_after(self, prefix: Prefix, data: bytes) -> list[Prefix]:
-        """The prefixes after this one that have links already."""
+    def put_back(self, lost: Sequence[tuple[Prefix, int, int]]) -> None:
+        """Give prefixes pages again that they had lost, each with its group and its new page. They are found at once.
+
+        Args:
+            lost: of prefixes that `known_after` found; the pages are owned and hold the same keys and values as before.
+        Raises:
+            ArgumentError: a page without owner, or one that has a name; nothing was changed.
+        """
+        pages = [page for _, _, page in lost]
+        self._check_unnamed(pages)
+        self.allocator.keep(pages)
+        self._name_lost(lost)
+
+    def _name_lost(self, lost: Sequence[tuple[Prefix, int, int]]) -> None:
+        for longer, group, page in lost:
+            self._give_name(page, longer)
+            self._set_page(longer, group, page)
+        # The page that one gets may be what another one had lost, and its link with it.
+        for longer, _, _ in lost:
+            assert longer.parent is not None
+            self._links[longer.parent, longer.tokens] = longer
+
+    def hold(self, prefix: Prefix) -> None:
+        """Keep a prefix known although its page is dropped: there is a copy of it elsewhere."""
+        prefix._copies += 1
+        prefix._uses += 1
+
+    def let_go(self, prefix: Prefix) -> None:
+        """There is a copy less. A prefix without a page and without a copy is forgotten."""
+        prefix._copies -= 1
+        if not self._sees_all:
+            self._let_go(prefix)
+        elif not prefix._copies and not self.is_known(prefix) and self._named.get(prefix.page) is not prefix:
+            self._forget_link(prefix)
+
+    def _forget_link(self, prefix: Prefix) -> None:
+        assert prefix.parent is not None
+        key = (prefix.parent, prefix.tokens)
+        if self._links.get(key) is prefix:
+            del self._links[key]
+
+    def known_after(self, prefix: Prefix, data: bytes) -> list[Prefix]:
+        """The prefixes after this one that begin with these tokens, also those that have lost their pages. Reads only.
+
+        Args:
+            data: tokens of full pages, int64 as bytes.
+        """
         find, width, known = self._links.get, 8 * self.page_size, []
         for start in range(0, len(data), width):
             longer = find((prefix, data[start : start + width]))
@@ -261,7 +306,7 @@ class PrefixCache:
             (longer, group, pages[group * count + index])
             for index, longer in enumerate(known)
             for group in range(len(self.groups))
-            if not self._holds(longer, group)
+            if not self.holds(longer, group)
         ]
 
     def _side_by_side(self, pages: Sequence[int], first: int, count: int) -> list[int]:
@@ -316,10 +361,8 @@ class PrefixCache:
             return
         if not self._sees_all:
             self._let_go(before)
-        elif before.page == page and before is not prefix:
-            key = (before.parent, before.tokens)
-            if self._links.get(key) is before:
-                del self._links[key]
+        elif before.page == page and before is not prefix and not before._copies:
+            self._forget_link(before)
 
     def _let_go(self, prefix: Prefix) -> None:
         """Count a use of a prefix less, and forget it with the last: nothing after it can be found.
@@ -358,6 +401,8 @@ class PrefixCache:
         self._named.clear()
         self._empty.clear()
         self.allocator.unkeep(named)
+        if self.on_clear is not None:
+            self.on_clear()
 
     def is_known(self, prefix: Prefix) -> bool:
         """Whether the last page of a prefix still holds its tokens, in groups that see all tokens. Reads only.
@@ -401,7 +446,7 @@ class PrefixCache:
         longer = self._links.get((prefix, page.tobytes()))
         if longer is not None:
             dropped = f"the page of {span} was dropped"
-            lacking = [sight for group, sight in enumerate(self.groups) if not self._holds(longer, group)]
+            lacking = [sight for group, sight in enumerate(self.groups) if not self.holds(longer, group)]
             return (
                 f"{dropped} in layers that see {lacking[0]}" if lacking and len(self.groups) > 1 else dropped
             )
@@ -412,12 +457,13 @@ class PrefixCache:
             return f"token {start + at} is {page[at]}, where the page cached last has {cached[at]}"
         return f"no page is cached for {span}: never computed, or dropped since"
 
-    def _holds(self, prefix: Prefix, group: int) -> bool:
-        """Whether the last page of a prefix still holds its tokens, in one group."""
+    def holds(self, prefix: Prefix, group: int) -> bool:
+        """Whether the last page of a prefix still holds its tokens, in one group. Reads only."""
         page, generation = prefix._others[group - 1] if group else (prefix.page, prefix._generation)
         return generation == self.allocator.generation(page)
 
-    def _empty_prefix(self, salt: str | None) -> Prefix:
+    def empty(self, salt: str | None = None) -> Prefix:
+        """The prefix without pages, with which all others under a salt begin."""
         prefix = self._empty.get(salt)
         if prefix is None:
             prefix = self._empty[salt] = Prefix(None, -1, b"", 0)
