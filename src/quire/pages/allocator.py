@@ -6,9 +6,9 @@ import operator
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 from weakref import WeakSet
-from itertools import islice
 
 from quire.errors import ArgumentError, OutOfPages
 
