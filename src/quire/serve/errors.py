@@ -107,6 +107,9 @@ async def _on_wrong_body(request: Request, error: Exception) -> Response:
         return refused(
             Refusal(400, f"the body must be JSON; got {first['ctx']['error']}. Fix: see the request")
         )
+    if first["type"] in ("model_type", "model_attributes_type") and len(first["loc"]) == 1:
+        said = "the body must be a JSON object, with the header content-type: application/json; got another"
+        return refused(Refusal(400, f"{said}. Fix: both"))
     # Names of a union's members and of validators are ours, not the client's.
     places = [str(part) for part in first["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
     name = ".".join(places) or None

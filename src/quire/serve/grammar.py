@@ -86,7 +86,8 @@ class JsonProcessor:
         matcher.consume_tokens(rest)
         allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8) != 0
         if matcher.is_error():
-            raise ValueError(f"no token goes on from here: {matcher.get_error()}")
+            reason = matcher.get_error().splitlines()[0]
+            raise _wrong_schema(f"one that no token goes on with after {len(token_ids)}: {reason:.100}")
         self._matchers[text] = matcher
         if len(self._matchers) > self._num_samples:
             del self._matchers[next(iter(self._matchers))]
