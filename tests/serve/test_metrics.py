@@ -50,7 +50,7 @@ def test_requests_that_run_are_counted_apart_from_those_that_wait():
     engine = make_engine(num_pages=10)
     for prompt in ([1], [2], [3]):
         engine.add_request(prompt, SamplingParams(max_tokens=30, ignore_eos=True))
-    for _ in range(12):
+    for _ in range(16):
         engine.step()
     with serving(engine) as running:
         found = figures(running)

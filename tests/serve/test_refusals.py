@@ -8,6 +8,7 @@ import socket
 import httpx
 import openai
 import pytest
+from engine.test_threads import Gate
 
 from quire.engine import Engine
 from quire.errors import ArgumentError
@@ -191,22 +192,18 @@ def test_a_body_that_does_not_come_is_given_up(guarded):
 
 
 def test_beyond_the_queue_requests_are_told_to_come_back(guarded):
-    """Three texts have places; the fourth is refused until one has ended."""
-    engine, ask = (
-        guarded.engine,
-        {"prompt": "x", "n": 3, "max_tokens": 390, "ignore_eos": True, "stream": True},
-    )
-    headers = bearer(KEY)
+    """Three texts have places; the fourth is refused until they have ended."""
+    gate, headers = Gate(guarded.engine.model, at=3), bearer(KEY)
+    ask = {"prompt": "x", "n": 3, "max_tokens": 20, "ignore_eos": True, "stream": True}
     with httpx.stream(
         "POST", f"{guarded.url}/v1/completions", json=ask, headers=headers, timeout=HANGS
     ) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        with engine.model.lock:  # nothing ends meanwhile
-            answer = guarded.post("/v1/completions", json={"prompt": "y"}, headers=headers)
-            check_error(answer, 429, "got 3 of 3 taken")
-            assert answer.headers["retry-after"] == "1"
-        assert list(lines)[-2] == "data: [DONE]"
+        assert gate.reached.wait(HANGS)
+        answer = guarded.post("/v1/completions", json={"prompt": "y"}, headers=headers)
+        check_error(answer, 429, "got 3 of 3 taken")
+        assert answer.headers["retry-after"] == "1"
+        gate.opened.set()
+        assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
     until(lambda: guarded.service.places.taken == 0)
     assert guarded.post("/v1/completions", json={"prompt": "y"}, headers=headers).status_code == 200
 

@@ -117,7 +117,7 @@ class Door:
         if self._key is None or scope["path"] in _OPEN_PATHS:
             return
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        # Latin-1 gives the header's bytes back. Digests: they are equally long, and the time that comparing takes says nothing.
+        # Latin-1 gives the header's bytes back. Digests are equally long: the time to compare them says nothing.
         is_right = hmac.compare_digest(_digest(given.strip().encode("latin-1")), self._key)
         if kind.lower() != "bearer" or not is_right:
             raise Refusal(

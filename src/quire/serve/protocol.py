@@ -61,7 +61,7 @@ class _Object(BaseModel):
         for name in data:
             if name not in cls.model_fields:
                 raise ValueError(
-                    f"{ascii(name):.60} must be left out, as this server does not know it. Fix: leave it out"
+                    f"{name!a:.60} must be left out, as this server does not know it. Fix: leave it out"
                 )
         return {name: value for name, value in data.items() if value is not None}
 
@@ -205,7 +205,7 @@ class Message(BaseModel):
         for name in kept:
             if name not in cls.model_fields:
                 raise ValueError(
-                    f"{ascii(name):.60} of a message must be left out: only text is served. Fix: leave it out"
+                    f"{name!a:.60} of a message must be left out: only text is served. Fix: leave it out"
                 )
         return kept
 

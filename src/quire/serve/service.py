@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -93,7 +93,7 @@ class Service:
             self._observe(outputs)
             return shape.whole(outputs)
 
-    async def events(self, body: Body, shape: Shape) -> AsyncIterator[bytes]:
+    async def events(self, body: Body, shape: Shape) -> AsyncGenerator[bytes, None]:
         """The answer to a body, as server-sent events; what fails behind the first one is an event, too.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await _end(working, gone)
 
 
-async def merge(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Delta]]:
+async def merge(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Delta], None]:
     """What several answers gain, each with its place, as it comes; closes them at the end."""
     streams = [answer.deltas() for answer in answers]
     waits = {asyncio.ensure_future(_next(stream)): place for place, stream in enumerate(streams)}
@@ -71,7 +71,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], seconds: float) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], seconds: float) -> None:
         self._first = first
         self._rest = rest
         self._seconds = seconds
@@ -93,7 +93,7 @@ class EventStream(Response):
             await _end(sending, gone)
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(self._rest) as rest:  # type: ignore[type-var]  # an async generator
+        async with aclosing(self._rest) as rest:
             await self._take(
                 send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             )
