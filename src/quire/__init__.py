@@ -21,7 +21,7 @@ from quire.errors import (
     QuireError,
     ShapeError,
     UnsupportedError,
-    hf_is_missing,
+    extra_is_missing,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if home != _ENGINE:
             raise
-        raise hf_is_missing(f"quire.{name}", error) from error
+        raise extra_is_missing(f"quire.{name}", error) from error
     globals()[name] = value  # found at once from now on, which also a compiled graph of torch's relies on
     return value
 

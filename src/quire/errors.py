@@ -52,17 +52,22 @@ class ModelError(QuireError):
     """A folder, checkpoint or configuration that is not a usable model."""
 
 
-_EXTRA_HF = ("rich", "safetensors", "tokenizers", "transformers", "typer")  # as in pyproject.toml
+# Packages of the extras of pyproject.toml, by their import names.
+_EXTRAS = {
+    "hf": ("rich", "safetensors", "tokenizers", "transformers", "typer"),
+    "serve": ("fastapi", "llguidance", "prometheus_client", "pydantic", "starlette", "uvicorn"),
+}
 
 
-def hf_is_missing(what: str, error: ModuleNotFoundError) -> UnsupportedError:
-    """The sentence for a failed import of a package of the extra "hf"; any other failed import is raised again.
+def extra_is_missing(what: str, error: ModuleNotFoundError) -> UnsupportedError:
+    """The sentence for a failed import of a package of an extra; any other failed import is raised again.
 
     what: what cannot be used without it.
     """
     package = (error.name or "").partition(".")[0]
-    if package not in _EXTRA_HF:
-        raise error
-    return UnsupportedError(
-        f"{what} needs {package}, which is not installed. Fix: pip install '.[hf]' in Quire's folder"
-    )
+    for extra, packages in _EXTRAS.items():
+        if package in packages:
+            return UnsupportedError(
+                f"{what} needs {package}, which is not installed. Fix: pip install '.[{extra}]' in Quire's folder"
+            )
+    raise error

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Phi3Config
 
+from quire.errors import ArgumentError
 from quire.hf.limits import max_seq_len
 
 from .families import FAMILIES, tiny_model
@@ -39,3 +40,14 @@ def test_past_the_limit_of_longrope_one_sequence_does_change_another():
 
     assert torch.equal(cosines_of_position_3(beside=10), cosines_of_position_3(beside=63))
     assert not torch.equal(cosines_of_position_3(beside=63), cosines_of_position_3(beside=64))
+
+
+def test_the_user_may_set_a_smaller_limit_and_no_larger_one():
+    config = LlamaConfig(max_position_embeddings=77)
+    assert max_seq_len(config, at_most=77) == 77
+    assert max_seq_len(config, at_most=5) == 5
+    assert max_seq_len(MambaConfig(), at_most=5) == 5
+    with pytest.raises(ArgumentError, match="max_model_len must be at most the model's 77 tokens; got 78"):
+        max_seq_len(config, at_most=78)
+    with pytest.raises(ArgumentError, match="max_model_len must be an int of at least 1; got 0"):
+        max_seq_len(config, at_most=0)

@@ -2,6 +2,7 @@
 
 app.py        commands and options, as typed
 generate.py   one prompt, continued
+serve.py      a model behind OpenAI's API
 demo.py       eight prompts served at once, watched and measured
 prompts.py    ... which prompts
 page_map.py   ... the picture of who owns which pages
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from quire.errors import QuireError, hf_is_missing
+from quire.errors import QuireError, extra_is_missing
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -48,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        return _say(str(hf_is_missing("the command line", error)))
+        return _say(str(extra_is_missing("the command line", error)))
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -36,6 +36,16 @@ class KVDtypeName(str, Enum):
     fp8_e5m2 = "fp8_e5m2"
 
 
+class CacheDtype(str, Enum):
+    """The same, as vLLM names them."""
+
+    auto = "auto"
+    int8 = "int8"
+    fp8 = "fp8"
+    fp8_e4m3 = "fp8_e4m3"
+    fp8_e5m2 = "fp8_e5m2"
+
+
 # Typer reads annotations at run time, and Python 3.10's typer has no `X | None` in all versions we allow.
 ModelOption = Annotated[
     Optional[Path],  # noqa: UP045
@@ -129,6 +139,79 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     kv = kv_dtype.value if kv_dtype else None
     run(load(model, dtype=dtype.value, kv_dtype=kv, page_size=page_size, num_pages=num_pages), text, params)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face model folder; default: the embedded demo model.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
+    served_model_name: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="What clients call the model; may be given several times.", show_default="MODEL as typed"
+        ),
+    ] = None,
+    api_key: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What clients must send; default: QUIRE_API_KEY, which other users do not see."),
+    ] = None,
+    max_model_len: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Most tokens of a prompt and its text.", show_default="the model's"),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most requests in one step.")] = 128,
+    max_queue: Annotated[
+        int, typer.Option(min=0, help="Texts that may wait beside them; more get 429.")
+    ] = 256,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Find prompts' pages again."),
+    ] = True,
+    dtype: DtypeOption = Dtype.float32,
+    kv_cache_dtype: Annotated[
+        CacheDtype, typer.Option(help="Dtype of the pages; auto: that of the weights; fp8 is fp8_e4m3.")
+    ] = CacheDtype.auto,
+    page_size: PageSizeOption = 16,
+    num_pages: NumPagesOption = None,
+) -> None:
+    """Serve a model by OpenAI's API, over HTTP; for this machine alone unless --host says otherwise.
+
+    Names of options are vLLM's. Ctrl-C or SIGTERM lets requests end for ten seconds, then stops.
+
+    \b
+    Examples:
+      quire serve
+      quire serve ~/models/SmolLM2-135M-Instruct --served-model-name smol --port 8001
+      QUIRE_API_KEY=… quire serve ~/models/SmolLM2-135M-Instruct --host 0.0.0.0
+    """
+    from quire.cli.serve import run
+
+    kinds = {"auto": None, "fp8": "fp8_e4m3"}
+    run(
+        model,
+        host=host,
+        port=port,
+        names=served_model_name,
+        api_key=api_key,
+        max_num_seqs=max_num_seqs,
+        max_queue=max_queue,
+        max_model_len=max_model_len,
+        enable_prefix_caching=enable_prefix_caching,
+        dtype=dtype.value,
+        kv_dtype=kinds.get(kv_cache_dtype.value, kv_cache_dtype.value),
+        page_size=page_size,
+        num_pages=num_pages,
+    )
 
 
 @app.command()

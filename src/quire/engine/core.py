@@ -155,9 +155,13 @@ class Engine:
         self._sleepers: dict[int, Waiter] = {}  # by thread: what it waits for while another runs steps
 
     def __repr__(self) -> str:
-        num_running = len(self._scheduler.running)
-        num_waiting = len(self.requests) - num_running
-        return f"{type(self).__name__}({num_running} running, {num_waiting} waiting, {self.model!r})"
+        waiting = len(self.requests) - self.num_running
+        return f"{type(self).__name__}({self.num_running} running, {waiting} waiting, {self.model!r})"
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold pages; the others of `requests` wait."""
+        return len(self._scheduler.running)
 
     @property
     def has_unfinished(self) -> bool:

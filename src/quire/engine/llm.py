@@ -29,8 +29,8 @@ class LLM(Engine):
             LLM then shares with the other engines on it; the embedded demo model by default.
         tokenizer: a fast transformers tokenizer; None: the folder's own, and none for a model that
             is no folder, so that prompts and results are token ids.
-        page_size, num_pages, memory_bytes, kv_dtype, backend, compile, batch_invariant, swap_bytes: the pool and the
-            kernels, as for PagedModel; for a model that is not a PagedModel yet.
+        page_size, num_pages, memory_bytes, kv_dtype, max_model_len, backend, compile, batch_invariant, swap_bytes: the
+            pool, the longest sequence and the kernels, as for PagedModel; for a model that is not a PagedModel yet.
         dtype, device: of the weights; for a folder only. Default: float32 on the CPU.
         max_batch_tokens, max_num_seqs, enable_prefix_caching: see Engine.
     Raises:
@@ -49,6 +49,7 @@ class LLM(Engine):
         num_pages: int | None = None,
         memory_bytes: int | None = None,
         kv_dtype: KVDtype | None = None,
+        max_model_len: int | None = None,
         backend: str | None = None,
         compile: bool | None = None,
         batch_invariant: bool | None = None,
@@ -69,6 +70,7 @@ class LLM(Engine):
             num_pages=num_pages,
             memory_bytes=memory_bytes,
             kv_dtype=kv_dtype,
+            max_model_len=max_model_len,
             backend=backend,
             compile=compile,
             batch_invariant=batch_invariant,

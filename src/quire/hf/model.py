@@ -43,6 +43,8 @@ class PagedModel:
             1 GiB on a CPU and 80 % of the free memory on a GPU.
         memory_bytes: take as many pages as fit.
         kv_dtype: None keeps pages in the model's dtype; "int8", "fp8_e4m3", "fp8_e5m2" quantise them.
+        max_model_len: most tokens of a sequence, prompt and generated; None: as many as the config allows, which it
+            must not exceed.
         backend: "auto", "cpu", "triton" or "reference".
         compile: run the model's layers compiled by torch, which takes a C++ compiler and, once, the time to
             compile; see docs/experiments.md for what both come to.
@@ -59,6 +61,7 @@ class PagedModel:
             `Engine.reset_prefix_cache` after the weights were changed in place: it cannot see that.
         batch_invariant: as given.
         swap: the copies in host memory, for all engines on this model; None with swap_bytes=0.
+        max_seq_len: most tokens of a sequence; None: no limit.
         lock: an RLock, the same for every PagedModel of this transformers model, and of models that share its configs,
             linear layers or decoder.
     Raises:
@@ -78,6 +81,7 @@ class PagedModel:
         num_pages: int | None = None,
         memory_bytes: int | None = None,
         kv_dtype: KVDtype | None = None,
+        max_model_len: int | None = None,
         backend: str = "auto",
         compile: bool = False,
         batch_invariant: bool = False,
@@ -95,6 +99,7 @@ class PagedModel:
         if memory_bytes is not None:
             memory_bytes = check_bytes("memory_bytes", memory_bytes)
         _check_batch_invariant(batch_invariant, compile)
+        max_seq_len = limits.max_seq_len(model.config, at_most=max_model_len)
         guard.check_config(model)
         self._forward = PackedForward(model, compile=compile, batch_invariant=batch_invariant)
         calls = guard.layer_calls(model, self._forward)
@@ -113,7 +118,7 @@ class PagedModel:
         if num_pages is None:
             budget = _default_pool_bytes(model.device) if memory_bytes is None else memory_bytes
             num_pages = pages_within(budget, self.bytes_per_page)
-        self.max_seq_len = limits.max_seq_len(model.config)
+        self.max_seq_len = max_seq_len
         self.batch_invariant = batch_invariant
         self._planners = Planners(backend, model.device, batch_invariant)
         if resolve_backend(backend, model.device) == "cpu":
@@ -138,6 +143,7 @@ class PagedModel:
         num_pages: int | None = None,
         memory_bytes: int | None = None,
         kv_dtype: KVDtype | None = None,
+        max_model_len: int | None = None,
         backend: str = "auto",
         compile: bool = False,
         batch_invariant: bool = False,
@@ -158,6 +164,7 @@ class PagedModel:
             num_pages=num_pages,
             memory_bytes=memory_bytes,
             kv_dtype=kv_dtype,
+            max_model_len=max_model_len,
             backend=backend,
             compile=compile,
             batch_invariant=batch_invariant,
