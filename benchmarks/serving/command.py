@@ -35,7 +35,7 @@ from quire.cli.busy import warning
 from quire.cli.console import hush
 
 START_SECONDS = {"cuda": 15.0, "cpu": 12.0}  # of a process that loads torch and a scaled model
-PATIENCE = 4  # a contestant may take so many times what was expected of it, where there is time
+PATIENCE = 8  # a contestant may take so many times what was expected of it, where there is time
 JUDGED = 4  # texts of each contestant and case
 
 SETTING = ("device", "dtype", "scale", "seed")  # what the rows of one file share

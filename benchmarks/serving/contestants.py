@@ -76,9 +76,11 @@ class Contestant(Protocol):
 
     Attributes:
         reserved: slots that it allocated for keys and values before the first prompt.
+        written: of these, those that it has written to all the same, so that on a CPU they are resident.
     """
 
     reserved: int
+    written: int
 
     def serve(self, prompts: list[list[int]], asked: Sequence[Asked]) -> Served:
         """All prompts in, all tokens out."""
@@ -106,7 +108,7 @@ class Quire:
             )
         except quire.UnsupportedError as error:
             raise Absent(str(error)) from error
-        self.reserved = self.llm.model.num_pages * page_size
+        self.reserved, self.written = self.llm.model.num_pages * page_size, 0
 
     def serve(self, prompts: list[list[int]], asked: Sequence[Asked]) -> Served:
         from quire import SamplingParams
@@ -148,7 +150,7 @@ class Generate:
         static: the cache is allocated at full length, and the decode step compiled, which transformers does on GPUs.
     """
 
-    reserved = 0
+    reserved = written = 0
 
     def __init__(self, model: Any, room: Room, *, static: bool = False) -> None:
         self._model, self._static = model, static
@@ -220,7 +222,7 @@ class GenerateBatch:
             max_requests_per_batch=len(room.asked),
             allow_block_sharing=False,
         )
-        self.reserved = self._batching.num_blocks * page_size
+        self.reserved = self.written = self._batching.num_blocks * page_size  # it fills its cache with zeros
         self._manager: Any = None
 
     def serve(self, prompts: list[list[int]], asked: Sequence[Asked]) -> Served:

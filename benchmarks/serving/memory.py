@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+SLACK = 256 << 20
 MOST_SAMPLES = 60  # kept of a course: enough to draw it
 
 
@@ -37,7 +38,8 @@ def limit(device: str, budget: int, used: int) -> None:
 
     Args:
         used: of the budget, what is held already.
-    On a CPU the limit holds for private memory, whether it was written to or not, and for new threads' stacks.
+    A GPU's budget is kept to the byte. On a CPU, where stacks and the allocator's reserves count too, SLACK is added:
+    whoever's peak is above the budget was out of memory all the same (`Course.peak`).
     """
     if torch.device(device).type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -48,7 +50,8 @@ def limit(device: str, budget: int, used: int) -> None:
         for line in Path("/proc/self/status").read_text().splitlines()
         if line.startswith("VmData:")
     )
-    resource.setrlimit(resource.RLIMIT_DATA, (private + max(0, budget - used), resource.RLIM_INFINITY))
+    most = private + max(0, budget - used) + SLACK
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
 
 
 class Course:

@@ -58,26 +58,30 @@ def _serve(task: Task) -> Result:
 
     import quire
 
-    _ = quire.LLM  # all that is imported lies below the base, whoever serves
+    _ = quire.LLM  # imported whoever serves
     case, device, dtype = case_of(task), task["device"], getattr(torch, task["dtype"])
     on_gpu = torch.device(device).type == "cuda"
-    base = memory.held(device)
     if on_gpu:
         memory.limit(device, task["budget"], 0)
     model = make_model(case.shape, case.longest, dtype, device, task["seed"])
     weights = case.shape.parameters * dtype.itemsize
-    slots = int(contestants.CACHE_SHARE * (task["budget"] - weights)) // (case.shape.slot_values * dtype.itemsize)
+    slot_bytes = case.shape.slot_values * dtype.itemsize
+    slots = int(contestants.CACHE_SHARE * (task["budget"] - weights)) // slot_bytes
     begin = time.perf_counter()
     prompts = case.prompts(task["seed"])
     contestant = contestants.CONTESTANTS[task["who"]](model, contestants.Room(slots, case.asked))
     warm_up = contestants.warm_up_of(task["who"], case)
     contestant.serve([prompts[0][:1] * each.prompt_len for each in warm_up], warm_up)
     ready = time.perf_counter() - begin
+    base = 0
     if not on_gpu:  # what loading took for itself, libraries and machine code, is nobody's cache
-        memory.limit(device, task["budget"], weights + contestant.reserved * case.shape.slot_values * dtype.itemsize)
+        base = memory.held(device) - weights - contestant.written * slot_bytes
+        memory.limit(device, task["budget"], weights + contestant.reserved * slot_bytes)
     with memory.Course(device, base) as course:
         served = contestant.serve(prompts, case.asked)
     contestant.close()
+    if course.peak > task["budget"]:
+        raise memory.NoRoom(f"{course.peak / 1e9:.3f} GB were held of {task['budget'] / 1e9:.3f}")
     return {
         "status": "ok",
         "tokens": served.tokens,
