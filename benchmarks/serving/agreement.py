@@ -41,7 +41,9 @@ def judge(
     model = make_model(shape, positions, dtype, device, seed)
     plain = [_logits(model, device, text).float().cpu() for text in texts]
     model.to(exact_dtype(dtype))
-    return [_regret(_logits(model, device, text), own, text[1]) for text, own in zip(texts, plain, strict=True)]
+    return [
+        _regret(_logits(model, device, text), own, text[1]) for text, own in zip(texts, plain, strict=True)
+    ]
 
 
 def _logits(model: torch.nn.Module, device: str, text: Text) -> torch.Tensor:

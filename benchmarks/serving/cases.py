@@ -99,7 +99,9 @@ def make_cases(scale: int = 1, seed: int = 0) -> list[Case]:
 
     def eight_k(count: int) -> Case:
         asked = tuple(Asked(0.0, length(8192), new) for _ in range(count))
-        return Case(f"7b-8k-{count}", f"{seven.name}, {_requests(count)} of {length(8192):,} tokens", seven, asked)
+        return Case(
+            f"7b-8k-{count}", f"{seven.name}, {_requests(count)} of {length(8192):,} tokens", seven, asked
+        )
 
     def up_to_32k(count: int) -> Case:
         asked = tuple(Asked(0.0, length(32768 >> i % 4), new) for i in range(count))
@@ -109,9 +111,7 @@ def make_cases(scale: int = 1, seed: int = 0) -> list[Case]:
     def many(count: int) -> Case:
         lengths = spread(length(128), length(2048), count, seed)
         name = f"{seven.name}, {_requests(count)} of {length(128):,} to {length(2048):,} tokens"
-        return Case(
-            f"7b-2k-{count}", name, seven, tuple(Asked(0.0, n, new) for n in lengths), "7b-2k", 60.0
-        )
+        return Case(f"7b-2k-{count}", name, seven, tuple(Asked(0.0, n, new) for n in lengths), "7b-2k", 60.0)
 
     arrivals = poisson_arrivals(8, 0.25, seed)
     lengths = spread(length(256), length(8192), 8, seed)

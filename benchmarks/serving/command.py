@@ -29,7 +29,7 @@ from benchmarks.options import Parser
 from benchmarks.progress import Progress, wide_console
 from benchmarks.serving import agreement, figures, processes, tables
 from benchmarks.serving.cases import Case, chosen, make_cases
-from benchmarks.serving.contestants import BY_DEFAULT, CONTESTANTS
+from benchmarks.serving.contestants import BY_DEFAULT, CONTESTANTS, MAX_BATCH_TOKENS
 from benchmarks.serving.shapes import LLAMA_2
 from quire.cli.busy import warning
 from quire.cli.console import hush
@@ -73,7 +73,11 @@ class Call:
     """
 
     def __init__(
-        self, args: argparse.Namespace, facts: dict[str, str], say: Callable[[str], None], do: Do = processes.run
+        self,
+        args: argparse.Namespace,
+        facts: dict[str, str],
+        say: Callable[[str], None],
+        do: Do = processes.run,
     ) -> None:
         self.args, self.facts, self.say, self.do = args, facts, say, do
         self.deadline = time.monotonic() + args.seconds
@@ -120,9 +124,14 @@ class Call:
         rows = []
         for who, result in results.items():
             row = self._row(case, who) | figures.columns(
-                status=result["status"], note=result.get("note", ""), **figures.about(case), **self._terms(case)
+                status=result["status"],
+                note=result.get("note", ""),
+                **figures.about(case),
+                **self._terms(case),
             )
-            rows.append(row | (self._columns(case, result, verdicts[who], len(judged)) if who in right else {}))
+            rows.append(
+                row | (self._columns(case, result, verdicts[who], len(judged)) if who in right else {})
+            )
         return rows
 
     def _serve(self, case: Case, who: str) -> dict[str, Any]:
@@ -145,7 +154,9 @@ class Call:
 
     def _out_of_memory_below(self, case: Case, who: str) -> int:
         """On which lower rung of a ladder a contestant was out of memory; 0: on none."""
-        rungs = {other.name: other for other in self.args.all_cases if case.ladder and other.ladder == case.ladder}
+        rungs = {
+            other.name: other for other in self.args.all_cases if case.ladder and other.ladder == case.ladder
+        }
         counts = [
             len(rungs[row["case"]].asked)
             for row in self.rows
@@ -160,9 +171,7 @@ class Call:
         prompts = case.prompts(self.args.seed)
         texts: list[agreement.Text] = []  # the same text of two contestants is judged once
         for result in right.values():
-            texts += [
-                text for i in judged if (text := (prompts[i], result["tokens"][i])) not in texts
-            ]
+            texts += [text for i in judged if (text := (prompts[i], result["tokens"][i])) not in texts]
         self.say(f"{case.name}: judging {len(texts)} texts")
         task = {"kind": "judge", "case": case.key, "texts": texts, **self.common}
         result = self.do(task, max(self._expected(case), self.deadline - time.monotonic()))
@@ -194,8 +203,8 @@ class Call:
     def budget(self, case: Case) -> int:
         """Bytes of weights, cache and activations together.
 
-        Scaled down, a case keeps how many times the longest request's keys and values fit beside the weights; as
-        activations do not shrink with the layers, room for those of its longest prompt is added.
+        Scaled down, a case keeps how many times the longest request's keys and values fit beside the weights. As
+        activations do not shrink with the layers, nor a step's most tokens with the lengths, room for those is added.
         """
         whole = int(self.args.budget_gib * figures.GIB)
         if self.args.scale == 1:
@@ -204,7 +213,7 @@ class Call:
         full, own = LLAMA_2[case.shape.name.split("/")[0]], case.shape
         longest = {each.key: each for each in make_cases(1, self.args.seed)}[case.key].longest
         times = max(0.0, whole - 2 * full.parameters) / (2 * full.slot_values * longest)
-        activations = 2 * case.longest * (3 * own.intermediate + 4 * own.hidden)
+        activations = 2 * max(case.longest, MAX_BATCH_TOKENS) * (3 * own.intermediate + 4 * own.hidden)
         values = own.parameters + times * own.slot_values * case.longest + activations
         return int(values * self.dtype.itemsize)
 
@@ -271,13 +280,19 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help=f"some of {keys}")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=BY_DEFAULT, metavar="WHO",
                         help=f"default: all but the last of {', '.join(map(repr, CONTESTANTS))}")  # fmt: skip
-    parser.add_argument("--scale", type=int, help="divide layers, width and lengths by so much; needed on a CPU")
+    parser.add_argument(
+        "--scale", type=int, help="divide layers, width and lengths by so much; needed on a CPU"
+    )
     parser.add_argument("--seconds", type=float, default=500, help="time for everything; default: 500")
-    parser.add_argument("--budget-gib", type=float, default=80, metavar="GIB", help="memory of the device; default: 80")
+    parser.add_argument(
+        "--budget-gib", type=float, default=80, metavar="GIB", help="memory of the device; default: 80"
+    )
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="default: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
-    parser.add_argument("--judged", type=int, default=JUDGED, help=f"texts judged per contestant; default: {JUDGED}")
+    parser.add_argument(
+        "--judged", type=int, default=JUDGED, help=f"texts judged per contestant; default: {JUDGED}"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and arrivals; default: 0")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="written after each case")
     parser.add_argument("--resume", type=Path, metavar="FILE.csv",
@@ -285,7 +300,9 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument("--profile", action="store_true", help="print a decode step by its parts instead")
     parser.add_argument("--steps", type=int, default=40, help="decode steps of --profile; default: 40")
     parser.add_argument("--markdown", type=Path, metavar="FILE.csv", help="only print the tables of a file")
-    parser.add_argument("--plot", type=Path, metavar="FILE.csv", help="only draw the plots of a file, beside it")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.csv", help="only draw the plots of a file, beside it"
+    )
     args = parser.parse_args(arguments)
     _complete(parser, args)
     return args

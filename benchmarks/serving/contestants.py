@@ -67,7 +67,9 @@ class Room:
         needed = [-(-each.length // page_size) for each in self.asked]
         pages = min(sum(needed), self.slots // page_size)
         if pages < max(needed):
-            raise NoRoom(f"the budget leaves {self.slots:,} slots, the longest request needs {max(needed) * page_size:,}")
+            raise NoRoom(
+                f"the budget leaves {self.slots:,} slots, the longest request needs {max(needed) * page_size:,}"
+            )
         return pages
 
 
@@ -157,7 +159,9 @@ class Generate:
         if static and model.device.type != "cuda":
             raise Absent("transformers compiles its static cache on GPUs alone")
         if static and any(each.arrival for each in room.asked):
-            raise Absent("each batch would be compiled anew: the number of requests that arrive together varies")
+            raise Absent(
+                "each batch would be compiled anew: the number of requests that arrive together varies"
+            )
 
     def serve(self, prompts: list[list[int]], asked: Sequence[Asked]) -> Served:
         served = Served.nothing(len(asked))
@@ -212,7 +216,10 @@ class GenerateBatch:
 
         self._model = model
         self._config = GenerationConfig(
-            max_new_tokens=max(each.new_tokens for each in room.asked), do_sample=False, eos_token_id=-1, pad_token_id=0
+            max_new_tokens=max(each.new_tokens for each in room.asked),
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=0,
         )
         page_size = min(self.PAGE_SIZE, 1 << (max(each.length for each in room.asked) - 1).bit_length())
         self._batching = ContinuousBatchingConfig(

@@ -21,7 +21,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was refused, in any of the ways that torch and Python say so."""
     said = str(error).lower()
     return isinstance(error, (MemoryError, NoRoom, torch.OutOfMemoryError)) or any(
-        words in said for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "bad alloc")
+        words in said
+        for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "bad alloc")
     )
 
 

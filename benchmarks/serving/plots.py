@@ -42,7 +42,9 @@ def _under_load(rows: Sequence[records.Row], path: Path) -> Path:
         right.set_xlabel("so many per cent of the tokens take no longer")
         right.set_yscale("log")
         if mixed:
-            figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+            figure.legend(
+                *left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+            )
         figure.suptitle(_about(mixed or rows, named=True), x=0.005, ha="left", fontsize=8, color=QUIET)
         return _save(figure, path, "load")
 
@@ -56,7 +58,9 @@ def _three_lines(rows: Sequence[records.Row], path: Path) -> Path:
         _most_served(panels[1], rows)
         panels[1].set_title("13B, up to 32k: most\nrequests served", loc="left", fontsize=10)
         _bars(panels[2], [row for row in rows if row["key"] == MIXED], "between_p99_ms")
-        panels[2].set_title("8 requests at once: ms between\ntokens, the longest 1 % from", loc="left", fontsize=10)
+        panels[2].set_title(
+            "8 requests at once: ms between\ntokens, the longest 1 % from", loc="left", fontsize=10
+        )
         figure.suptitle(_about(rows), x=0.005, ha="left", fontsize=8, color=QUIET)
         return _save(figure, path, "comparison")
 
@@ -66,7 +70,11 @@ def _bars(axes: Any, rows: Sequence[records.Row], column: str) -> None:
     _labelled(
         axes,
         [
-            (row["who"], float(row[column] or 0), f"{float(row[column]):,.0f}" if row[column] else row["status"])
+            (
+                row["who"],
+                float(row[column] or 0),
+                f"{float(row[column]):,.0f}" if row[column] else row["status"],
+            )
             for row in rows
             if row["status"] not in ("unavailable", figures.SKIPPED)
         ],

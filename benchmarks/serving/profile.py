@@ -38,7 +38,11 @@ def measure(case: Case, task: dict[str, Any]) -> dict[str, Any]:
     dtype, device = getattr(torch, task["dtype"]), task["device"]
     steps = task["steps"]
     # Tokens for all steps here, those in which others still read their prompts included.
-    new = 3 * steps + sum(each.prompt_len for each in case.asked) // contestants.MAX_BATCH_TOKENS + len(case.asked)
+    new = (
+        3 * steps
+        + sum(each.prompt_len for each in case.asked) // contestants.MAX_BATCH_TOKENS
+        + len(case.asked)
+    )
     model = make_model(case.shape, case.longest + new, dtype, device, task["seed"])
     page_size = 16
     llm = quire.LLM(
@@ -59,7 +63,9 @@ def measure(case: Case, task: dict[str, Any]) -> dict[str, Any]:
     return {
         "requests": len(case.asked),
         "step_us": float(np.median(whole)) * 1e6,
-        "parts_us": split_kernels(parts, kernel_seconds(llm, max(2, steps // 4)), on_host=llm.model.device.type == "cpu"),
+        "parts_us": split_kernels(
+            parts, kernel_seconds(llm, max(2, steps // 4)), on_host=llm.model.device.type == "cpu"
+        ),
     }
 
 
@@ -129,7 +135,9 @@ def _timers(llm: Any, clock: dict[str, float]) -> Iterator[None]:
     """Time what the engine calls, by part, while the block runs."""
     from quire.engine import core, runner
 
-    def timed(call: Callable[..., Any], part: str, after: Callable[[], object] = lambda: None) -> Callable[..., Any]:
+    def timed(
+        call: Callable[..., Any], part: str, after: Callable[[], object] = lambda: None
+    ) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
             begin = time.perf_counter()
             result = call(*args, **options)
