@@ -325,7 +325,7 @@ def _complete(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--device must be there; got {args.device}, and torch finds no GPU")
     if args.scale is None and kind == "cpu" and not (args.markdown or args.plot):
         parser.error("--scale must be given on a CPU, such as --scale 8; got none")
-    args.scale = args.scale or 1
+    args.scale = 1 if args.scale is None else args.scale
     args.dtype = args.dtype or ("bfloat16" if kind == "cuda" else "float32")
     args.out = args.out or args.resume
     for name, least in (("scale", 1), ("judged", 1), ("steps", 4)):

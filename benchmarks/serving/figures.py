@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ def speeds(case: Case, result: dict[str, Any], itemsize: int, bytes_per_second: 
 
 def between_tokens(times: Sequence[Sequence[float]]) -> list[float]:
     """Seconds between each token and the next of the same request, of all requests."""
-    return [later - at for own in times for at, later in zip(own, own[1:], strict=False)]
+    return [later - at for own in times for at, later in itertools.pairwise(own)]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

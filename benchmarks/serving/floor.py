@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -64,7 +65,7 @@ def decode_step(case: Case, times: Sequence[Sequence[float]]) -> tuple[float, fl
     steps, slots = [], 0.0
     for each, own in zip(case.asked, times, strict=True):
         inside = [at for at in own if begin <= at <= end]
-        steps += [later - at for at, later in zip(inside, inside[1:], strict=False)]
+        steps += [later - at for at, later in itertools.pairwise(inside)]
         before = sum(at < begin for at in own)
         slots += each.prompt_len + before + len(inside) / 2
     return (float(np.median(steps)), slots) if steps else None

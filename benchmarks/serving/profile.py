@@ -92,7 +92,7 @@ def split_kernels(parts: dict[str, float], kernels: float, *, on_host: bool) -> 
 
 
 def kernel_seconds(llm: Any, steps: int) -> float:
-    """Seconds of a step that the device computes: a GPU's kernels, or torch's operators and Quire's kernels on a CPU."""
+    """Seconds of a step's kernels: a GPU's, or on a CPU torch's operators and Quire's kernels."""
     on_gpu = llm.model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,9 @@ def serve(task: Task) -> Result:
 def _serve(task: Task) -> Result:
     import torch
 
+    import quire
     from benchmarks.serving import contestants, memory
     from benchmarks.serving.shapes import make_model
-
-    import quire
 
     _ = quire.LLM  # imported whoever serves
     case, device, dtype = case_of(task), task["device"], getattr(torch, task["dtype"])
@@ -113,8 +113,17 @@ def case_of(task: Task) -> Any:
 KINDS = {"bandwidth": bandwidth, "judge": judge, "serve": serve, "profile": profile}
 
 
-def main() -> int:
+def _end_with_parent() -> None:
+    """End once whoever started this process is gone: nobody would read its result, and it holds a device's memory."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
     """Do the task; the result appears whole or not at all."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     task_file, result_file = map(Path, sys.argv[1:])
     task = json.loads(task_file.read_text())
     from transformers.utils import logging

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -26,7 +27,7 @@ def case_of(*asked: Asked) -> Case:
 
 def test_arrivals_are_those_of_a_poisson_process_and_of_their_seed():
     arrivals = poisson_arrivals(4001, 0.25, seed=3)
-    gaps = [later - at for at, later in zip(arrivals, arrivals[1:], strict=False)]
+    gaps = [later - at for at, later in itertools.pairwise(arrivals)]
     assert arrivals[0] == 0
     assert min(gaps) > 0
     assert statistics.mean(gaps) == pytest.approx(0.25, rel=0.05)
