@@ -10,4 +10,5 @@ turns.py        rounds, medians                  foreign.py          peers in ot
 records.py      CSV                              environment.py      where a row comes from
 report.py       the README's tables              plots.py            SVG
 progress.py, options.py   the terminal           gpu/                the same for GPUs, see docs/gpu.md
+serving/        many requests at once, on GPUs and CPUs
 """

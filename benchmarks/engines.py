@@ -65,6 +65,11 @@ def quire_compiled(name: str, job: Job) -> Ready:
         raise Absent(str(error)) from error
 
 
+def quire_batch_invariant(name: str, job: Job) -> Ready:
+    """quire.LLM whose logits have the same bits in any company."""
+    return _quire(name, job, batch_invariant=True)
+
+
 def padded_generate(name: str, job: Job) -> Ready:
     """model.generate on one batch, padded on the left, its cache contiguous."""
     model = _model(job)
@@ -119,12 +124,14 @@ def openvino(name: str, job: Job) -> Ready:
 ENGINES: dict[str, Callable[[str, Job], Ready]] = {
     "quire": quire_engine,
     "quire, compiled": quire_compiled,
+    "quire, batch-invariant": quire_batch_invariant,
     "model.generate": padded_generate,
     "generate_batch": generate_batch,
     "vllm, eager": vllm_eager,
     "vllm, compiled": vllm_compiled,
     "openvino-genai": openvino,
 }
+ONLY_BY_NAME = ("quire, batch-invariant",)  # take part where --engines names them
 
 
 def _quire(name: str, job: Job, **options: Any) -> Ready:

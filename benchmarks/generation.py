@@ -3,6 +3,7 @@
 Examples:
     {prog}                                        # the README's figures
     {prog} 4x128:32 --engines quire model.generate --layers 2
+    {prog} --engines quire "quire, batch-invariant"  # what the same bits in any company cost
     {prog} --vllm-python ~/envs/vllm/bin/python --openvino-python ~/envs/ov/bin/python
 
 All engines get the same random Llama and the same prompts. No speed is reported before the texts agree with the
@@ -20,7 +21,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import environment, records
-from benchmarks.engines import ENGINES, Job
+from benchmarks.engines import ENGINES, ONLY_BY_NAME, Job
 from benchmarks.foreign import without_absent_environments
 from benchmarks.generation_gate import TextGate
 from benchmarks.options import Parser
@@ -169,7 +170,8 @@ def parse_args(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace
         args.cases = [parse_requests(text) for text in args.cases]
     except ValueError as error:
         parser.error(str(error))
-    args.engines = args.engines or without_absent_environments(ENGINES, args.pythons)
+    by_default = [name for name in ENGINES if name not in ONLY_BY_NAME]
+    args.engines = args.engines or without_absent_environments(by_default, args.pythons)
     return args
 
 

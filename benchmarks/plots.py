@@ -18,7 +18,7 @@ from benchmarks.ceilings import NAMES as CEILINGS
 
 INK, QUIET = "#333333", "#8a8a8a"
 COLOURS = {
-    "quire": "#d1495b", "quire, compiled": "#a32c40",
+    "quire": "#d1495b", "quire, compiled": "#a32c40", "quire, batch-invariant": "#e08a95",
     "sdpa, contiguous": "#b8c4ce", "gather + sdpa": "#8fa3b3", "flex, paged": "#66829a",
     "vllm": "#e6c36a", "vllm, page 128": "#c99a2e",
     "model.generate": "#b8c4ce", "generate_batch": "#8fa3b3",

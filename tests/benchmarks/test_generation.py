@@ -68,10 +68,27 @@ def test_an_engine_that_is_not_installed_is_listed_without_a_speed(folder):
 
 
 def test_a_run_without_foreign_pythons_has_no_rows_of_them_unless_asked_by_name():
-    own = [name for name in engines.ENGINES if not name.startswith(("vllm", "openvino"))]
+    own = ["quire", "quire, compiled", "model.generate", "generate_batch"]
     assert generation.parse_args([], "bench").engines == own
     assert "vllm, eager" in generation.parse_args(["--vllm-python", "python"], "bench").engines
-    assert generation.parse_args(["--engines", "openvino-genai"], "bench").engines == ["openvino-genai"]
+    for name in ("openvino-genai", "quire, batch-invariant"):
+        assert generation.parse_args(["--engines", name], "bench").engines == [name]
+
+
+def test_the_batch_invariant_engine_is_asked_to_be_one(folder):
+    ready = engines.ENGINES["quire, batch-invariant"]("quire, batch-invariant", job_on(folder))
+    assert ready.output == engines.ENGINES["quire"]("quire", job_on(folder)).output
+    given = {}
+
+    def note(name, job, **options):
+        given.update(options)
+
+    original, engines._quire = engines._quire, note
+    try:
+        engines.quire_batch_invariant("quire, batch-invariant", job_on(folder))
+    finally:
+        engines._quire = original
+    assert given == {"batch_invariant": True}
 
 
 def test_a_text_of_another_length_is_wrong(folder):

@@ -302,6 +302,7 @@ def _bench() -> None:
       quire bench generation 8x16-256:64               8 prompts, end to end
       quire bench generation 4x128:32 --engines quire model.generate
       quire bench prefix                               what prefix caching saves
+      quire bench serving --scale 8                    many requests, beside transformers' caches
     """
 
 
@@ -327,3 +328,11 @@ def prefix(context: typer.Context) -> None:
     from quire.cli.bench import run
 
     raise typer.Exit(run("prefix", context.args))
+
+
+@bench.command(context_settings=_PASSED_ON)
+def serving(context: typer.Context) -> None:
+    """Many requests at once: Quire beside transformers' contiguous caches and its continuous batching."""
+    from quire.cli.bench import run
+
+    raise typer.Exit(run("serving", context.args))

@@ -21,7 +21,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
         ArgumentError: this package was installed without the repository around it.
     """
     root = Path(quire.__file__).resolve().parents[2]
-    if not (root / "benchmarks" / f"{name}.py").is_file():
+    places = (root / "benchmarks" / f"{name}.py", root / "benchmarks" / name / "__init__.py")
+    if not any(place.is_file() for place in places):
         raise ArgumentError(
             f"quire bench must run in a checkout of Quire; got a package in {Path(quire.__file__).parent} "
             "without one. Fix: clone the repository, then `make bench`, or `pip install -e '.[bench]'` there"
