@@ -55,7 +55,7 @@ def run(
     prompts = list(PROMPTS)
     if seed is not None:
         random.Random(seed).shuffle(prompts)
-    params = SamplingParams(max_tokens=max_tokens)
+    params = _greedy(max_tokens)
     llm, token_ids = _load(folder, prompts, max_tokens, num_pages, page_size)
     with spinner("warming up"):
         _warm_up(llm, prompts, token_ids, compare)
@@ -82,6 +82,11 @@ def run(
         console.print(f"picture: {save}")
 
 
+def _greedy(max_tokens: int) -> SamplingParams:
+    """As `serve_padded` chooses tokens, whatever the model's generation_config says."""
+    return SamplingParams(temperature=0.0, repetition_penalty=1.0, min_tokens=0, max_tokens=max_tokens)
+
+
 def _load(
     folder: Path | None, prompts: Sequence[str], max_tokens: int, num_pages: int | None, page_size: int
 ) -> tuple[LLM, list[list[int]]]:
@@ -105,7 +110,7 @@ def _load(
 
 
 def _warm_up(llm: LLM, prompts: Sequence[str], token_ids: list[list[int]], compare: bool) -> None:
-    serve_on_pages(llm, prompts, SamplingParams(max_tokens=WARM_UP_TOKENS))
+    serve_on_pages(llm, prompts, _greedy(WARM_UP_TOKENS))
     if compare:
         serve_padded(llm.model.model, token_ids, WARM_UP_TOKENS, llm.model.eos_token_ids)
 

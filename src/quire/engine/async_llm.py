@@ -81,7 +81,7 @@ class AsyncLLM:
 
         Args:
             prompt: text, or token ids.
-            params: default: SamplingParams(), greedy.
+            params: default: SamplingParams(), what the model's config says.
         Returns:
             An Answer, to be awaited or iterated: nothing is done before. The prompt is checked and encoded in a thread
             of the event loop's executor, so that a long one holds up no other coroutine.
@@ -93,7 +93,7 @@ class AsyncLLM:
 
         Args:
             messages: one conversation, [{"role": "user", "content": "…"}, …].
-            params: default: SamplingParams(), greedy.
+            params: default: SamplingParams(), what the model's config says.
         Returns:
             An Answer, as of `generate`.
         """

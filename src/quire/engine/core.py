@@ -275,7 +275,7 @@ class Engine:
 
         Args:
             prompts: text, a list of texts, token ids, or a list of such lists.
-            params: for all prompts, or one per prompt; default: SamplingParams(), greedy.
+            params: for all prompts, or one per prompt; default: SamplingParams(), what the model's config says.
             progress: show a progress bar on stderr; None: when stderr is a terminal.
         Returns:
             One output per prompt, in their order; also for a single prompt a list.

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import abc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from quire.engine.admission import (
 )
 from quire.engine.beams import Beam, BeamRequest, beam_sampling_params
 from quire.engine.chat import Messages, render_chats
+from quire.engine.defaults import fill_from, warn_of_what_is_not_applied
 from quire.engine.logits import logit_rules
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.request import Request
@@ -48,6 +50,7 @@ class Intake:
         self.tokenizer = tokenizer
         self._decoder = None if tokenizer is None else _decoder_of(tokenizer)
         self._encoding = _encoding_lock(tokenizer)
+        warn_of_what_is_not_applied(model.generation_config)
         self._seq_ids = itertools.count()
 
     def make_requests(
@@ -109,6 +112,7 @@ class Intake:
                 f"stop must be None, as this engine has no tokenizer to read text with; got {params.stop!r}. "
                 "Fix: stop_token_ids, or pass a tokenizer"
             )
+        params = self._fill(params, len(token_ids))
         eos = self.model.eos_token_ids
         longest = max_length(len(token_ids), params, self.model)
         stop_token_ids = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos)))
@@ -132,6 +136,16 @@ class Intake:
             for sample_index in range(params.n)
         ]
         return Request(sequences, prompt if isinstance(prompt, str) else None, index)
+
+    def _fill(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        """Parameters with no field left unset."""
+        filled, may_give_way = fill_from(self.model.generation_config, params, num_prompt_tokens)
+        if may_give_way:
+            unbounded = replace(filled, max_tokens=None)
+            room = max_length(num_prompt_tokens, unbounded, self.model) - num_prompt_tokens
+            if filled.max_tokens is not None and room < filled.max_tokens:
+                filled = replace(filled, max_tokens=room, min_tokens=min(filled.min_tokens, room))
+        return filled
 
     def _make_beam_request(
         self, prompt: Prompt, params: BeamSearchParams, token_ids: abc.Sequence[int], index: int

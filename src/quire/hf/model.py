@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError, ShapeError, UnsupportedError
@@ -210,10 +210,14 @@ class PagedModel:
         return int(self.config.get_text_config(decoder=True).vocab_size)
 
     @property
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model's authors mean its tokens to be chosen; None where the model says nothing."""
+        return getattr(self.model, "generation_config", None)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text; empty where the model names none."""
-        generation = getattr(self.model, "generation_config", None)
-        named = getattr(generation, "eos_token_id", None)
+        named = getattr(self.generation_config, "eos_token_id", None)
         if named is None:
             named = getattr(self.config.get_text_config(decoder=True), "eos_token_id", None)
         if named is None:
