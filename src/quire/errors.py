@@ -52,7 +52,14 @@ class ModelError(QuireError):
     """A folder, checkpoint or configuration that is not a usable model."""
 
 
-_EXTRA_HF = ("rich", "safetensors", "tokenizers", "transformers", "typer")  # as in pyproject.toml
+_EXTRA_HF = (
+    "huggingface_hub",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "typer",
+)  # as in pyproject.toml
 
 
 def hf_is_missing(what: str, error: ModuleNotFoundError) -> UnsupportedError:

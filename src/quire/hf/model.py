@@ -15,15 +15,16 @@ from quire.hf.admit import guard
 from quire.hf.admit.rehearsal import Stage
 from quire.hf.attention import RunningStep
 from quire.hf.cache import PagedCache, PageLayout, pages_within
+from quire.hf.checkpoint import find_checkpoint
 from quire.hf.forward import PackedForward
-from quire.hf.load import load_model
+from quire.hf.load import load_checkpoint
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.kernels import ahead, resolve_backend
 from quire.ops.warm_up import compile_jobs
 from quire.pages import PageAllocator, PrefixCache
 from quire.pages.huge_pages import collapse_to_huge_pages
-from quire.spec import AttentionSpec, KVDtype, check_bytes, check_size, existing_device
+from quire.spec import AttentionSpec, KVDtype, check_bytes, check_size
 
 DEFAULT_CPU_POOL_BYTES = 1 << 30
 DEFAULT_GPU_POOL_SHARE = 0.8  # of what the weights leave free; the rest is for activations
@@ -124,8 +125,9 @@ class PagedModel:
         cls,
         path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
         page_size: int = 16,
         num_pages: int | None = None,
         memory_bytes: int | None = None,
@@ -134,17 +136,20 @@ class PagedModel:
         compile: bool = False,
         batch_invariant: bool = False,
     ) -> PagedModel:
-        """Load a local folder in the Hugging Face format: config.json and *.safetensors.
+        """Load a folder in the Hugging Face format, config.json and *.safetensors, or a model of the hub by its id.
 
-        Nothing is downloaded and no code of the folder is run.
+        Nothing of a folder is downloaded, and no code of either is run.
 
+        Args:
+            path, revision: see ``find_checkpoint``.
+            dtype, device: see ``load_checkpoint``.
         Raises:
-            ModelError: the folder holds no usable model.
+            ModelError: no usable model is there.
             DeviceError: this torch or machine has no such device.
             UnsupportedError, ArgumentError: as for PagedModel.
         """
         return cls(
-            load_model(path, dtype, existing_device(device)),
+            load_checkpoint(find_checkpoint(path, revision), dtype, device),
             page_size=page_size,
             num_pages=num_pages,
             memory_bytes=memory_bytes,
