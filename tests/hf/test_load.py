@@ -278,7 +278,7 @@ def test_an_adapter_is_merged_into_its_model(folder, tmp_path, kind, options):
     model = load_checkpoint(find_checkpoint(tmp_path / "adapter"))
     with torch.inference_mode():
         plain = load_model(folder, torch.float32, "cpu")(text).logits
-        torch.testing.assert_close(model(text).logits, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(text).logits, wanted, rtol=1e-4, atol=1e-4)
     assert (wanted - plain).abs().max() > 1e-2, "the adapter changes nothing"
     assert type(model) is type(tiny_model("llama"))
     assert PagedModel.load(tmp_path / "adapter", num_pages=4, backend="reference").num_pages == 4

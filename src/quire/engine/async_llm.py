@@ -80,7 +80,7 @@ class AsyncLLM:
         """Complete a prompt.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids, as for `Engine.generate`.
             params: default: SamplingParams(), what the model's config says.
         Returns:
             An Answer, to be awaited or iterated: nothing is done before. The prompt is checked and encoded in a thread

@@ -163,7 +163,7 @@ class Engine:
         """Queue a prompt, to be served by `step`.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids, as for `generate`.
             params: default: SamplingParams(). With BeamSearchParams the one delta of the request is its result.
             priority: lower runs first, and takes pages and places from what runs with a higher one. None waits for
                 ever: for each step of priority a request lets only those pass that arrive within a minute after it.
@@ -274,7 +274,8 @@ class Engine:
         """Complete prompts, all of them served together, and with those of other threads.
 
         Args:
-            prompts: text, a list of texts, token ids, or a list of such lists.
+            prompts: text, token ids, or a list of these. Token ids may be lists, what a tokenizer returns, NumPy arrays
+                or torch tensors, of which each row is a prompt; what an attention mask rules out is left out.
             params: for all prompts, or one per prompt; default: SamplingParams(), what the model's config says.
             progress: show a progress bar on stderr; None: when stderr is a terminal.
         Returns:
@@ -331,7 +332,8 @@ class Engine:
         two of them write it, and a beam that is given up gives its pages back in the same step.
 
         Args:
-            prompts: text, a list of texts, token ids, or a list of such lists.
+            prompts: text, token ids, or a list of these. Token ids may be lists, what a tokenizer returns, NumPy arrays
+                or torch tensors, of which each row is a prompt; what an attention mask rules out is left out.
             params: for all prompts, or one per prompt.
             progress: as for `generate`.
         Returns:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from quire.engine.admission import (
     P,
+    PlainPrompt,
     Prompt,
     check_params,
     check_prompt,
@@ -24,6 +25,7 @@ from quire.engine.admission import (
 from quire.engine.beams import Beam, BeamRequest, beam_sampling_params
 from quire.engine.chat import Messages, render_chats
 from quire.engine.defaults import fill_from, warn_of_what_is_not_applied
+from quire.engine.encodings import unpacked_one
 from quire.engine.logits import logit_rules
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.request import Request
@@ -85,14 +87,15 @@ class Intake:
         self,
         listed: abc.Sequence[Prompt],
         params: abc.Sequence[P],
-        make: Callable[[Prompt, P, abc.Sequence[int], int], Request],
+        make: Callable[[PlainPrompt, P, abc.Sequence[int], int], Request],
         *,
         special_tokens: bool = True,
     ) -> list[Request]:
-        texts = [prompt for prompt in listed if isinstance(prompt, str)]
+        plain: list[PlainPrompt] = [unpacked_one(prompt) for prompt in listed]
+        texts = [prompt for prompt in plain if isinstance(prompt, str)]
         encoded = iter(self._encode(texts, special_tokens=special_tokens))
         requests = []
-        for index, (prompt, its_params) in enumerate(zip(listed, params, strict=True)):
+        for index, (prompt, its_params) in enumerate(zip(plain, params, strict=True)):
             token_ids = next(encoded) if isinstance(prompt, str) else prompt
             try:
                 check_prompt(prompt, token_ids, self.model)
@@ -104,7 +107,7 @@ class Intake:
         return requests
 
     def _make_request(
-        self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int
+        self, prompt: PlainPrompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int
     ) -> Request:
         check_params(params, self.model)
         if params.stop_strings and self._decoder is None:
@@ -148,7 +151,7 @@ class Intake:
         return filled
 
     def _make_beam_request(
-        self, prompt: Prompt, params: BeamSearchParams, token_ids: abc.Sequence[int], index: int
+        self, prompt: PlainPrompt, params: BeamSearchParams, token_ids: abc.Sequence[int], index: int
     ) -> Request:
         internal = beam_sampling_params(params)
         longest = max_length(len(token_ids), params, self.model)
@@ -203,7 +206,20 @@ class Intake:
             check_text(text, index)
         with self._encoding:
             token_ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
+            if special_tokens:
+                token_ids = [self._begin_once(text, ids) for text, ids in zip(texts, token_ids, strict=True)]
         return token_ids
+
+    def _begin_once(self, text: str, token_ids: list[int]) -> list[int]:
+        """The tokens of a text without the one that the tokenizer put before it, where the text begins with it itself.
+
+        Such is a text that a chat template has made, which the model has never seen to begin twice.
+        """
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None or token_ids[:2] != [bos, bos]:
+            return token_ids
+        own: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return token_ids[1:] if own[:1] == [bos] and token_ids[1 : 1 + len(own)] == own else token_ids
 
 
 _encoding_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
