@@ -2,6 +2,7 @@
 
 app.py        commands and options, as typed
 generate.py   one prompt, continued
+chat.py       a conversation, line by line
 demo.py       eight prompts served at once, watched and measured
 prompts.py    ... which prompts
 page_map.py   ... the picture of who owns which pages

@@ -32,7 +32,8 @@ def list_prompts(given: Prompts) -> list[PlainPrompt]:
         ArgumentError: neither text nor token ids nor a list of these.
     """
     prompts: Any = unpacked(given)
-    if prompts is not given and isinstance(prompts, list) and not prompts:
+    is_unpacked = prompts is not given
+    if is_unpacked and isinstance(prompts, list) and not prompts:
         return [prompts]  # an encoding of nothing is a prompt of nothing, which is refused
     if isinstance(prompts, str):
         return [prompts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import abc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -348,7 +348,7 @@ class Engine:
 
     def stream(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Complete prompts, and hand out each token as it comes.
 
         Args:
@@ -362,7 +362,23 @@ class Engine:
         """
         return self._stream(self._intake.make_requests(list_prompts(prompts), params))
 
-    def _stream(self, requests: list[Request]) -> Iterator[Delta]:
+    def stream_chat(
+        self,
+        messages: Messages | abc.Sequence[Messages],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+    ) -> Generator[Delta, None, None]:
+        """Write the next turn of conversations, as `chat` does, and hand out each token as it comes.
+
+        Args:
+            messages, params: as for `chat`.
+        Returns:
+            An iterator of deltas, as of `stream`; `delta.index` tells the conversations apart.
+        Raises:
+            ArgumentError, UnsupportedError: as `chat`, at the call.
+        """
+        return self._stream(self._intake.make_chat_requests(messages, params))
+
+    def _stream(self, requests: list[Request]) -> Generator[Delta, None, None]:
         with self._serving(requests) as reader:
             for deltas in self._read(reader):
                 yield from deltas
