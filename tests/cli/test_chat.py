@@ -169,7 +169,7 @@ def folder(tmp_path):
     )
     generation = json.loads((DEMO_MODEL / "generation_config.json").read_text())
     (tmp_path / "model" / "generation_config.json").write_text(
-        json.dumps(generation | {"repetition_penalty": 8.0})
+        json.dumps(generation | {"repetition_penalty": 0.2})
     )
     return tmp_path / "model"
 
