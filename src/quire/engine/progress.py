@@ -20,11 +20,8 @@ def say(line: str) -> None:
     """Log a line as INFO; where nobody listens to that, write it to stderr if a person reads it."""
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)
-    elif sys.stderr is not None:
-        # Under a spinner of rich's, stderr is a stand-in that says it is no terminal, and that writes above the spinner.
-        terminal = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-        if terminal.isatty():
-            print(line, file=sys.stderr)
+    elif sys.stderr is not None and sys.stderr.isatty():
+        print(line, file=sys.stderr)
 
 
 @contextmanager
