@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -150,6 +151,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the Hugging Face folder: configs, tokenizer, bf16 weights."""
     model.generation_config.pad_token_id = model.config.eos_token_id
     model.save_pretrained(folder)
+    _compute_in_float32(folder / "config.json")
     (folder / "model.safetensors").chmod(0o644)
     FastTokenizer(
         tokenizer_object=tokenizer,
@@ -159,6 +161,12 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
         clean_up_tokenization_spaces=False,
         model_max_length=model.config.max_position_embeddings,
     ).save_pretrained(folder)
+
+
+def _compute_in_float32(config: Path) -> None:
+    """Let the config name the dtype to compute in, which is not the one that the weights are stored in."""
+    values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # --- training -----------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class ModelError(QuireError):
 
 # Packages of the extras of pyproject.toml, by their import names.
 _EXTRAS = {
-    "hf": ("rich", "safetensors", "tokenizers", "transformers", "typer"),
+    "hf": ("huggingface_hub", "rich", "safetensors", "tokenizers", "transformers", "typer"),
     "serve": ("fastapi", "llguidance", "prometheus_client", "pydantic", "starlette", "uvicorn"),
 }
 

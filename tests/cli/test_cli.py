@@ -35,6 +35,9 @@ BAD_INPUT = {
     "a negative seed": (["generate", "x", "--seed", "-1"], "seed must be"),
     "an empty stop string": (["generate", "x", "--stop", ""], "stop must be"),
     "no such folder": (["generate", "x", "--model", "/no/such/folder"], "'/no/such/folder', which is none"),
+    "no model to talk to": (["chat"], "Missing argument"),
+    "no such folder to talk to": (["chat", "/no/such/folder"], "'/no/such/folder', which is none"),
+    "no such device": (["generate", "x", "--device", "abacus"], "device must be one that"),
     "a picture of an unknown kind": (["demo", "--save", "demo.png"], "--save must name an .svg file"),
     "a picture in no folder": (
         ["demo", "--save", "/no/such/folder/demo.svg"],
@@ -119,7 +122,7 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"quire {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "doctor"])
 def test_help_of_each_command_shows_how_to_type_it(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

@@ -5,7 +5,6 @@ import re
 from typing import get_args
 
 import pytest
-import torch
 from rich.console import Console
 
 from quire import LLM, ModelError, SamplingParams, cli
@@ -76,8 +75,12 @@ def test_the_text_ends_before_the_earliest_stop_string(capsys, continuation):
     assert capsys.readouterr().out == as_lines(continuation[: continuation.index(early)])
 
 
-def test_options_reach_the_model_as_they_were_typed(monkeypatch, tmp_path):
-    typed = f"--model {tmp_path} --dtype bfloat16 --kv-dtype int8 --page-size 32 --num-pages 9"
+@pytest.mark.parametrize(("command", "arguments"), [("generate", [PROMPT]), ("chat", [])])
+def test_options_reach_the_model_as_they_were_typed(monkeypatch, tmp_path, command, arguments):
+    typed = (
+        f"--model {tmp_path} --revision v1 --dtype bfloat16 --device cuda:1 --kv-dtype int8 --page-size 32"
+    )
+    typed += " --num-pages 9"
     asked = {}
 
     def llm(model, **options):
@@ -85,10 +88,35 @@ def test_options_reach_the_model_as_they_were_typed(monkeypatch, tmp_path):
         raise ModelError("enough")
 
     monkeypatch.setattr("quire.engine.LLM", llm)
-    assert cli.run(["generate", PROMPT, *typed.split()]) == 2
+    monkeypatch.setattr("quire.hf.checkpoint.find_checkpoint", lambda model, revision: None)
+    typed = typed.replace("--model ", "") if command == "chat" else typed  # there it needs no name
+    assert cli.run([command, *arguments, *typed.split()]) == 2
     assert asked == {
-        "model": tmp_path, "dtype": torch.bfloat16, "kv_dtype": "int8", "page_size": 32, "num_pages": 9
+        "model": str(tmp_path), "revision": "v1", "dtype": "bfloat16", "device": "cuda:1", "kv_dtype": "int8",
+        "page_size": 32, "num_pages": 9,
     }  # fmt: skip
+
+
+def test_options_that_are_not_typed_are_left_to_the_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr("quire.engine.LLM", lambda model, **options: asked.append(options))
+    monkeypatch.setattr("quire.cli.generate.run", lambda llm, prompt, params: asked.append(params))
+    assert cli.run(["generate", PROMPT]) == 0
+    options, params = asked
+    assert (options["dtype"], options["device"], options["revision"]) == ("auto", None, None)
+    assert params == SamplingParams()
+
+
+def test_on_a_terminal_one_line_says_the_dtype_the_device_and_who_chose_them(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for typed, said in (
+        ([], "demo_model: float32 (the checkpoint's own) on cpu (no GPU)"),
+        (["--dtype", "bfloat16", "--device", "cpu"], "demo_model: bfloat16 (as asked) on cpu (as asked)"),
+    ):
+        assert cli.run(["generate", PROMPT, "--max-tokens", "1", *typed]) == 0
+        shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().err)
+        assert said.replace(" ", "") in re.sub(r"\s", "", shown), "it may be wrapped at the terminal's width"
 
 
 def test_sampling_options_reach_the_request_as_they_were_typed(monkeypatch):
@@ -132,4 +160,5 @@ def test_what_a_model_writes_cannot_steer_the_terminal():
 
 def test_dtypes_on_the_command_line_are_those_of_the_library():
     assert {kind.value for kind in KVDtypeName} == set(get_args(KVDtype))
-    assert {kind.value for kind in Dtype} == {str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES}
+    dtypes = {str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES}
+    assert {kind.value for kind in Dtype} == {"auto", *dtypes}

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from quire.engine import BeamSearchParams, Engine, SamplingParams
 from quire.engine.sampler import sample
@@ -40,6 +40,7 @@ class FakeModel:
     """
 
     device = torch.device("cpu")
+    generation_config: GenerationConfig | None = None
 
     def __init__(
         self,

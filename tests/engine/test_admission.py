@@ -101,8 +101,87 @@ def test_prompts_are_text_token_ids_or_lists_of_these(prompts, listed):
     assert list_prompts(prompts) == listed
 
 
-def encoded(**options):
-    return byte_tokenizer()(["ab", "cd"], **options)
+def encoded(texts=("ab", "cde"), **options):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "<eos>"
+    return tokenizer(texts if isinstance(texts, str) else list(texts), **options)
+
+
+AB, CDE = list(b"ab"), list(b"cde")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "listed"),
+    [
+        ({"input_ids": IDS}, [IDS]),
+        ({"input_ids": [IDS, [4]]}, [IDS, [4]]),
+        (encoded("ab"), [AB]),
+        (encoded(), [AB, CDE]),
+        (encoded(padding=True), [AB, CDE]),
+        (encoded(padding=True, padding_side="left", return_tensors="pt"), [AB, CDE]),
+        (encoded(padding=True, return_tensors="np"), [AB, CDE]),
+        (encoded("ab", return_tensors="pt"), [AB]),
+        ([encoded("ab"), encoded("cde", return_tensors="pt"), "text"], [AB, CDE, "text"]),
+        (np.array(IDS), [IDS]),
+        (np.array([IDS, IDS]), [IDS, IDS]),
+        (torch.tensor([IDS]), [IDS]),
+        (torch.tensor([IDS, IDS], dtype=torch.int32), [IDS, IDS]),
+        ([np.array(IDS), torch.tensor([[4]])], [IDS, [4]]),
+        ([{"input_ids": IDS}], [IDS]),
+        ({"prompt": "text"}, ["text"]),
+        ([{"prompt": "text"}, {"prompt_token_ids": IDS}], ["text", IDS]),
+        (
+            {"input_ids": [np.array(IDS), np.array([4, 5, 6])], "attention_mask": [[1, 1, 1], [0, 1, 1]]},
+            [IDS, [5, 6]],
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_tokenizers_and_arrays_hold_are_prompts_without_their_padding(prompts, listed):
+    assert list_prompts(prompts) == listed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        (torch.tensor(IDS), IDS),
+        (torch.tensor([IDS]), IDS),
+        (np.array(IDS), IDS),
+        (encoded("ab"), AB),
+        (encoded("ab", return_tensors="pt"), AB),
+        ({"prompt_token_ids": IDS}, IDS),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_one_prompt_may_be_an_encoding_or_an_array(prompt, ids):
+    model = FakeModel(vocab_size=257)
+    engine = Engine(model, byte_tokenizer())
+    request = engine.requests[engine.add_request(prompt)]
+    assert request.output().prompt_token_ids == ids
+    assert [output.prompt_token_ids for output in engine.generate(prompt, SamplingParams(max_tokens=1))] == [
+        ids
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ({"input_ids": IDS, "pixel_values": [1.0]}, "must be text alone; got pixel_values beside input_ids"),
+        ({"input_ids": IDS, "attention_mask": [1, 0, 1]}, "must rule out padding alone"),
+        ({"input_ids": IDS, "attention_mask": [1, 1]}, "must have the shape of input_ids"),
+        ({"input_ids": [IDS], "attention_mask": IDS}, "must have the shape of input_ids"),
+        ([{"input_ids": IDS, "attention_mask": 3}], "must have the shape of input_ids"),
+    ],
+)
+def test_an_encoding_that_says_more_than_text_is_refused(prompts, sentence):
+    with pytest.raises(ArgumentError, match=sentence) as refusal:
+        list_prompts(prompts)
+    assert "Fix: " in str(refusal.value)
+
+
+def test_an_encoding_that_is_all_padding_is_an_empty_prompt():
+    with pytest.raises(ArgumentError, match="prompt must not be empty"):
+        Engine(FakeModel()).generate({"input_ids": IDS, "attention_mask": [0, 0, 0]})
 
 
 @pytest.mark.parametrize(
@@ -112,19 +191,13 @@ def encoded(**options):
         (None, "NoneType", "tokenizer(text)['input_ids']"),
         (b"text", "bytes", "bytes(prompts).decode()"),
         ({"a": 1}, "dict", "tokenizer(text)['input_ids']"),
-        ({"input_ids": IDS}, "dict", "prompts['input_ids']"),
-        (encoded(), "BatchEncoding", "prompts['input_ids']"),
-        (encoded(return_tensors="pt"), "BatchEncoding", "prompts['input_ids'].tolist()"),
-        (np.array(IDS), "ndarray", "prompts.tolist()"),
-        (torch.tensor([IDS, IDS]), "Tensor", "prompts.tolist()"),
         ((p for p in ["a", "b"]), "generator", "list(prompts)"),
         ({"a"}, "set", "list(prompts)"),
-        ([np.array(IDS)], "a list with ndarray", "[prompt.tolist() for prompt in prompts]"),
-        ([torch.tensor(IDS)] * 2, "a list with Tensor", "[prompt.tolist() for prompt in prompts]"),
-        ([[1], torch.tensor(IDS)], "a list with Tensor", "prompts[1].tolist() as that entry"),
-        ([{"input_ids": IDS}], "a list with dict", "[prompt['input_ids'] for prompt in prompts]"),
         ([b"a"], "a list with bytes", "[bytes(prompt).decode() for prompt in prompts]"),
-        ([{"role": "user", "content": "hi"}], "a list with dict", "tokenizer.apply_chat_template("),
+        ([{"role": "user", "content": "hi"}], "a list with dict", "llm.chat(messages)"),
+        ([[1], b"a"], "a list with bytes", "bytes(prompts[1]).decode() as that entry"),
+        (np.array(3), "int", "tokenizer(text)['input_ids']"),
+        (np.array([1.5]), "a list with float 1.5", "one prompt per entry"),
         (["ab", 3], "a list with int 3", "one prompt per entry"),
         ([None], "a list with NoneType", "one prompt per entry"),
         ([True, False], "a list with bool", "one prompt per entry"),
@@ -148,11 +221,9 @@ def test_anything_else_is_refused_with_a_fix_that_works(prompts, got, fix):
 @pytest.mark.parametrize(
     ("prompt", "got", "fix"),
     [
-        (torch.tensor(IDS), "Tensor", "prompt.tolist()"),
-        (np.array(IDS), "ndarray", "prompt.tolist()"),
-        (encoded(), "BatchEncoding", "prompt['input_ids']"),
         (b"ab", "bytes", "bytes(prompt).decode()"),
         (5, "int", "tokenizer(text)['input_ids']"),
+        (torch.tensor([IDS, IDS]), "a list with list [1, 2, 3]", "tokenizer(text)['input_ids']"),
         (["a", "b"], "a list with str 'a'", "tokenizer(text)['input_ids']"),
         ([1, True], "a list with bool True", "tokenizer(text)['input_ids']"),
         ([1.5], "a list with float 1.5", "tokenizer(text)['input_ids']"),

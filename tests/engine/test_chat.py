@@ -61,6 +61,28 @@ def test_chat_begins_a_text_once():
     assert engine.generate("a", params)[0].prompt_token_ids == [EOS, ord("a")]
 
 
+def test_a_prompt_that_begins_with_the_token_a_text_begins_with_begins_with_it_once():
+    engine = chat_engine()
+    tokenizer = engine.tokenizer
+    tokenizer.bos_token = "<eos>"
+    params = SamplingParams(max_tokens=1)
+
+    def ids_of(*texts):
+        return [output.prompt_token_ids for output in engine.generate(list(texts), params)]
+
+    # A tokenizer that adds nothing: a text is what it says.
+    assert ids_of("<eos>a", "<eos><eos>a") == [[EOS, ord("a")], [EOS, EOS, ord("a")]]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", EOS)]
+    )
+    assert tokenizer("<eos>a")["input_ids"] == [EOS, EOS, ord("a")]
+    assert ids_of("a", "<eos>a", "<eos>") == [[EOS, ord("a")], [EOS, ord("a")], [EOS]]
+    assert ids_of("<eos><eos>a") == [[EOS, EOS, ord("a")]], "the second one is the caller's own"
+    rendered = tokenizer.apply_chat_template(FIRST, add_generation_prompt=True, tokenize=False)
+    [chatted] = engine.chat(FIRST, params)
+    assert ids_of(rendered) == [chatted.prompt_token_ids]
+
+
 @pytest.mark.parametrize(
     ("messages", "sentence"),
     [

@@ -93,7 +93,7 @@ def test_what_is_drawn_from_is_what_generate_draws_from(model, prompts, options,
             return_dict_in_generate=True,
         )
         params = SamplingParams(temperature=temperature, **options)
-        ours = _probabilities(result.logits[0], [params])
+        ours = _probabilities(result.logits[0], [params.with_defaults()])
         theirs = result.scores[0].softmax(-1)
         assert torch.equal(ours > 0, theirs > 0)
         assert 1 <= int((ours > 0).sum()) <= VOCAB

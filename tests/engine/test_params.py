@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from quire.engine.params import SamplingParams, takes_prompt
+from quire.engine.params import OWN_DEFAULTS, UNSET, SamplingParams, takes_prompt
 from quire.errors import ArgumentError
 
 
@@ -54,7 +57,7 @@ from quire.errors import ArgumentError
         ),
         ({"n": 0, "temperature": 1.0}, "n must be an int of at least 1; got 0"),
         ({"n": True}, "n must be an int of at least 1; got True"),
-        ({"n": 2}, "n must be 1 with temperature 0, where all samples are the same; got 2"),
+        ({"n": 2, "temperature": 0}, "n must be 1 with temperature 0, where all samples are the same; got 2"),
         ({"seed": -1}, "seed must be None or an int from 0"),
         ({"max_tokens": 0}, "max_tokens must be None or an int of at least 1; got 0"),
         ({"stop": ""}, "stop must be a non-empty string"),
@@ -85,6 +88,35 @@ def test_stop_tokens_may_come_in_any_collection(ids):
 def test_greedy_choice_may_stand_beside_filters_of_a_draw():
     params = SamplingParams(temperature=0.0, top_k=5, top_p=0.5, min_p=0.5)
     assert (params.top_k, params.top_p, params.min_p) == (5, 0.5, 0.5)
+
+
+UNSETTABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "min_tokens")
+
+
+def test_what_is_left_unset_says_so_and_is_filled_by_defaults_then_by_quires_own():
+    params = SamplingParams(top_k=5, seed=1)
+    for kept in (params, copy.deepcopy(params), pickle.loads(pickle.dumps(params)), replace(params, n=1)):
+        assert [name for name in UNSETTABLE if getattr(kept, name) is UNSET] == [
+            name for name in UNSETTABLE if name != "top_k"
+        ]
+    assert "temperature=unset, top_k=5" in repr(params)
+    filled = params.with_defaults({"temperature": 0.7, "top_k": 9, "max_tokens": None})
+    own = OWN_DEFAULTS | {"temperature": 0.7, "top_k": 5, "max_tokens": None}
+    assert {name: getattr(filled, name) for name in UNSETTABLE} == own
+    assert filled.seed == 1
+    assert filled.with_defaults({"temperature": 0.1}) is filled
+
+
+def test_none_is_a_value_and_no_unset_field():
+    params = SamplingParams(top_k=None, max_tokens=None).with_defaults({"top_k": 9, "max_tokens": 9})
+    assert (params.top_k, params.max_tokens) == (None, None)
+
+
+def test_several_samples_of_an_unset_temperature_are_judged_once_it_is_known():
+    params = SamplingParams(n=2)
+    assert params.with_defaults({"temperature": 1.0}).n == 2
+    with pytest.raises(ArgumentError, match="n must be 1 with temperature 0"):
+        params.with_defaults()
 
 
 def test_a_processor_takes_the_generated_tokens_or_the_prompt_before_them():

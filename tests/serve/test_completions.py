@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+from transformers import GenerationConfig
 
 from quire.engine import SamplingParams
+
+from .conftest import make_engine, serving
 
 PROMPT = "some text"
 
@@ -33,6 +38,19 @@ def test_sixteen_tokens_at_temperature_1_are_the_default(running):
     expected = greedy(running, temperature=1.0, seed=5, max_tokens=16)
     assert said.choices[0].text == expected.text
     assert said.choices[0].text != greedy(running, max_tokens=16).text
+
+
+def test_what_is_left_out_is_the_models_where_it_samples():
+    engine = make_engine()
+    engine.model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.6, top_k=4, min_new_tokens=3
+    )
+    with serving(engine) as running:
+        ask = partial(running.client().completions.create, model="tiny", prompt=PROMPT, seed=5, max_tokens=12)
+        [whole] = engine.generate(PROMPT, SamplingParams(seed=5, max_tokens=12))
+        [warm] = engine.generate(PROMPT, SamplingParams(seed=5, max_tokens=12, temperature=1.5))
+        assert ask().choices[0].text == whole.text
+        assert ask(temperature=1.5).choices[0].text == warm.text != whole.text
 
 
 def test_every_sample_of_every_prompt_has_its_place(running):

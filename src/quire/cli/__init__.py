@@ -2,6 +2,7 @@
 
 app.py        commands and options, as typed
 generate.py   one prompt, continued
+chat.py       a conversation, line by line
 serve.py      a model behind OpenAI's API
 demo.py       eight prompts served at once, watched and measured
 prompts.py    ... which prompts

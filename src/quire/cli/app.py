@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -23,6 +24,7 @@ app = typer.Typer(
 class Dtype(str, Enum):
     """Dtypes of weights and activations."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -48,12 +50,47 @@ class CacheDtype(str, Enum):
 
 # Typer reads annotations at run time, and Python 3.10's typer has no `X | None` in all versions we allow.
 ModelOption = Annotated[
-    Optional[Path],  # noqa: UP045
+    Optional[str],  # noqa: UP045
     typer.Option(
-        "--model", metavar="FOLDER", help="A Hugging Face model folder; default: the embedded demo model."
+        "--model",
+        metavar="MODEL",
+        help="A Hugging Face model folder, or a model's id on the hub, such as Qwen/Qwen3-0.6B, which is downloaded "
+        "once; a folder of that name wins. Default: the embedded demo model.",
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.")]
+RevisionOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--revision", help="Branch, tag or commit of a model's id.", show_default="main"),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: what the checkpoint says.")]
+DeviceOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Where the model runs: cpu, cuda, cuda:1 …", show_default="cuda if there is a GPU, else cpu"
+    ),
+]
+TemperatureOption = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        help="0 takes the likeliest token; above 0 draws, the higher the wilder.",
+        show_default="the model's, or 0",
+    ),
+]
+TopPOption = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        help="Draw from the likeliest tokens that together have this probability.",
+        show_default="the model's, or 1",
+    ),
+]
+TopKOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Draw from the k likeliest tokens; 0: from all.", show_default="the model's, or all"),
+]
+SeedOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Repeat the same draws.", show_default="random"),
+]
 KVDtypeOption = Annotated[
     Optional[KVDtypeName],  # noqa: UP045
     typer.Option("--kv-dtype", help="Quantise the pages; default: pages in the dtype of the weights."),
@@ -93,27 +130,22 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(help="Text to continue; - reads it from standard input.", show_default=False)
     ],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; above 0 draws, the higher the wilder.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")
-    ] = 1.0,
-    top_k: Annotated[
+    max_tokens: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Draw from the k likeliest tokens.", show_default="all"),
+        typer.Option(min=1, help="Most tokens to generate.", show_default="the model's, or 128"),
     ] = None,
-    seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Repeat the same draws.", show_default="random"),
-    ] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
     stop: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="End the text before this string; may be given several times."),
     ] = None,
     model: ModelOption = None,
-    dtype: DtypeOption = Dtype.float32,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
     kv_dtype: KVDtypeOption = None,
     page_size: PageSizeOption = 16,
     num_pages: NumPagesOption = None,
@@ -127,27 +159,94 @@ def generate(
       quire generate "def fibonacci(n):"
       quire generate "class Stack:" --max-tokens 200 --temperature 0.8 --seed 1
       quire generate "import os" --model ~/models/SmolLM2-135M --kv-dtype int8
+      quire generate "Once upon a time" --model Qwen/Qwen3-0.6B --device cpu --dtype bfloat16
       cat start.py | quire generate - --stop "class " > rest.py
     """
     from quire.cli.generate import run
-    from quire.cli.model import load
-    from quire.engine import SamplingParams
+    from quire.cli.model import load, sampling
 
-    params = SamplingParams(
+    params = sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens, stop=stop or None
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    kv = kv_dtype.value if kv_dtype else None
-    run(load(model, dtype=dtype.value, kv_dtype=kv, page_size=page_size, num_pages=num_pages), text, params)
+    llm = load(
+        model,
+        revision=revision,
+        dtype=dtype.value,
+        device=device,
+        kv_dtype=kv_dtype.value if kv_dtype else None,
+        page_size=page_size,
+        num_pages=num_pages,
+    )
+    run(llm, text, params)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face model folder, or a model's id on the hub, which is downloaded once; a folder of that "
+            "name wins. Its tokenizer must have a chat template.",
+            show_default=False,
+        ),
+    ],
+    system: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What the model is told before the conversation.", show_default="nothing"),
+    ] = None,
+    max_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Most tokens of an answer.", show_default="as many as fit"),
+    ] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    kv_dtype: KVDtypeOption = None,
+    page_size: PageSizeOption = 16,
+    num_pages: NumPagesOption = None,
+) -> None:
+    """Talk to a model, line by line.
+
+    Answers stream as they come, and the model sees the whole conversation, which stays in pages from turn to turn.
+    Ctrl-C stops an answer, /clear forgets the conversation, /exit or Ctrl-D ends. Lines may come through a pipe:
+    then the answers alone are written.
+
+    \b
+    Examples:
+      quire chat Qwen/Qwen3-0.6B
+      quire chat ~/models/SmolLM2-135M-Instruct --system "Answer in one sentence." --temperature 0
+      quire chat Qwen/Qwen3-0.6B --device cuda:1 --kv-dtype fp8_e4m3
+      echo "What is a page table?" | quire chat Qwen/Qwen3-0.6B > answer.txt
+    """
+    from quire.cli.chat import run
+    from quire.cli.model import load, sampling
+
+    params = sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    llm = load(
+        model,
+        revision=revision,
+        dtype=dtype.value,
+        device=device,
+        kv_dtype=kv_dtype.value if kv_dtype else None,
+        page_size=page_size,
+        num_pages=num_pages,
+    )
+    run(llm, replace(params, max_tokens=max_tokens), system=system)
 
 
 @app.command()
 def serve(
     model: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[str],  # noqa: UP045
         typer.Argument(
             metavar="MODEL",
-            help="A Hugging Face model folder; default: the embedded demo model.",
+            help="A Hugging Face model folder, or a model's id on the hub, which is downloaded once; a folder of that "
+            "name wins. Default: the embedded demo model.",
             show_default=False,
         ),
     ] = None,
@@ -177,7 +276,9 @@ def serve(
         bool,
         typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Find prompts' pages again."),
     ] = True,
-    dtype: DtypeOption = Dtype.float32,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
     kv_cache_dtype: Annotated[
         CacheDtype, typer.Option(help="Dtype of the pages; auto: that of the weights; fp8 is fp8_e4m3.")
     ] = CacheDtype.auto,
@@ -191,6 +292,7 @@ def serve(
     \b
     Examples:
       quire serve
+      quire serve Qwen/Qwen3-0.6B --device cuda
       quire serve ~/models/SmolLM2-135M-Instruct --served-model-name smol --port 8001
       QUIRE_API_KEY=… quire serve ~/models/SmolLM2-135M-Instruct --host 0.0.0.0
     """
@@ -207,7 +309,9 @@ def serve(
         max_queue=max_queue,
         max_model_len=max_model_len,
         enable_prefix_caching=enable_prefix_caching,
+        revision=revision,
         dtype=dtype.value,
+        device=device,
         kv_dtype=kinds.get(kv_cache_dtype.value, kv_cache_dtype.value),
         page_size=page_size,
         num_pages=num_pages,
@@ -227,6 +331,9 @@ def demo(
         typer.Option(min=0, help="Shuffle the order in which the prompts arrive."),
     ] = None,
     model: ModelOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
     compare: Annotated[
         bool,
         typer.Option("--compare/--no-compare", help="Measure a contiguous padded cache beside the pages."),
@@ -255,6 +362,7 @@ def demo(
 
     run(
         model,
+        weights={"revision": revision, "dtype": dtype.value, "device": device},
         max_tokens=max_tokens,
         num_pages=num_pages,
         page_size=page_size,

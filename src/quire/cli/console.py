@@ -16,8 +16,7 @@ _CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def hush() -> None:
-    """Keep the model libraries offline and quiet; what matters is raised as an error."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    """Keep the model libraries quiet; what matters is raised as an error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.warnoptions:

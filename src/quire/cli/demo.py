@@ -6,9 +6,10 @@ import io
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console, RenderableType
@@ -27,6 +28,7 @@ from quire.engine import LLM, SamplingParams
 from quire.engine.llm import load_tokenizer
 from quire.engine.request import Request
 from quire.errors import ArgumentError
+from quire.hf.checkpoint import find_checkpoint
 
 FRAMES_PER_SECOND = 25  # the live view waits for the eye; measured runs draw nothing
 PLAIN_SNAPSHOTS = 4
@@ -35,8 +37,9 @@ PICTURE_WIDTH = 96
 
 
 def run(
-    folder: Path | None,
+    model: str | None,
     *,
+    weights: Mapping[str, Any],
     max_tokens: int,
     num_pages: int | None,
     page_size: int,
@@ -47,6 +50,9 @@ def run(
 ) -> None:
     """Serve, show, measure, compare.
 
+    Args:
+        model: as for `load`.
+        weights: which revision of it, in which dtype and where, as for LLM.
     Raises:
         ArgumentError: prompts that do not fit the model or the pool, or a picture that cannot be written.
     """
@@ -55,8 +61,8 @@ def run(
     prompts = list(PROMPTS)
     if seed is not None:
         random.Random(seed).shuffle(prompts)
-    params = SamplingParams(max_tokens=max_tokens)
-    llm, token_ids = _load(folder, prompts, max_tokens, num_pages, page_size)
+    params = _greedy(max_tokens)
+    llm, token_ids = _load(model, weights, prompts, max_tokens, num_pages, page_size)
     with spinner("warming up"):
         _warm_up(llm, prompts, token_ids, compare)
 
@@ -82,16 +88,27 @@ def run(
         console.print(f"picture: {save}")
 
 
+def _greedy(max_tokens: int) -> SamplingParams:
+    """As `serve_padded` chooses tokens, whatever the model's generation_config says."""
+    return SamplingParams(temperature=0.0, repetition_penalty=1.0, min_tokens=0, max_tokens=max_tokens)
+
+
 def _load(
-    folder: Path | None, prompts: Sequence[str], max_tokens: int, num_pages: int | None, page_size: int
+    model: str | None,
+    weights: Mapping[str, Any],
+    prompts: Sequence[str],
+    max_tokens: int,
+    num_pages: int | None,
+    page_size: int,
 ) -> tuple[LLM, list[list[int]]]:
     """The model, with a pool in which all prompts fit at once unless told otherwise."""
+    checkpoint = find_checkpoint(DEMO_MODEL if model is None else model, weights["revision"])
     with spinner("loading the model"):
-        tokenizer = load_tokenizer(folder or DEMO_MODEL)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
         token_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
     needed = sum(-(-(len(tokens) + max_tokens - 1) // page_size) for tokens in token_ids)
     enough = -(-needed // 8) * 8
-    llm = load(folder, tokenizer=tokenizer, page_size=page_size, num_pages=num_pages or enough)
+    llm = load(model, **weights, tokenizer=tokenizer, page_size=page_size, num_pages=num_pages or enough)
     if num_pages is None and len(llm.model.groups) > 1:  # a token takes a slot of each
         num_pages = enough * len(llm.model.groups)
         llm = LLM(llm.model.model, tokenizer=tokenizer, page_size=page_size, num_pages=num_pages)
@@ -105,7 +122,7 @@ def _load(
 
 
 def _warm_up(llm: LLM, prompts: Sequence[str], token_ids: list[list[int]], compare: bool) -> None:
-    serve_on_pages(llm, prompts, SamplingParams(max_tokens=WARM_UP_TOKENS))
+    serve_on_pages(llm, prompts, _greedy(WARM_UP_TOKENS))
     if compare:
         serve_padded(llm.model.model, token_ids, WARM_UP_TOKENS, llm.model.eos_token_ids)
 

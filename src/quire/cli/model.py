@@ -1,29 +1,37 @@
-"""Options of the command line → an LLM."""
+"""Options of the command line → an LLM, and how it chooses tokens."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.assets import DEMO_MODEL
 from quire.cli.console import spinner
 
 if TYPE_CHECKING:
-    from quire.engine import LLM
+    from quire.engine import LLM, SamplingParams
 
 
-def load(model: Path | None, *, dtype: str = "float32", **options: Any) -> LLM:
-    """Load a model folder, or the embedded model for None.
+def load(model: str | None, *, revision: str | None = None, **options: Any) -> LLM:
+    """Load a model by its folder or its id on the Hugging Face hub, or the embedded model for None.
 
     Args:
-        dtype: of the weights, by name.
-        options: as for LLM.
+        options: as for LLM; None stands for LLM's own default.
     Raises:
         ModelError, UnsupportedError, ArgumentError: as LLM.
     """
-    with spinner("loading the model"):
-        import torch
-
+    with spinner("loading the libraries"):
         from quire.engine import LLM
+        from quire.hf.checkpoint import find_checkpoint
+    if model is not None:
+        find_checkpoint(
+            model, revision
+        )  # a download has a progress bar of its own, which a spinner would draw over
+    with spinner("loading the model"):
+        return LLM(DEMO_MODEL if model is None else model, revision=revision, **options)
 
-        return LLM(model or DEMO_MODEL, dtype=getattr(torch, dtype), **options)
+
+def sampling(**options: Any) -> SamplingParams:
+    """SamplingParams of the options that were typed; the others stay unset."""
+    from quire.engine import SamplingParams
+
+    return SamplingParams(**{name: value for name, value in options.items() if value is not None})

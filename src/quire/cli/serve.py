@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,7 +18,7 @@ _KEY = "QUIRE_API_KEY"
 
 
 def run(
-    model: Path | None,
+    model: str | None,
     *,
     host: str,
     port: int,
@@ -32,8 +31,8 @@ def run(
     """Serve a model until Ctrl-C or SIGTERM.
 
     Args:
-        model: a folder; None: the embedded model.
-        names: what the model is called; default: its folder as given, or "demo".
+        model: a folder or an id of the hub; None: the embedded model.
+        names: what the model is called; default: the model as given, or "demo".
         api_key: default: the environment's QUIRE_API_KEY.
         options: as for LLM.
     Raises:
@@ -51,7 +50,7 @@ def run(
         if not is_loopback(bound) and api_key is None:
             _say(f"anyone who reaches {url_of(bound)} is served: there is no --api-key")
         llm = load(model, max_num_seqs=max_num_seqs, **options)
-        names = names or ["demo" if model is None else str(model)]
+        names = names or ["demo" if model is None else model]
         app = create_app(llm, names=names, api_key=api_key, limits=Limits(max_texts=max_num_seqs + max_queue))
         _say(f"{names[0]} at {url_of(bound)}/v1")
         Server(app).run_until_signal(bound)

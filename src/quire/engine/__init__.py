@@ -2,6 +2,8 @@
 
 params.py      SamplingParams, BeamSearchParams: what a caller asks for
 admission.py   which prompts and parameters can be served at all
+encodings.py   what tokenizers, NumPy and torch hand over, as lists of token ids
+defaults.py    what a model's generation_config says of parameters left unset
 intake.py      from prompts and parameters to requests
 chat.py        conversations to prompts, by the tokenizer's chat template
 request.py     a request, and what comes back from it

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from quire.engine.encodings import Array, unpacked, unpacked_one
 from quire.engine.params import BeamSearchParams, SamplingParams, is_token_id
 from quire.errors import ArgumentError
 
@@ -19,25 +20,31 @@ _EXAMPLES = {
     BeamSearchParams: "BeamSearchParams(beam_width=4, max_tokens=64)",
 }
 
-Prompt = str | Sequence[int]
-Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
+Prompt = str | Sequence[int] | Array | Mapping[str, Any]
+Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Array] | Sequence[Mapping[str, Any]]
+PlainPrompt = str | Sequence[int]
 
 
-def list_prompts(prompts: Prompts) -> list[Prompt]:
+def list_prompts(given: Prompts) -> list[PlainPrompt]:
     """A list of prompts, also where one alone was given.
 
     Raises:
         ArgumentError: neither text nor token ids nor a list of these.
     """
+    prompts: Any = unpacked(given)
+    is_unpacked = prompts is not given
+    if is_unpacked and isinstance(prompts, list) and not prompts:
+        return [prompts]  # an encoding of nothing is a prompt of nothing, which is refused
     if isinstance(prompts, str):
         return [prompts]
     if _is_list(prompts):
         if len(prompts) and all(map(is_token_id, prompts)):
-            return [prompts]  # type: ignore[list-item]  # one prompt of token ids
-        wrong = [i for i, item in enumerate(prompts) if not isinstance(item, str) and not _is_list(item)]
+            return [prompts]  # one prompt of token ids
+        plain = [unpacked_one(item) for item in prompts]
+        wrong = [i for i, item in enumerate(plain) if not isinstance(item, str) and not _is_list(item)]
         if not wrong:
-            return list(prompts)  # type: ignore[arg-type]
-        item = prompts[wrong[0]]
+            return plain
+        item = plain[wrong[0]]
         raise ArgumentError(
             "prompts must be text, token ids or a list of these; got a list with "
             f"{type(item).__name__} {item!r:.60}. Fix: {_fix_of_item(item, wrong[0], len(wrong) == len(prompts))}"
@@ -69,7 +76,7 @@ def list_params(params: Any, num_prompts: int, kind: type[P]) -> list[P]:
     return list(params)
 
 
-def check_prompt(prompt: Prompt, token_ids: Sequence[int], model: PagedModel) -> None:
+def check_prompt(prompt: PlainPrompt, token_ids: Sequence[int], model: PagedModel) -> None:
     """Refuse a prompt the model could not read.
 
     Args:
@@ -212,10 +219,6 @@ def _is_list(value: object) -> bool:
 
 def _fix(name: str, value: object) -> str:
     """What makes token ids, or a list of prompts, of something that is neither."""
-    if isinstance(value, Mapping) and "input_ids" in value:  # what a tokenizer returns
-        return f"{name}['input_ids']" + (".tolist()" if hasattr(value["input_ids"], "tolist") else "")
-    if hasattr(value, "tolist"):  # torch, NumPy
-        return f"{name}.tolist()"
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"bytes({name}).decode()"
     if isinstance(value, Mapping) or not hasattr(value, "__iter__"):
@@ -225,7 +228,7 @@ def _fix(name: str, value: object) -> str:
 
 def _fix_of_item(item: object, index: int, like_all: bool) -> str:
     if isinstance(item, Mapping) and "content" in item:
-        return "tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
+        return "llm.chat(messages)"
     if not hasattr(item, "__iter__"):
         return "one prompt per entry, text or a list of token ids"
     return (

@@ -80,9 +80,9 @@ class AsyncLLM:
         """Complete a prompt, or search its likeliest texts.
 
         Args:
-            prompt: text, or token ids.
-            params: default: SamplingParams(), greedy. With BeamSearchParams the answer is that of `Engine.beam_search`;
-                as any beam may still be given up, iterating it gives one output, the whole.
+            prompt: text, or token ids, as for `Engine.generate`.
+            params: default: SamplingParams(), what the model's config says. With BeamSearchParams the answer is that of
+                `Engine.beam_search`; as any beam may still be given up, iterating it gives one output, the whole.
         Returns:
             An Answer, to be awaited or iterated: nothing is done before. The prompt is checked and encoded in a thread
             of the event loop's executor, so that a long one holds up no other coroutine.
@@ -101,7 +101,7 @@ class AsyncLLM:
 
         Args:
             messages: one conversation, [{"role": "user", "content": "…"}, …].
-            params: default: SamplingParams(), greedy.
+            params: default: SamplingParams(), what the model's config says.
         Returns:
             An Answer, as of `generate`.
         """

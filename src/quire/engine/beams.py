@@ -341,7 +341,7 @@ def add_candidates(logits: torch.Tensor, beams: abc.Sequence[tuple[int, BeamRequ
 
 def beam_sampling_params(params: BeamSearchParams) -> SamplingParams:
     """What of a beam search other parts of the engine ask a sequence for."""
-    return SamplingParams(max_tokens=params.max_tokens)
+    return SamplingParams(max_tokens=params.max_tokens).with_defaults()
 
 
 def _best(hypotheses: abc.Iterable[Hypothesis], width: int) -> list[Hypothesis]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import abc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,7 @@ class Engine:
         """Queue a prompt, to be served by `step`.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids, as for `generate`.
             params: default: SamplingParams(). With BeamSearchParams the one delta of the request is its result.
             priority: lower runs first, and takes pages and places from what runs with a higher one. None waits for
                 ever: for each step of priority a request lets only those pass that arrive within a minute after it.
@@ -285,8 +285,9 @@ class Engine:
         """Complete prompts, all of them served together, and with those of other threads.
 
         Args:
-            prompts: text, a list of texts, token ids, or a list of such lists.
-            params: for all prompts, or one per prompt; default: SamplingParams(), greedy.
+            prompts: text, token ids, or a list of these. Token ids may be lists, what a tokenizer returns, NumPy arrays
+                or torch tensors, of which each row is a prompt; what an attention mask rules out is left out.
+            params: for all prompts, or one per prompt; default: SamplingParams(), what the model's config says.
             progress: show a progress bar on stderr; None: when stderr is a terminal.
         Returns:
             One output per prompt, in their order; also for a single prompt a list.
@@ -342,7 +343,8 @@ class Engine:
         two of them write it, and a beam that is given up gives its pages back in the same step.
 
         Args:
-            prompts: text, a list of texts, token ids, or a list of such lists.
+            prompts: text, token ids, or a list of these. Token ids may be lists, what a tokenizer returns, NumPy arrays
+                or torch tensors, of which each row is a prompt; what an attention mask rules out is left out.
             params: for all prompts, or one per prompt.
             progress: as for `generate`.
         Returns:
@@ -357,7 +359,7 @@ class Engine:
 
     def stream(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Complete prompts, and hand out each token as it comes.
 
         Args:
@@ -371,7 +373,23 @@ class Engine:
         """
         return self._stream(self._intake.make_requests(list_prompts(prompts), params))
 
-    def _stream(self, requests: list[Request]) -> Iterator[Delta]:
+    def stream_chat(
+        self,
+        messages: Messages | abc.Sequence[Messages],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+    ) -> Generator[Delta, None, None]:
+        """Write the next turn of conversations, as `chat` does, and hand out each token as it comes.
+
+        Args:
+            messages, params: as for `chat`.
+        Returns:
+            An iterator of deltas, as of `stream`; `delta.index` tells the conversations apart.
+        Raises:
+            ArgumentError, UnsupportedError: as `chat`, at the call.
+        """
+        return self._stream(self._intake.make_chat_requests(messages, params))
+
+    def _stream(self, requests: list[Request]) -> Generator[Delta, None, None]:
         with self._serving(requests) as reader:
             for deltas in self._read(reader):
                 yield from deltas

@@ -7,12 +7,14 @@ import threading
 import weakref
 from collections import abc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from quire.engine.admission import (
     P,
+    PlainPrompt,
     Prompt,
     check_params,
     check_prompt,
@@ -22,6 +24,8 @@ from quire.engine.admission import (
 )
 from quire.engine.beams import Beam, BeamRequest, beam_sampling_params
 from quire.engine.chat import Messages, render_chats
+from quire.engine.defaults import fill_from, warn_of_what_is_not_applied
+from quire.engine.encodings import unpacked_one
 from quire.engine.logits import logit_rules
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.request import Request
@@ -48,6 +52,7 @@ class Intake:
         self.tokenizer = tokenizer
         self._decoder = None if tokenizer is None else _decoder_of(tokenizer)
         self._encoding = _encoding_lock(tokenizer)
+        warn_of_what_is_not_applied(model.generation_config)
         self._seq_ids = itertools.count()
 
     def make_requests(
@@ -82,14 +87,15 @@ class Intake:
         self,
         listed: abc.Sequence[Prompt],
         params: abc.Sequence[P],
-        make: Callable[[Prompt, P, abc.Sequence[int], int], Request],
+        make: Callable[[PlainPrompt, P, abc.Sequence[int], int], Request],
         *,
         special_tokens: bool = True,
     ) -> list[Request]:
-        texts = [prompt for prompt in listed if isinstance(prompt, str)]
+        plain: list[PlainPrompt] = [unpacked_one(prompt) for prompt in listed]
+        texts = [prompt for prompt in plain if isinstance(prompt, str)]
         encoded = iter(self._encode(texts, special_tokens=special_tokens))
         requests = []
-        for index, (prompt, its_params) in enumerate(zip(listed, params, strict=True)):
+        for index, (prompt, its_params) in enumerate(zip(plain, params, strict=True)):
             token_ids = next(encoded) if isinstance(prompt, str) else prompt
             try:
                 check_prompt(prompt, token_ids, self.model)
@@ -101,7 +107,7 @@ class Intake:
         return requests
 
     def _make_request(
-        self, prompt: Prompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int
+        self, prompt: PlainPrompt, params: SamplingParams, token_ids: abc.Sequence[int], index: int
     ) -> Request:
         check_params(params, self.model)
         if params.stop_strings and self._decoder is None:
@@ -109,6 +115,7 @@ class Intake:
                 f"stop must be None, as this engine has no tokenizer to read text with; got {params.stop!r}. "
                 "Fix: stop_token_ids, or pass a tokenizer"
             )
+        params = self._fill(params, len(token_ids))
         eos = self.model.eos_token_ids
         longest = max_length(len(token_ids), params, self.model)
         stop_token_ids = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos)))
@@ -133,8 +140,18 @@ class Intake:
         ]
         return Request(sequences, prompt if isinstance(prompt, str) else None, index)
 
+    def _fill(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        """Parameters with no field left unset."""
+        filled, may_give_way = fill_from(self.model.generation_config, params, num_prompt_tokens)
+        if may_give_way:
+            unbounded = replace(filled, max_tokens=None)
+            room = max_length(num_prompt_tokens, unbounded, self.model) - num_prompt_tokens
+            if filled.max_tokens is not None and room < filled.max_tokens:
+                filled = replace(filled, max_tokens=room, min_tokens=min(filled.min_tokens, room))
+        return filled
+
     def _make_beam_request(
-        self, prompt: Prompt, params: BeamSearchParams, token_ids: abc.Sequence[int], index: int
+        self, prompt: PlainPrompt, params: BeamSearchParams, token_ids: abc.Sequence[int], index: int
     ) -> Request:
         internal = beam_sampling_params(params)
         longest = max_length(len(token_ids), params, self.model)
@@ -189,7 +206,20 @@ class Intake:
             check_text(text, index)
         with self._encoding:
             token_ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
+            if special_tokens:
+                token_ids = [self._begin_once(text, ids) for text, ids in zip(texts, token_ids, strict=True)]
         return token_ids
+
+    def _begin_once(self, text: str, token_ids: list[int]) -> list[int]:
+        """The tokens of a text without the one that the tokenizer put before it, where the text begins with it itself.
+
+        Such is a text that a chat template has made, which the model has never seen to begin twice.
+        """
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None or token_ids[:2] != [bos, bos]:
+            return token_ids
+        own: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return token_ids[1:] if own[:1] == [bos] and token_ids[1 : 1 + len(own)] == own else token_ids
 
 
 _encoding_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()

@@ -1,4 +1,4 @@
-"""An engine from a model folder: loading, and the options of loading."""
+"""An engine from a model folder or a model's id: loading, and the options of loading."""
 
 from __future__ import annotations
 
@@ -10,32 +10,43 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from quire.assets import DEMO_MODEL
 from quire.engine.core import DEFAULT_MAX_BATCH_TOKENS, DEFAULT_MAX_NUM_SEQS, Engine
+from quire.engine.progress import say
 from quire.errors import ArgumentError, ModelError
 from quire.hf import PagedModel
+from quire.hf.checkpoint import Checkpoint, find_checkpoint
+from quire.hf.load import load_checkpoint
 from quire.spec import KVDtype
 
 
 class LLM(Engine):
     """A language model on pages, with its tokenizer: text in, text out.
 
-        llm = quire.LLM()  # or quire.LLM("path/to/model")
+        llm = quire.LLM()  # or quire.LLM("path/to/model"), or quire.LLM("Qwen/Qwen3-0.6B")
         [output] = llm.generate("def fibonacci(n):", quire.SamplingParams(max_tokens=64))
         print(output.text)
 
     An Engine that loads its model; what it does with it, and from which threads, is said there.
 
     Args:
-        model: a Hugging Face model folder, a transformers model, or a PagedModel, whose pages this
-            LLM then shares with the other engines on it; the embedded demo model by default.
+        model: a Hugging Face model folder; the id of a model on the Hugging Face hub; a folder or id of a peft adapter,
+            which is merged into the weights of its model; a transformers model; or a PagedModel, whose pages this LLM
+            then shares with the other engines on it. The embedded demo model by default. A folder of that name wins
+            over an id. Of an id the files that are needed are downloaded once, into huggingface_hub's cache, whose
+            settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN. Nothing else is ever downloaded.
+        revision: a branch, tag or commit of an id; None: "main".
         tokenizer: a fast transformers tokenizer; None: the folder's own, and none for a model that
-            is no folder, so that prompts and results are token ids.
+            is made already, so that prompts and results are token ids.
         page_size, num_pages, memory_bytes, kv_dtype, max_model_len, backend, compile, batch_invariant, swap_bytes: the
             pool, the longest sequence and the kernels, as for PagedModel; for a model that is not a PagedModel yet.
-        dtype, device: of the weights; for a folder only. Default: float32 on the CPU.
+        dtype: of the weights, as torch.bfloat16 or "bfloat16"; None or "auto": the checkpoint's own.
+        device: of weights and pages; None: "cuda" where torch can use a GPU, else "cpu". One line says both: it is
+            logged as INFO by the logger "quire", or else written to stderr where that is a terminal. Both are for
+            a folder or an id only.
         max_batch_tokens, max_num_seqs, enable_prefix_caching: see Engine.
     Raises:
-        ModelError: the folder holds no usable model or tokenizer.
-        UnsupportedError: the model would not compute the same on pages, or the tokenizer is in Python only.
+        ModelError: the folder holds no usable model or tokenizer, or the id is none of the hub's and of its cache's.
+        UnsupportedError: the model would not compute the same on pages, the tokenizer is in Python only, or an adapter
+            or quantised weights need a library that is not installed.
         ArgumentError: sizes that do not fit, or options a model that is made already cannot take.
         DeviceError: this torch or machine has no such device.
     """
@@ -44,6 +55,7 @@ class LLM(Engine):
         self,
         model: str | PathLike[str] | PreTrainedModel | PagedModel = DEMO_MODEL,
         *,
+        revision: str | None = None,
         tokenizer: Any = None,
         page_size: int | None = None,
         num_pages: int | None = None,
@@ -54,7 +66,7 @@ class LLM(Engine):
         compile: bool | None = None,
         batch_invariant: bool | None = None,
         swap_bytes: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
@@ -76,10 +88,13 @@ class LLM(Engine):
             batch_invariant=batch_invariant,
             swap_bytes=swap_bytes or None,
         )
-        weights = _given(dtype=dtype, device=device)
+        weights = _given(revision=revision, dtype=dtype, device=device)
         if isinstance(model, (str, PathLike)):
-            folder, model = model, PagedModel.load(model, **pool, **weights)
-            tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+            checkpoint = find_checkpoint(model, revision)
+            loaded = load_checkpoint(checkpoint, dtype, device)
+            say(_what_was_chosen(checkpoint, loaded, dtype, device))
+            tokenizer = load_tokenizer(checkpoint.tokenizer_folder) if tokenizer is None else tokenizer
+            model = PagedModel(loaded, **pool)
         elif isinstance(model, PreTrainedModel):
             _refuse(weights, "a transformers model has them already", "model.to(...) before")
             model = PagedModel(model, **pool)
@@ -87,9 +102,9 @@ class LLM(Engine):
             _refuse(pool | weights, "a PagedModel has them already", "give them to PagedModel(...)")
         else:
             raise ArgumentError(
-                "model must be a model folder, a transformers model or a PagedModel; got "
+                "model must be a model folder, a model's id, a transformers model or a PagedModel; got "
                 f"{type(model).__name__}. "
-                'Fix: LLM("path/to/folder")'
+                'Fix: LLM("path/to/folder"), LLM("Qwen/Qwen3-0.6B")'
             )
         super().__init__(
             model,
@@ -114,6 +129,17 @@ def load_tokenizer(path: str | PathLike[str]) -> Any:
             f"the folder {str(path)!r} must hold a tokenizer that transformers can load; got "
             f"{type(error).__name__}: {reason}. Fix: save_pretrained the tokenizer there, or pass tokenizer="
         ) from error
+
+
+def _what_was_chosen(checkpoint: Checkpoint, model: PreTrainedModel, dtype: object, device: object) -> str:
+    """One line: what is loaded, in which dtype, where, and who decided."""
+    by = "as asked" if dtype not in (None, "auto") else "the checkpoint's own"
+    place = (
+        "as asked" if device is not None else "a GPU is there" if model.device.type == "cuda" else "no GPU"
+    )
+    where = f", merged into {checkpoint.folder}" if checkpoint.adapter else ""
+    kind = str(model.dtype).removeprefix("torch.")
+    return f"{checkpoint.name}{where}: {kind} ({by}) on {model.device} ({place})"
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def logit_rules(
         ending_ids: stop tokens and the model's end-of-text tokens.
         bad_words: token ids of each text that must not come up.
     """
+    params = params.with_defaults()  # itself where nothing is unset, as of every request
     bias = dict(params.logit_bias or {})
     endings = sorted({token for token in ending_ids if 0 <= token < vocab_size}) if params.min_tokens else []
     allowed = (

@@ -5,15 +5,40 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from numbers import Integral
-from typing import Literal
+from typing import Any, Final, Literal, TypeGuard, TypeVar
 
 import torch
 
 from quire.errors import ArgumentError
 
+T = TypeVar("T")
 LogitsProcessor = Callable[..., torch.Tensor]
+
+
+class Unset(Enum):
+    """The value of a field that nobody set. An enum's member stays the same object when it is copied or pickled."""
+
+    UNSET = "unset"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+UNSET: Final[Any] = Unset.UNSET  # Any: a field keeps the type of the values that a caller may give
+
+# What a field is that neither the caller nor the model's generation_config sets.
+OWN_DEFAULTS: Final[Mapping[str, Any]] = {
+    "temperature": 0.0,
+    "top_k": None,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "max_tokens": 128,
+    "min_tokens": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -32,14 +57,20 @@ class SamplingParams:
     Names and meaning are vLLM's, some defaults are not. logprobs are those of the model's own distribution, before all
     of this.
 
+    **Defaults.** temperature, top_k, top_p, min_p, repetition_penalty, max_tokens and min_tokens are `unset` unless
+    they are given. The model's generation_config then says them, so that `llm.generate(prompt)` chooses tokens as
+    `model.generate` does; where it is silent, the default named below holds. A given value always wins, None included.
+
     Args:
-        temperature: 0.0, the default, takes the likeliest token (greedy, as `model.generate` does);
-            above 0 the logits are divided by it and a token is drawn.
-        top_k: draw from the k likeliest tokens only; None, 0 or -1: from all.
+        temperature: 0.0 takes the likeliest token (greedy); above 0 the logits are divided by it and a token is
+            drawn. Unset: 0.0, unless the generation_config has do_sample, then its temperature, or 1.0.
+        top_k: draw from the k likeliest tokens only; None, 0 or -1: from all. Unset: the generation_config's; where
+            that has do_sample and no top_k, 50, as for transformers; else from all.
         top_p: draw from the smallest set of likeliest tokens whose probabilities reach top_p; 1.0: from all.
         seed: makes the draws of this request repeatable, whatever else is in the batch. None takes a
             seed from PyTorch's global generator, so `torch.manual_seed` repeats a whole run.
-        max_tokens: most tokens to generate; None: as many as the model's length and the pool allow.
+        max_tokens: most tokens to generate; None: as many as the model's length and the pool allow. Unset: 128, or
+            what the generation_config's max_new_tokens or max_length leave, as far as the pool allows.
         stop: a string, or several, at which the text ends; the string itself is cut off.
         stop_token_ids: tokens that end the text, beside the model's own end-of-text tokens.
         ignore_eos: go on past the model's end-of-text tokens.
@@ -74,19 +105,19 @@ class SamplingParams:
         ArgumentError: a value out of range or of the wrong type.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
+    temperature: float = UNSET
+    top_k: int | None = UNSET
+    top_p: float = UNSET
     seed: int | None = None
-    max_tokens: int | None = 128
+    max_tokens: int | None = UNSET
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    min_p: float = UNSET
+    repetition_penalty: float = UNSET
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    min_tokens: int = 0
+    min_tokens: int = UNSET
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Collection[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -99,24 +130,26 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
+        if self.temperature is not UNSET and not (
+            _is_number(self.temperature) and 0 <= self.temperature < math.inf
+        ):
             raise ArgumentError(
                 f"temperature must be a finite number of at least 0; got {self.temperature!r}. "
                 "Fix: temperature=0.0 for the likeliest token, 1.0 for the model's own distribution"
             )
         if not (_is_int(self.n) and self.n >= 1):
             raise ArgumentError(f"n must be an int of at least 1; got {self.n!r}. Fix: n=1 for one sample")
-        if self.n > 1 and self.temperature == 0:
+        if self.n > 1 and self.temperature == 0:  # an unset one is known with the model's generation_config
             raise ArgumentError(
                 f"n must be 1 with temperature 0, where all samples are the same; got {self.n}. "
                 "Fix: temperature=1.0, or n=1"
             )
-        if self.top_k is not None and not (_is_int(self.top_k) and self.top_k >= -1):
+        if _is_given(self.top_k) and not (_is_int(self.top_k) and self.top_k >= -1):
             raise ArgumentError(
                 f"top_k must be None or an int of at least 1 (0 and -1: all); got {self.top_k!r}. "
                 "Fix: top_k=None draws from all tokens"
             )
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+        if self.top_p is not UNSET and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ArgumentError(
                 f"top_p must be above 0 and at most 1; got {self.top_p!r}. "
                 "Fix: top_p=1.0 draws from all tokens"
@@ -125,7 +158,7 @@ class SamplingParams:
             raise ArgumentError(
                 f"seed must be None or an int from 0 to 2**63 - 1; got {self.seed!r}. Fix: seed=0"
             )
-        if self.max_tokens is not None and not (_is_int(self.max_tokens) and self.max_tokens >= 1):
+        if _is_given(self.max_tokens) and not (_is_int(self.max_tokens) and self.max_tokens >= 1):
             raise ArgumentError(
                 f"max_tokens must be None or an int of at least 1; got {self.max_tokens!r}. Fix: max_tokens=1"
             )
@@ -151,6 +184,21 @@ class SamplingParams:
                 "Fix: cache_salt=None for pages that all requests may find"
             )
 
+    def with_defaults(self, defaults: Mapping[str, Any] = OWN_DEFAULTS) -> SamplingParams:
+        """The same with no field left unset: those that are take these values, or else Quire's own.
+
+        Args:
+            defaults: by the names of fields; of those that may be unset.
+        Raises:
+            ArgumentError: n above 1 where the temperature becomes 0, or a default that is out of range.
+        """
+        taken = {
+            name: defaults.get(name, own)
+            for name, own in OWN_DEFAULTS.items()
+            if getattr(self, name) is UNSET
+        }
+        return replace(self, **taken) if taken else self
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, empty for None."""
@@ -159,11 +207,13 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def _check_logits_numbers(self) -> None:
-        if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+        if self.min_p is not UNSET and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
             raise ArgumentError(
                 f"min_p must be from 0 to 1; got {self.min_p!r}. Fix: min_p=0.0 draws from all tokens"
             )
-        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf):
+        if self.repetition_penalty is not UNSET and not (
+            _is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf
+        ):
             raise ArgumentError(
                 f"repetition_penalty must be a finite number above 0; got {self.repetition_penalty!r}. "
                 "Fix: repetition_penalty=1.0 for none"
@@ -172,11 +222,13 @@ class SamplingParams:
             value = getattr(self, name)
             if not (_is_number(value) and -2 <= value <= 2):
                 raise ArgumentError(f"{name} must be from -2 to 2; got {value!r}. Fix: {name}=0.0 for none")
+        if self.min_tokens is UNSET:
+            return
         if not (_is_int(self.min_tokens) and self.min_tokens >= 0):
             raise ArgumentError(
                 f"min_tokens must be an int of at least 0; got {self.min_tokens!r}. Fix: min_tokens=0"
             )
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        if _is_given(self.max_tokens) and self.min_tokens > self.max_tokens:
             raise ArgumentError(
                 f"min_tokens must be at most max_tokens, {self.max_tokens}; got {self.min_tokens}. "
                 "Fix: a larger max_tokens"
@@ -296,6 +348,10 @@ def takes_prompt(processor: LogitsProcessor) -> bool:
         "logits_processors must take (generated token ids, logits), or the prompt's token ids before them; got "
         f"{processor!r:.60} with parameters {signature}. Fix: def processor(token_ids, logits): return logits"
     )
+
+
+def _is_given(value: T | None) -> TypeGuard[T]:
+    return value is not None and value is not UNSET
 
 
 def _is_text(value: object) -> bool:

@@ -1,7 +1,8 @@
-"""The progress bar of `LLM.generate`."""
+"""What a person at a terminal is told: the progress bar of `LLM.generate`, and which model was loaded how."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,17 @@ from contextlib import contextmanager
 from quire.engine.request import Delta
 
 _terminal = threading.Lock()  # held while a bar is shown: two would draw over each other
+
+
+logger = logging.getLogger("quire")
+
+
+def say(line: str) -> None:
+    """Log a line as INFO; where nobody listens to that, write it to stderr if a person reads it."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    elif sys.stderr is not None and sys.stderr.isatty():
+        print(line, file=sys.stderr)
 
 
 @contextmanager

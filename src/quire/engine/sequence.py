@@ -48,6 +48,7 @@ class Sequence:
         index: int = 0,
     ) -> None:
         self.seq_id = seq_id
+        params = params.with_defaults()  # itself where nothing is unset, as of every request
         self.params = params
         self.tokens = array("q", prompt_token_ids)  # prompt and generated; one buffer, sliced by the runner
         self.num_prompt_tokens = len(prompt_token_ids)

@@ -11,7 +11,9 @@ switches.py    every change of a model, and its lock
 linear.py      a linear layer of a few tokens: the model's own weight, read once
 compiled.py    a model's decoder compiled by torch around Quire's operators
 limits.py      how long a sequence may become
-load.py        a folder → a model
+checkpoint.py  a folder, or an id of the Hugging Face hub → where the files are
+load.py        where the files are → a model
+adapter.py     a peft adapter, merged into the model
 admit/         which models are served, and the rehearsal that proves it
 """
 

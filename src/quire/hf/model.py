@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from quire.debug import debug_enabled
 from quire.errors import ArgumentError, ShapeError, UnsupportedError
@@ -15,15 +15,16 @@ from quire.hf.admit import guard
 from quire.hf.admit.rehearsal import Stage
 from quire.hf.attention import RunningStep
 from quire.hf.cache import PagedCache, PageLayout, make_swap, pages_within
+from quire.hf.checkpoint import find_checkpoint
 from quire.hf.forward import PackedForward
-from quire.hf.load import load_model
+from quire.hf.load import load_checkpoint
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.kernels import ahead, resolve_backend
 from quire.ops.warm_up import compile_jobs
 from quire.pages import PageAllocator, PrefixCache, Swap
 from quire.pages.huge_pages import collapse_to_huge_pages
-from quire.spec import AttentionSpec, KVDtype, check_bytes, check_size, existing_device
+from quire.spec import AttentionSpec, KVDtype, check_bytes, check_size
 
 DEFAULT_CPU_POOL_BYTES = 1 << 30
 DEFAULT_GPU_POOL_SHARE = 0.8  # of what the weights leave free; the rest is for activations
@@ -137,8 +138,9 @@ class PagedModel:
         cls,
         path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
         page_size: int = 16,
         num_pages: int | None = None,
         memory_bytes: int | None = None,
@@ -149,17 +151,20 @@ class PagedModel:
         batch_invariant: bool = False,
         swap_bytes: int = 0,
     ) -> PagedModel:
-        """Load a local folder in the Hugging Face format: config.json and *.safetensors.
+        """Load a folder in the Hugging Face format, config.json and *.safetensors, or a model of the hub by its id.
 
-        Nothing is downloaded and no code of the folder is run.
+        Nothing of a folder is downloaded, and no code of either is run.
 
+        Args:
+            path, revision: see ``find_checkpoint``.
+            dtype, device: see ``load_checkpoint``.
         Raises:
-            ModelError: the folder holds no usable model.
+            ModelError: no usable model is there.
             DeviceError: this torch or machine has no such device.
             UnsupportedError, ArgumentError: as for PagedModel.
         """
         return cls(
-            load_model(path, dtype, existing_device(device)),
+            load_checkpoint(find_checkpoint(path, revision), dtype, device),
             page_size=page_size,
             num_pages=num_pages,
             memory_bytes=memory_bytes,
@@ -227,10 +232,14 @@ class PagedModel:
         return int(self.config.get_text_config(decoder=True).vocab_size)
 
     @property
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model's authors mean its tokens to be chosen; None where the model says nothing."""
+        return getattr(self.model, "generation_config", None)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text; empty where the model names none."""
-        generation = getattr(self.model, "generation_config", None)
-        named = getattr(generation, "eos_token_id", None)
+        named = getattr(self.generation_config, "eos_token_id", None)
         if named is None:
             named = getattr(self.config.get_text_config(decoder=True), "eos_token_id", None)
         if named is None:

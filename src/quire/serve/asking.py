@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from quire.engine import SamplingParams
 from quire.engine.params import LogitsProcessor
@@ -10,9 +11,16 @@ from quire.errors import ArgumentError
 from quire.serve.protocol import ChatBody, CompletionBody
 
 
-def sampling_params(body: ChatBody | CompletionBody, processors: Sequence[LogitsProcessor]) -> SamplingParams:
+# Fields that are left to the model's generation_config where a body does not name them.
+_OF_THE_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_tokens")
+
+
+def sampling_params(
+    body: ChatBody | CompletionBody, processors: Sequence[LogitsProcessor], *, samples: bool
+) -> SamplingParams:
     """What a body asks of the engine.
 
+    samples: whether the model's generation_config does where nothing else is said. Else OpenAI's temperature holds.
     No tokens at all, as for the logprobs of a prompt, are asked as one, which the answer leaves out.
 
     Raises:
@@ -26,21 +34,18 @@ def sampling_params(body: ChatBody | CompletionBody, processors: Sequence[Logits
         max_tokens = max(body.max_tokens, 1)
         logprobs = body.logprobs
         prompt_logprobs = logprobs if body.echo else None
+    named: dict[str, Any] = {} if samples else {"temperature": 1.0}
+    named |= {name: value for name in _OF_THE_MODEL if (value := getattr(body, name)) is not None}
     return SamplingParams(
         n=body.n,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
+        **named,
         seed=None if body.seed is None else body.seed % 2**63,  # OpenAI's may be negative
         max_tokens=max_tokens,
-        min_tokens=body.min_tokens,
         stop=body.stop or None,
         stop_token_ids=body.stop_token_ids,
         ignore_eos=body.ignore_eos,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        repetition_penalty=body.repetition_penalty,
         logit_bias=_biases(body) or None,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

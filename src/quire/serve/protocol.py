@@ -112,8 +112,8 @@ class _Asked(_Object):
 
     model: str | None = None
     n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: _Stops = Field(default_factory=list)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -124,9 +124,9 @@ class _Asked(_Object):
     stream_options: StreamOptions | None = None
     # Of vLLM.
     top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    min_tokens: int = 0
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
     stop_token_ids: _TokenIds = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True

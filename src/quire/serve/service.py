@@ -127,7 +127,9 @@ class Service:
         await asyncio.get_running_loop().run_in_executor(None, self._llm.shutdown)
 
     async def _ask(self, body: Body) -> list[Answer]:
-        params = sampling_params(body, await self._processors(body))
+        config = self._llm.engine.model.generation_config
+        samples = bool(getattr(config, "do_sample", False))
+        params = sampling_params(body, await self._processors(body), samples=samples)
         if isinstance(body, ChatBody):
             return [self._llm.chat([m.model_dump(exclude_none=True) for m in body.messages], params)]
         return [self._llm.generate(prompt, params) for prompt in body.prompt]
