@@ -10,7 +10,6 @@ from quire.engine.params import LogitsProcessor
 from quire.errors import ArgumentError
 from quire.serve.protocol import ChatBody, CompletionBody
 
-
 # Fields that are left to the model's generation_config where a body does not name them.
 _OF_THE_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_tokens")
 
