@@ -326,3 +326,25 @@ def test_a_forked_request_copies_its_page_and_both_sequences_give_the_tokens_of_
         deltas += llm.step()
     assert [o.token_ids for o in deltas[-1].output.outputs] == [expected[0], [other, *from_other]]
     assert all_pages_are_free(llm)
+
+
+def test_a_model_is_loaded_by_its_id_from_the_cache_with_its_tokenizer(model, tmp_path, monkeypatch, caplog):
+    from hf.fake_hub import cached
+    from huggingface_hub import constants
+
+    (tmp_path / "model").mkdir()
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cached(tmp_path, "someone/tiny", tmp_path / "model", ref="v1")
+    with pytest.raises(ModelError, match="must be on this machine"):
+        LLM("someone/tiny")
+    with caplog.at_level("INFO", "quire"):
+        llm = LLM("someone/tiny", revision="v1", num_pages=50, backend="reference")
+    assert "someone/tiny: float32 (the checkpoint's own) on cpu (no GPU)" in caplog.messages
+    here = make_llm(model)
+    assert llm.generate("abc", GREEDY)[0].text == here.generate("abc", GREEDY)[0].text
+    with pytest.raises(ArgumentError, match="revision must be left out, as a transformers model has them"):
+        LLM(model, revision="v1")
