@@ -9,14 +9,16 @@ import sys
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import pytest
 
 from quire.engine import AsyncLLM, core, scheduler, turns
 from quire.engine.core import Engine
-from quire.engine.params import SamplingParams
+from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.request import Request
 from quire.errors import QuireError
+from quire.pages import table
 
 from .fakes import FakeModel, byte_tokenizer, scripted
 
@@ -119,13 +121,13 @@ def test_an_interruption_while_a_request_is_preempted_does_not_lose_or_double_it
 
 
 @contextmanager
-def interrupted(functions: Collection[str], at: int) -> Iterator[list[str]]:
-    """Ctrl-C before the at-th line that runs of these functions of the scheduler; gives the functions of all lines."""
-    source, lines = inspect.getsource(scheduler).splitlines(), []
+def interrupted(functions: Collection[str], at: int, module=scheduler) -> Iterator[list[str]]:
+    """Ctrl-C before the at-th line that runs of these functions of a module; gives the functions of all lines."""
+    source, lines = inspect.getsource(module).splitlines(), []
 
     def trace(frame, event, _):
         code = frame.f_code
-        if code.co_filename != scheduler.__file__ or code.co_name not in functions:
+        if code.co_filename != module.__file__ or code.co_name not in functions:
             return None
         if event == "line" and not source[frame.f_lineno - 1].lstrip().startswith(("with ", "try:")):
             lines.append(code.co_name)
@@ -191,6 +193,46 @@ def test_an_interruption_while_another_engine_takes_pages_leaves_them_in_order()
         if len(lines) < at:
             assert outputs["young", second].preemptions > 0, "without an interruption"
             break
+
+
+@pytest.mark.parametrize(
+    ("how", "params"),
+    [
+        ("abort", SamplingParams(n=2, temperature=1.0, seed=5, max_tokens=50)),
+        ("abort", BeamSearchParams(beam_width=2, max_tokens=50)),
+        ("closed stream", SamplingParams(n=2, temperature=1.0, seed=5, max_tokens=50)),
+    ],
+    ids=["abort", "abort of beams", "closed stream"],
+)
+@pytest.mark.parametrize(
+    ("module", "functions"),
+    [(core, {"_end", "<listcomp>"}), (table, {"free", "_let_go"})],
+    ids=["engine", "pages"],
+)
+def test_an_interruption_anywhere_in_the_end_of_a_request_ends_it_all_the_same(
+    how, params, module, functions
+):
+    """Its pages come back, it is not live any more, and the others get their tokens."""
+    for at in itertools.count(1):
+        engine = Engine(FakeModel(num_pages=40), enable_prefix_caching=False)
+        other = engine.add_request([9, 9], SamplingParams(max_tokens=9))
+        if how == "closed stream":
+            stream = engine.stream([1, 2, 3], params)
+            next(stream)
+            end = stream.close
+        else:
+            end = partial(engine.abort, engine.add_request([1, 2, 3], params))
+            engine.step(), engine.step()
+        with interrupted(functions, at, module) as lines, suppress(KeyboardInterrupt):
+            end()
+        outputs, _ = run_on(engine)
+        assert outputs[other].token_ids == engine.model.continuation([9, 9], 9), f"after line {at}"
+        assert engine.stats.steps < 15, "the request that was to end went on"
+        assert not engine.requests
+        assert engine.model.allocator.num_available == 40
+        if len(lines) < at:
+            break
+    assert at > 5
 
 
 def test_a_driver_that_is_gone_without_saying_so_is_replaced():

@@ -590,16 +590,25 @@ class Engine:
             search.tell()
 
     def _end(self, requests: list[Request]) -> bool:
-        """Abort what has not finished of requests, in a turn; returns whether any had not."""
-        with self._news:
-            live = [request for request in requests if request.request_id in self.requests]
-            aborts = not all(request.finished for request in live)
-            for request in live:
-                self._scheduler.remove(request)
-                del self.requests[request.request_id]
-                request.abort()
-                request.tell()
-        return aborts
+        """Abort what has not finished of requests, in a turn; returns whether any had not.
+
+        Interrupted, Ctrl-C, it does the rest when the turn ends.
+        """
+        try:
+            with self._news:
+                live = [request for request in requests if request.request_id in self.requests]
+                aborts = not all(request.finished for request in live)
+                for request in live:
+                    self._scheduler.remove(request)
+                    request.abort()
+                    request.tell()
+                    del self.requests[request.request_id]  # last: until then it is found again
+            return aborts
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self._turns.defer(lambda: self._end(requests))
+                settle(self.table.allocator)
+            raise
 
     def _give_up(self, requests: list[Request]) -> None:
         """Abort what has not finished of requests, after the step that runs now; never waits."""

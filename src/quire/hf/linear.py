@@ -33,6 +33,33 @@ def compile_jobs(model: torch.nn.Module) -> list[Job]:
     ]
 
 
+def compile_jobs_of_any(model: torch.nn.Module) -> list[Job]:
+    """Whatever the products of this model run when it is batch-invariant, for any number of tokens.
+
+    Weights that are no linear layer's, as experts and GPT-2's, may be multiplied as they lie or transposed.
+    """
+    of_linear = {
+        id(layer.weight): layer.weight for layer in model.modules() if type(layer) is torch.nn.Linear
+    }
+    looked_up = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)}
+    shapes: dict[torch.dtype, set[tuple[int, int]]] = {}
+    lying: set[torch.dtype] = set()
+    for weight in model.parameters():
+        if weight.dtype not in kernels.FEW_TOKENS or weight.dim() < 2:
+            continue
+        rows, width = weight.shape[-2:]
+        if id(weight) in of_linear:
+            shapes.setdefault(weight.dtype, set()).add((rows, width))
+        elif id(weight) not in looked_up:
+            shapes.setdefault(weight.dtype, set()).update({(rows, width), (width, rows)})
+            lying.add(weight.dtype)
+    return [
+        job
+        for dtype, found in shapes.items()
+        for job in kernels.compile_jobs_of_any(dtype, found, by_columns=dtype in lying)
+    ]
+
+
 def own_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """A `forward` for this layer, which chooses between the kernel and torch at each call."""
 

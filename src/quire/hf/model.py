@@ -105,7 +105,8 @@ class PagedModel:
         self._forward = PackedForward(model, compile=compile, batch_invariant=batch_invariant)
         calls = guard.layer_calls(model, self._forward)
         shapes = guard.layer_shapes(model, calls)
-        _compile_kernels(model, {shape.spec(page_size, kv_dtype) for shape in shapes.values()}, backend)
+        specs = {shape.spec(page_size, kv_dtype) for shape in shapes.values()}
+        _compile_kernels(model, specs, backend, batch_invariant)
         layout = PageLayout(shapes, page_size=page_size, kv_dtype=kv_dtype)
         self.groups = tuple(group.visibility for group in layout.groups)
         self.bytes_per_page = layout.bytes_per_page
@@ -254,11 +255,15 @@ class PagedModel:
         )
 
 
-def _compile_kernels(model: PreTrainedModel, specs: Iterable[AttentionSpec], backend: str) -> None:
+def _compile_kernels(
+    model: PreTrainedModel, specs: Iterable[AttentionSpec], backend: str, batch_invariant: bool
+) -> None:
     """All that steps of this model run, before the first of them."""
     jobs = compile_jobs(specs, backend, model.device)
     if resolve_backend(backend, model.device) == "cpu":
         jobs += linear.compile_jobs(model)
+    if batch_invariant and model.device.type == "cpu":
+        jobs += linear.compile_jobs_of_any(model)
     ahead.compile_ahead(jobs)
 
 

@@ -198,6 +198,29 @@ def compile_jobs(dtype: torch.dtype, widths: Iterable[int]) -> list[Job]:
     return jobs
 
 
+def compile_jobs_of_any(
+    dtype: torch.dtype, shapes: Iterable[tuple[int, int]], *, by_columns: bool
+) -> list[Job]:
+    """Whatever ``linear_of_any`` runs for weights of these shapes, (rows, width), and any number of tokens.
+
+    Args:
+        by_columns: whether weights also lie as [width, rows].
+    """
+    few = {
+        _config(dtype, width, tokens, rows)
+        for rows, width in shapes
+        for tokens in range(1, STREAMED_TOKENS + 1)
+    }
+    many = {PanelConfig(DTYPE_CODES[dtype], config.pairs, 0) for config in few}
+    if by_columns:
+        many.add(PanelConfig(DTYPE_CODES[dtype], 0, 1))
+    product, panels = Product._make([0] * len(Product._fields)), Panels._make([0] * len(Panels._fields))
+    return [
+        *(Job.of(multiply_panels, config, 1, 1, panels) for config in sorted(many, reverse=True)),
+        *(Job.of(multiply, config, 1, 1, product) for config in sorted(few, reverse=True)),
+    ]
+
+
 def _config(dtype: torch.dtype, width: int, tokens: int, rows: int = LANES) -> LinearConfig:
     least = LANES >> (min(rows, LANES).bit_length() - 1)  # a tile has no more rows than the weight
     tile_tokens = max(least, min(MAX_TOKENS, 1 << (tokens - 1).bit_length()))
