@@ -42,9 +42,30 @@ import quire
 [output] = quire.LLM().generate("Once upon a time", quire.SamplingParams(max_tokens=8))
 assert len(output.token_ids) == 8
 """
-PROGRAMS = {"": BASE, "hf": HF}
+SERVE = """
+import json, threading, time, urllib.request, quire
+from quire.serve.app import create_app
+from quire.serve.server import Server, bind, url_of
+server, bound = Server(create_app(quire.LLM(), names=["demo"])), bind("127.0.0.1", 0)
+thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+thread.start()
+while not server.started:
+    time.sleep(0.1)
+body = json.dumps({"model": "demo", "prompt": "def area(", "max_tokens": 4}).encode()
+request = urllib.request.Request(url_of(bound) + "/v1/completions", body, {"content-type": "application/json"})
+with urllib.request.urlopen(request, timeout=60) as answer:
+    assert json.load(answer)["usage"]["completion_tokens"] == 4
+server.should_exit = True
+thread.join(60)
+"""
+PROGRAMS = {"": BASE, "hf": HF, "serve": SERVE}
 CONTENTS = ("quire/py.typed", "quire/assets/demo_model/model.safetensors", "quire/kernels/cpu/backend.py")
-METADATA = ("Requires-Python: <3.14,>=3.10", "License-Expression: Apache-2.0", "Provides-Extra: hf")
+METADATA = (
+    "Requires-Python: <3.14,>=3.10",
+    "License-Expression: Apache-2.0",
+    "Provides-Extra: hf",
+    "Provides-Extra: serve",
+)
 
 
 def main() -> None:
