@@ -20,7 +20,7 @@ def run(capsys, *arguments):
 
 
 BAD_INPUT = {
-    "an unknown command": (["serve"], "No such command 'serve'"),
+    "an unknown command": (["teach"], "No such command 'teach'"),
     "an unknown option": (["generate", "x", "--wings", "2"], "--wings"),
     "no prompt": (["generate"], "Missing argument"),
     "an unknown dtype": (["generate", "x", "--dtype", "float8"], "'float8' is not one of"),
@@ -122,7 +122,7 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"quire {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "doctor", "serve"])
 def test_help_of_each_command_shows_how_to_type_it(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -130,7 +130,7 @@ def test_help_of_each_command_shows_how_to_type_it(capsys, command):
     assert out.count(f"quire {command}") >= 3  # the usage line and at least two examples
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"], ["serve"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"], ["teach"]])
 def test_help_and_errors_of_the_command_line_load_no_library(arguments):
     program = f"""
 import sys, quire.cli
