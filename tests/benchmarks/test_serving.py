@@ -285,6 +285,7 @@ def test_parts_of_a_step_leave_kernels_out_of_launch_on_a_cpu():
     assert list(profile.split_kernels(parts, 6e-6, on_host=True)) == list(profile.PARTS)
 
 
+@pytest.mark.exhaustive  # two processes that load torch: 20 to 30 s
 def test_a_tiny_call_serves_judges_and_writes_rows(tmp_path):
     def do(
         task: dict, seconds: float

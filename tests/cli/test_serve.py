@@ -11,7 +11,6 @@ import threading
 import httpx
 import openai
 import pytest
-import torch
 
 from quire import ArgumentError, ModelError, cli
 from quire.serve.server import Server, bind
@@ -24,7 +23,7 @@ HANGS = 120
 
 def test_options_reach_the_model_as_they_were_typed(monkeypatch, tmp_path):
     typed = (
-        f"{tmp_path} --port 0 --max-model-len 99 --max-num-seqs 3 --kv-cache-dtype fp8 --no-enable-prefix-caching "
+        f"{tmp_path} --device cpu --port 0 --max-model-len 99 --max-num-seqs 3 --kv-cache-dtype fp8 --no-enable-prefix-caching "
         "--dtype bfloat16 --page-size 32 --num-pages 9"
     )
     asked = {}
@@ -36,7 +35,7 @@ def test_options_reach_the_model_as_they_were_typed(monkeypatch, tmp_path):
     monkeypatch.setattr("quire.engine.LLM", llm)
     assert cli.run(["serve", *typed.split()]) == 2
     assert asked == {
-        "model": tmp_path, "dtype": torch.bfloat16, "kv_dtype": "fp8_e4m3", "page_size": 32, "num_pages": 9,
+        "model": str(tmp_path), "revision": None, "device": "cpu", "dtype": "bfloat16", "kv_dtype": "fp8_e4m3", "page_size": 32, "num_pages": 9,
         "max_model_len": 99, "max_num_seqs": 3, "enable_prefix_caching": False,
     }  # fmt: skip
 
