@@ -23,8 +23,8 @@ HANGS = 120
 
 def test_options_reach_the_model_as_they_were_typed(monkeypatch, tmp_path):
     typed = (
-        f"{tmp_path} --device cpu --port 0 --max-model-len 99 --max-num-seqs 3 --kv-cache-dtype fp8 --no-enable-prefix-caching "
-        "--dtype bfloat16 --page-size 32 --num-pages 9"
+        f"{tmp_path} --device cpu --port 0 --max-model-len 99 --max-num-seqs 3 --kv-cache-dtype fp8 "
+        "--no-enable-prefix-caching --dtype bfloat16 --page-size 32 --num-pages 9"
     )
     asked = {}
 
@@ -35,7 +35,8 @@ def test_options_reach_the_model_as_they_were_typed(monkeypatch, tmp_path):
     monkeypatch.setattr("quire.engine.LLM", llm)
     assert cli.run(["serve", *typed.split()]) == 2
     assert asked == {
-        "model": str(tmp_path), "revision": None, "device": "cpu", "dtype": "bfloat16", "kv_dtype": "fp8_e4m3", "page_size": 32, "num_pages": 9,
+        "model": str(tmp_path), "revision": None, "device": "cpu", "dtype": "bfloat16",
+        "kv_dtype": "fp8_e4m3", "page_size": 32, "num_pages": 9,
         "max_model_len": 99, "max_num_seqs": 3, "enable_prefix_caching": False,
     }  # fmt: skip
 
