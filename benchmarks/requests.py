@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,24 @@ class ModelShape:
     vocab: int = 32000
     positions: int = 2048
 
+    def config(self) -> Any:
+        """transformers' config of it, without an end-of-text token."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.positions,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+
     def __str__(self) -> str:
         """Such as `llama-12x768-12/4-2048-32000`."""
         return (
@@ -80,27 +99,14 @@ def model_folder(shape: ModelShape, parent: Path, seed: int = 0) -> Path:
     end-of-text token, so that every engine generates as many tokens as asked.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = parent / str(shape).replace("/", "-") / f"seed{seed}"
     if (folder / "model.safetensors").exists():
         return folder
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.positions,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(shape.vocab)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0").save_pretrained(folder)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(shape.config()).save_pretrained(folder)
     return folder

@@ -78,11 +78,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wheel = build(args.python, Path(folder))
         check_contents(wheel)
-        # Versions that are known to work everywhere; a user has none of these, and gets the newest.
         environment = Path(folder) / "environment"
         run(args.python, "-m", "venv", environment)
         python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
-        install(python, "torch==2.13.0")
+        install(python, "torch==2.13.0")  # as the Makefile does: other builds may bring CUDA's libraries
         for extra, program in PROGRAMS.items():
             install(python, f"quire[{extra}] @ {wheel.as_uri()}" if extra else str(wheel))
             run(python, "-I", "-c", program, cwd=folder)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.requests import ModelShape
+
 HEAD_DIM = 128
 
 
@@ -66,21 +68,11 @@ def make_model(shape: Shape, positions: int, dtype: torch.dtype, device: str, se
     Args:
         positions: longest sequence. Llama-2 was trained to 4,096; random weights know no better at any length.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=positions,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
+    llama = ModelShape(
+        shape.layers, shape.hidden, shape.heads, shape.heads, shape.intermediate, shape.vocab, positions
     )
     torch.manual_seed(seed)
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
+        return LlamaForCausalLM._from_config(llama.config(), dtype=dtype).eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from quire.spec import Visibility
 
 EMPTY = -1
 EOS = 256
+SIX_TOKENS = SamplingParams(max_tokens=6)
 
 Rule = Callable[[np.ndarray], np.ndarray]
 
@@ -242,3 +243,19 @@ def _byte_character(byte: int) -> str:
     """The printable character that byte-level BPE writes for a byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return chr(byte) if byte in printable else chr(256 + sorted(set(range(256)) - set(printable)).index(byte))
+
+
+def ask(engine: Engine, prompt, params: SamplingParams = SIX_TOKENS):
+    """One request alone: its output, which must be what the model says, and how many tokens each step computed."""
+    before = len(engine.model.step_sizes)
+    [output] = engine.generate([list(prompt)], params)
+    assert output.token_ids == engine.model.continuation(prompt, params.max_tokens)
+    return output, engine.model.step_sizes[before:]
+
+
+def drain(engine: Engine) -> dict:
+    """Step until nothing is left; the outputs by request id."""
+    outputs = {}
+    while engine.has_unfinished:
+        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
+    return outputs

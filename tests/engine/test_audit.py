@@ -11,7 +11,7 @@ from quire.errors import PageStateError
 from quire.pages import PageTable
 from quire.pages.balance import find_fault
 
-from .fakes import FakeModel
+from .fakes import FakeModel, drain
 
 PAGE = 4
 PARAMS = SamplingParams(max_tokens=6)
@@ -19,13 +19,6 @@ PARAMS = SamplingParams(max_tokens=6)
 
 def make_engine() -> Engine:
     return Engine(FakeModel(num_pages=64, page_size=PAGE))
-
-
-def drain(engine: Engine) -> dict:
-    outputs = {}
-    while engine.has_unfinished:
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
-    return outputs
 
 
 def losses(engine: Engine, request_id: int) -> dict:

@@ -7,8 +7,7 @@ import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -21,6 +20,7 @@ from quire.errors import QuireError
 from quire.pages import table
 
 from .fakes import FakeModel, byte_tokenizer, scripted
+from .interrupting import interrupted
 
 HANGS = 60  # seconds after which a thread is taken for hanging; none comes near it
 
@@ -120,29 +120,6 @@ def test_an_interruption_while_a_request_is_preempted_does_not_lose_or_double_it
     assert outputs[request_id].token_ids == engine.model.continuation([1, 2, 3], 4)
 
 
-@contextmanager
-def interrupted(functions: Collection[str], at: int, module=scheduler) -> Iterator[list[str]]:
-    """Ctrl-C before the at-th line that runs of these functions of a module; gives the functions of all lines."""
-    source, lines = inspect.getsource(module).splitlines(), []
-
-    def trace(frame, event, _):
-        code = frame.f_code
-        if code.co_filename != module.__file__ or code.co_name not in functions:
-            return None
-        if event == "line" and not source[frame.f_lineno - 1].lstrip().startswith(("with ", "try:")):
-            lines.append(code.co_name)
-            if len(lines) == at:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield lines
-    finally:
-        sys.settrace(before)
-
-
 def test_an_interruption_anywhere_between_the_queues_loses_and_doubles_no_request():
     """Samples begin, give their pages up and begin again in a pool too small for all, and one request is urgent."""
     params = SamplingParams(n=2, temperature=1.0, seed=5, max_tokens=4)
@@ -154,7 +131,7 @@ def test_an_interruption_anywhere_between_the_queues_loses_and_doubles_no_reques
         engine = Engine(FakeModel(num_pages=4), enable_prefix_caching=False)
         first, samples = engine.add_request([9, 9], greedy), engine.add_request([1, 2, 3, 4, 5], params)
         outputs, urgent = {}, None
-        with interrupted(functions, at) as lines:
+        with interrupted(functions, at, scheduler) as lines:
             for step in range(60):
                 if step == 5:
                     urgent = engine.add_request([7, 7, 7], greedy, priority=-1)
@@ -182,7 +159,7 @@ def test_an_interruption_while_another_engine_takes_pages_leaves_them_in_order()
         first = old.add_request([1] * 21, SamplingParams(max_tokens=3))
         second = young.add_request([2, 3], SamplingParams(max_tokens=8))
         young.step()
-        with interrupted({"preempt_last", "_free"}, at) as lines:
+        with interrupted({"preempt_last", "_free"}, at, scheduler) as lines:
             for _ in range(2):
                 with suppress(KeyboardInterrupt):
                     old.step()

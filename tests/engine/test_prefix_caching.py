@@ -8,7 +8,7 @@ from quire.engine.core import Engine, EngineStats
 from quire.engine.params import SamplingParams
 from quire.errors import ArgumentError, PageStateError, UnsupportedError
 
-from .fakes import FakeModel, fork
+from .fakes import FakeModel, ask, drain, fork
 
 PAGE = 4
 PARAMS = SamplingParams(max_tokens=6)
@@ -16,21 +16,6 @@ PARAMS = SamplingParams(max_tokens=6)
 
 def make_engine(**options) -> Engine:
     return Engine(FakeModel(**{"num_pages": 64, "page_size": PAGE} | options))
-
-
-def ask(engine: Engine, prompt, params: SamplingParams = PARAMS):
-    """One request alone: its output, which must be what the model says, and how many tokens each step computed."""
-    before = len(engine.model.step_sizes)
-    [output] = engine.generate([list(prompt)], params)
-    assert output.token_ids == engine.model.continuation(prompt, params.max_tokens)
-    return output, engine.model.step_sizes[before:]
-
-
-def drain(engine: Engine) -> dict:
-    outputs = {}
-    while engine.has_unfinished:
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
-    return outputs
 
 
 # From whom

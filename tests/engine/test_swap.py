@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 from hf.families import tiny_model
@@ -20,7 +18,8 @@ from quire.hf.cache import make_swap
 from quire.pages import HostPool, swap
 from quire.spec import Visibility
 
-from .fakes import FakeModel
+from .fakes import FakeModel, ask, drain
+from .interrupting import interrupted
 from .texts import one_by_one
 
 PAGE = 4
@@ -29,21 +28,6 @@ PARAMS = SamplingParams(max_tokens=6)
 
 def make_engine(**options) -> Engine:
     return Engine(FakeModel(**{"num_pages": 8, "page_size": PAGE, "num_host_pages": 64} | options))
-
-
-def ask(engine: Engine, prompt, params: SamplingParams = PARAMS):
-    """One request alone: its output, which must be what the model says, and how many tokens each step computed."""
-    before = len(engine.model.step_sizes)
-    [output] = engine.generate([list(prompt)], params)
-    assert output.token_ids == engine.model.continuation(prompt, params.max_tokens)
-    return output, engine.model.step_sizes[before:]
-
-
-def drain(engine: Engine) -> dict:
-    outputs = {}
-    while engine.has_unfinished:
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output}
-    return outputs
 
 
 # Hits
@@ -183,28 +167,6 @@ def test_samples_and_beams_that_gave_their_pages_up_find_them_again(groups):
 # Failures
 
 
-@contextmanager
-def interrupted(at: int):
-    """Ctrl-C before the at-th line that runs of pages/swap.py; gives the names of the functions reached."""
-    source, lines = inspect.getsource(swap).splitlines(), []
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename != swap.__file__ or frame.f_code.co_name not in INTERRUPTED:
-            return None
-        if event == "line" and not source[frame.f_lineno - 1].lstrip().startswith(("with ", "try:")):
-            lines.append(frame.f_code.co_name)
-            if len(lines) == at:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield lines
-    finally:
-        sys.settrace(before)
-
-
 INTERRUPTED = {"bring_back", "_load", "_save", "_copy"}
 
 
@@ -214,7 +176,7 @@ def test_an_interruption_before_any_line_of_a_copy_loses_no_page_and_no_token():
     for at in itertools.count(1, 3):
         engine = make_engine(num_pages=5, num_host_pages=4)
         model = engine.model
-        with interrupted(at) as lines:
+        with interrupted(INTERRUPTED, at, swap) as lines:
             for start in (0, 20, 0):
                 prompt = list(range(start, start + 15))
                 request_id = engine.add_request(prompt, params)

@@ -6,9 +6,12 @@ import sys
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from quire.engine import LLM
 
 app = typer.Typer(
     name="quire",
@@ -48,14 +51,17 @@ class CacheDtype(str, Enum):
     fp8_e5m2 = "fp8_e5m2"
 
 
+MODEL_HELP = (
+    "A Hugging Face model folder, or a model's id on the hub, such as Qwen/Qwen3-0.6B, which is downloaded once; a "
+    "folder of that name wins."
+)
 # Typer reads annotations at run time, and Python 3.10's typer has no `X | None` in all versions we allow.
 ModelOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="A Hugging Face model folder, or a model's id on the hub, such as Qwen/Qwen3-0.6B, which is downloaded "
-        "once; a folder of that name wins. Default: the embedded demo model.",
+        help=f"{MODEL_HELP} Default: the embedded demo model.",
     ),
 ]
 RevisionOption = Annotated[
@@ -125,6 +131,25 @@ def quire(
     hush()
 
 
+def _load(
+    model: str | None, revision: str | None, dtype: Dtype, device: str | None, kv_dtype: KVDtypeName | None,
+    page_size: int, num_pages: int | None,
+) -> LLM:  # fmt: skip
+    """The model of these options."""
+    from quire.cli.model import load
+
+    kv = kv_dtype.value if kv_dtype else None
+    return load(
+        model,
+        revision=revision,
+        dtype=dtype.value,
+        device=device,
+        kv_dtype=kv,
+        page_size=page_size,
+        num_pages=num_pages,
+    )
+
+
 @app.command()
 def generate(
     prompt: Annotated[
@@ -163,21 +188,13 @@ def generate(
       cat start.py | quire generate - --stop "class " > rest.py
     """
     from quire.cli.generate import run
-    from quire.cli.model import load, sampling
+    from quire.cli.model import sampling
 
     params = sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens, stop=stop or None
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    llm = load(
-        model,
-        revision=revision,
-        dtype=dtype.value,
-        device=device,
-        kv_dtype=kv_dtype.value if kv_dtype else None,
-        page_size=page_size,
-        num_pages=num_pages,
-    )
+    llm = _load(model, revision, dtype, device, kv_dtype, page_size, num_pages)
     run(llm, text, params)
 
 
@@ -186,8 +203,7 @@ def chat(
     model: Annotated[
         str,
         typer.Argument(
-            help="A Hugging Face model folder, or a model's id on the hub, which is downloaded once; a folder of that "
-            "name wins. Its tokenizer must have a chat template.",
+            help=f"{MODEL_HELP} Its tokenizer must have a chat template.",
             show_default=False,
         ),
     ],
@@ -224,18 +240,10 @@ def chat(
       echo "What is a page table?" | quire chat Qwen/Qwen3-0.6B > answer.txt
     """
     from quire.cli.chat import run
-    from quire.cli.model import load, sampling
+    from quire.cli.model import sampling
 
     params = sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    llm = load(
-        model,
-        revision=revision,
-        dtype=dtype.value,
-        device=device,
-        kv_dtype=kv_dtype.value if kv_dtype else None,
-        page_size=page_size,
-        num_pages=num_pages,
-    )
+    llm = _load(model, revision, dtype, device, kv_dtype, page_size, num_pages)
     run(llm, replace(params, max_tokens=max_tokens), system=system)
 
 
@@ -245,8 +253,7 @@ def serve(
         Optional[str],  # noqa: UP045
         typer.Argument(
             metavar="MODEL",
-            help="A Hugging Face model folder, or a model's id on the hub, which is downloaded once; a folder of that "
-            "name wins. Default: the embedded demo model.",
+            help=f"{MODEL_HELP} Default: the embedded demo model.",
             show_default=False,
         ),
     ] = None,

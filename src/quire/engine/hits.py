@@ -189,19 +189,21 @@ class PrefixHits:
             found = prefix.num_pages * size
             if prefix is whole:
                 return Start(sequence, prefix, tuple(cache.pages(prefix)), found)
-        next_page = tokens[found : found + size].tobytes()
-        return Start(sequence, prefix, tuple(cache.pages(prefix)), found, next_page)
+        return self._start_behind(sequence, prefix)
+
+    def _start_behind(self, sequence: Sequence, prefix: Prefix) -> Start:
+        assert self.cache is not None  # it has given the prefix
+        size = self.table.page_size
+        found = prefix.num_pages * size
+        next_page = sequence.tokens[found : found + size].tobytes()
+        return Start(sequence, prefix, tuple(self.cache.pages(prefix)), found, next_page)
 
     def _start_in_prompt(self, sequence: Sequence) -> Start:
         """Where a leader that has generated tokens begins: before the last token of the prompt."""
         if self.cache is None:
             return Start(sequence)
-        tokens, size = sequence.tokens, self.table.page_size
-        prefix = self.cache.match(tokens[: sequence.num_prompt_tokens - 1], sequence.params.cache_salt)
-        found = prefix.num_pages * size
-        return Start(
-            sequence, prefix, tuple(self.cache.pages(prefix)), found, tokens[found : found + size].tobytes()
-        )
+        known = sequence.tokens[: sequence.num_prompt_tokens - 1]
+        return self._start_behind(sequence, self.cache.match(known, sequence.params.cache_salt))
 
     def _has_prompt(self, start: Start) -> bool:
         """Whether it begins behind the full pages of its prompt."""

@@ -260,10 +260,10 @@ def _compile_kernels(
 ) -> None:
     """All that steps of this model run, before the first of them."""
     jobs = compile_jobs(specs, backend, model.device)
-    if resolve_backend(backend, model.device) == "cpu":
-        jobs += linear.compile_jobs(model)
     if batch_invariant and model.device.type == "cpu":
         jobs += linear.compile_jobs_of_any(model)
+    elif resolve_backend(backend, model.device) == "cpu":
+        jobs += linear.compile_jobs(model)
     ahead.compile_ahead(jobs)
 
 

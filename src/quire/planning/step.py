@@ -185,15 +185,8 @@ def compile_jobs() -> list[Job]:
     return [Job.of(cut_step, *_TYPES)]
 
 
-_TYPES = (
-    *[0] * 10,
-    Tiling(0, TileShape(0, 0), TileShape(0, 0)),
-    0,
-    False,
-    0,
-    0,
-    False,
-)  # arguments of cut_step
+_NO_TILING = Tiling(0, TileShape(0, 0), TileShape(0, 0))
+_TYPES = (*[0] * 10, _NO_TILING, 0, False, 0, 0, False)  # arguments of cut_step
 
 
 @functools.cache

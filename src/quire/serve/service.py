@@ -127,7 +127,7 @@ class Service:
         await asyncio.get_running_loop().run_in_executor(None, self._llm.shutdown)
 
     async def _ask(self, body: Body) -> list[Answer]:
-        config = self._llm.engine.model.generation_config
+        config = self.engine.model.generation_config
         samples = bool(getattr(config, "do_sample", False))
         params = sampling_params(body, await self._processors(body), samples=samples)
         if isinstance(body, ChatBody):

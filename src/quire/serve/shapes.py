@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from quire.serve.protocol import ChatBody, CompletionBody
 Object = dict[str, Any]
 
 
-class Shape:
+class Shape(ABC):
     """The objects that answer one body. A choice is one text: sample i of prompt p has the index p · n + i.
 
     Args:
@@ -90,17 +91,17 @@ class Shape:
     def _num_generated(self, text: CompletionOutput) -> int:
         return len(text.token_ids)
 
-    def _choice(self, index: int, output: RequestOutput, text: CompletionOutput) -> Object:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, index: int, output: RequestOutput, text: CompletionOutput) -> Object: ...
 
-    def _first(self, index: int) -> Object | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _first(self, index: int) -> Object | None: ...
 
-    def _gained(self, index: int, delta: Delta) -> Object | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _gained(self, index: int, delta: Delta) -> Object | None: ...
 
-    def _nothing(self) -> Object:
-        raise NotImplementedError
+    @abstractmethod
+    def _nothing(self) -> Object: ...
 
 
 class ChatShape(Shape):

@@ -186,16 +186,9 @@ def most_tokens(dtype: torch.dtype) -> int:
 
 def compile_jobs(dtype: torch.dtype, widths: Iterable[int]) -> list[Job]:
     """Whatever layers of these widths run for as many tokens as `most_tokens` says."""
-    widths = list(widths)
-    tokens = [1 << i for i in range(MAX_TOKENS.bit_length())]
-    configs = {_config(dtype, width, number) for width in widths for number in tokens}
-    product = Product._make([0] * len(Product._fields))
-    jobs = [Job.of(multiply, config, 1, 1, product) for config in sorted(configs, reverse=True)]
-    if most_tokens(dtype) > STREAMED_TOKENS:
-        panels = Panels._make([0] * len(Panels._fields))
-        panel_configs = {PanelConfig(DTYPE_CODES[dtype], _pairs(dtype, width), 0) for width in widths}
-        jobs += [Job.of(multiply_panels, config, 1, 1, panels) for config in sorted(panel_configs)]
-    return jobs
+    jobs = compile_jobs_of_any(dtype, [(LANES, width) for width in widths], by_columns=False)
+    is_any = most_tokens(dtype) > STREAMED_TOKENS
+    return jobs if is_any else [job for job in jobs if job.function == multiply.__name__]
 
 
 def compile_jobs_of_any(
