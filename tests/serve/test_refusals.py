@@ -93,7 +93,7 @@ BODIES = {
 def test_a_malformed_body_is_refused_with_a_sentence(running, path, body, said):
     answer = running.post(path, content=body, headers=JSON)
     check_error(answer, 400, said if path == "/v1/completions" else "")
-    assert running.service.engine.requests == {}
+    running.check_idle()  # soon: a good prompt beside a wrong one has begun, and the engine's thread aborts it
 
 
 @pytest.mark.parametrize("stream", [True, False])
