@@ -101,6 +101,6 @@ def test_a_step_that_wants_no_logits_is_accepted():
     ],
 )
 def test_tokens_and_positions_without_a_row_in_the_model_are_refused(vocab_size, max_seq_len, message):
-    Step(**fields()).check_fits(9, 10)
+    Step(**fields()).check_fits(9, 10, 1000)
     with pytest.raises(ArgumentError, match=message):
-        Step(**fields()).check_fits(vocab_size, max_seq_len)
+        Step(**fields()).check_fits(vocab_size, max_seq_len, 1000)

@@ -36,8 +36,9 @@ class LLM(Engine):
         revision: a branch, tag or commit of an id; None: "main".
         tokenizer: a fast transformers tokenizer; None: the folder's own, and none for a model that
             is made already, so that prompts and results are token ids.
-        page_size, num_pages, memory_bytes, kv_dtype, max_model_len, backend, compile, batch_invariant, swap_bytes: the
-            pool, the longest sequence and the kernels, as for PagedModel; for a model that is not a PagedModel yet.
+        page_size, num_pages, memory_bytes, kv_dtype, max_model_len, backend, compile, cuda_graphs, batch_invariant,
+            swap_bytes: the pool, the longest sequence and the kernels, as for PagedModel; for a model that is not a
+            PagedModel yet.
         dtype: of the weights, as torch.bfloat16 or "bfloat16"; None or "auto": the checkpoint's own.
         device: of weights and pages; None: "cuda" where torch can use a GPU, else "cpu". One line says both: it is
             logged as INFO by the logger "quire", or else written to stderr where that is a terminal. Both are for
@@ -64,6 +65,7 @@ class LLM(Engine):
         max_model_len: int | None = None,
         backend: str | None = None,
         compile: bool | None = None,
+        cuda_graphs: bool | None = None,
         batch_invariant: bool | None = None,
         swap_bytes: int = 0,
         dtype: torch.dtype | str | None = None,
@@ -85,6 +87,7 @@ class LLM(Engine):
             max_model_len=max_model_len,
             backend=backend,
             compile=compile,
+            cuda_graphs=cuda_graphs,
             batch_invariant=batch_invariant,
             swap_bytes=swap_bytes or None,
         )

@@ -7,7 +7,7 @@ models drop keyword arguments on the way to their layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,13 +17,12 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from quire.errors import UnsupportedError
-from quire.hf.cache import LayerPages, PagedCache
+from quire.hf.cache import Kind, LayerPages, PagedCache
 from quire.hf.planners import Planners
 from quire.hf.step import Step
 from quire.ops.attention_plan import AttentionPlan
 from quire.ops.store import write_kv
 from quire.ops.torch_op import register
-from quire.spec import AttentionSpec, Visibility
 
 ATTENTION_NAME = "quire"
 
@@ -32,15 +31,26 @@ class RunningStep:
     """A step on its way through the layers.
 
     A plan is made when the first layer asks for it, and serves all layers of the same spec, visibility and group.
+
+    Args:
+        slots: the step's slot_mapping on the device, where it is there already.
+        plans: those that are made already.
     """
 
-    def __init__(self, step: Step, cache: PagedCache, planners: Planners) -> None:
+    def __init__(
+        self,
+        step: Step,
+        cache: PagedCache,
+        planners: Planners,
+        slots: torch.Tensor | None = None,
+        plans: Mapping[Kind, AttentionPlan] | None = None,
+    ) -> None:
         self.step = step
         self.cache = cache
         self.planners = planners
-        slots = step.slot_mapping.to(planners.device)
+        slots = step.slot_mapping.to(planners.device) if slots is None else slots
         self._slots = slots.unbind() if slots.dim() > 1 else (slots,)  # of each group
-        self._plans: dict[tuple[AttentionSpec, Visibility, int], AttentionPlan] = {}
+        self._plans = dict(plans or {})
 
     def write(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> None:
         """Write a layer's keys and values of this step, [tokens, num_kv_heads, dim], into its pages."""
@@ -89,10 +99,9 @@ class RunningStep:
         return out[..., : layer.value_dim]
 
     def _plan_for(self, layer: LayerPages) -> AttentionPlan:
-        key = (layer.spec, layer.visibility, layer.group)
-        plan = self._plans.get(key)
+        plan = self._plans.get(layer.kind)
         if plan is None:
-            plan = self._plans[key] = self.planners.plan(self.step, *key)
+            plan = self._plans[layer.kind] = self.planners.plan(self.step, *layer.kind)
         return plan
 
 

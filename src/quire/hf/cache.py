@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from quire.errors import ArgumentError, UnsupportedError
 from quire.pages import HostPool, KVPool, PrefixCache, Swap, SwapCosts, host_page_bytes
 from quire.spec import AttentionSpec, KVDtype, Visibility
+
+# Layers of one kind share a step's plan: shape, what queries see, and the group whose page table they look through.
+Kind: TypeAlias = tuple[AttentionSpec, Visibility, int]
 
 TABLE_PRICE = 0.02  # memory that one more page table, which every step fills and plans, must save at least
 
@@ -45,6 +48,11 @@ class LayerPages:
     v: torch.Tensor
     k_scale: torch.Tensor | None
     v_scale: torch.Tensor | None
+
+    @property
+    def kind(self) -> Kind:
+        """What a plan of its is made for."""
+        return self.spec, self.visibility, self.group
 
 
 class Group(NamedTuple):
@@ -134,7 +142,7 @@ class PagedCache:
         num_pages: int,
         device: torch.device,
     ) -> None:
-        self.num_pages = num_pages
+        self.num_pages, self.num_groups = num_pages, len(layout.groups)
         pools = {
             spec: KVPool(spec, num_layers=num_layers, num_pages=num_pages, device=device)
             for spec, num_layers in layout.layers_of_spec.items()

@@ -31,19 +31,23 @@ def split_at_chunks(
         page_size: tokens per page.
     Returns:
         int32 [segments, pages per chunk], int32 [segments] and int32 [segments + 1]; sequences without new
-        tokens have no segment. Page table entries past a segment's last page are some page of its sequence.
+        tokens have no segment, and those of length 0, which pad a step, have one of length 0. Page table entries past
+        a segment's last page are some page of its sequence.
     Cost: a few dozen torch calls on the CPU over (segments × pages per chunk) elements.
     """
     q_lens = cu_seqlens_q.diff()
-    first_chunk = (seq_lens - q_lens) // chunk_size
-    last_chunk = (seq_lens - 1) // chunk_size
+    first_chunk = (seq_lens - q_lens).clamp(min=0) // chunk_size
+    last_chunk = (seq_lens - 1).clamp(min=0) // chunk_size
     segments = torch.where(q_lens > 0, last_chunk - first_chunk + 1, 0)
 
     owner = torch.repeat_interleave(torch.arange(len(seq_lens), device="cpu"), segments)
     first_segment = segments.cumsum(0) - segments
     chunk = first_chunk[owner] + torch.arange(len(owner), device="cpu") - first_segment[owner]
     begin = chunk * chunk_size
-    first_query = torch.maximum(begin, (seq_lens - q_lens)[owner])
+    # Below 0 where a padded row has a query and no key.
+    first_query = torch.where(
+        seq_lens[owner] > 0, torch.maximum(begin, (seq_lens - q_lens)[owner]), -q_lens[owner]
+    )
     end = torch.minimum(begin + chunk_size, seq_lens[owner])
 
     pages_per_chunk = chunk_size // page_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +12,14 @@ from quire.hf.attention import ATTENTION_NAME, RunningStep, running_step
 from quire.hf.compiled import LEAST_TOKENS
 from quire.hf.switches import Switches
 from quire.kernels import resolve_backend
+
+
+class DeviceStep(NamedTuple):
+    """What of a step the model itself reads, on its device: ids, positions, and the rows whose logits are wanted."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    wanted: torch.Tensor
 
 
 class TokenPast:
@@ -54,21 +62,25 @@ class PackedForward:
         text_config = model.config.get_text_config(decoder=True)
         self._scales_by_index = bool(getattr(text_config, "attn_temperature_tuning", False))
 
-    def paged(self, running: RunningStep) -> torch.Tensor:
+    def paged(self, running: RunningStep, on_device: DeviceStep | None = None) -> torch.Tensor:
         """Logits fp32 [rows, vocab] of the step's logits_indices, attention on pages.
 
+        Args:
+            on_device: what the model reads of the step, where it is there already.
         Cost: the head runs on the wanted rows only, where the model's forward has `logits_to_keep`.
         """
         step, device = running.step, self.model.device
-        input_ids, position_ids = step.input_ids, step.position_ids
+        input_ids, position_ids, wanted = on_device or (
+            step.input_ids,
+            step.position_ids,
+            step.logits_indices,
+        )
         if self._compile and step.num_tokens < LEAST_TOKENS:
             input_ids, position_ids = input_ids.repeat(LEAST_TOKENS), position_ids.repeat(LEAST_TOKENS)
         past = TokenPast(position_ids.to(device)) if self._scales_by_index else None
         kernels = self._batch_invariant or resolve_backend(running.planners.backend, device) == "cpu"
         with self.switches.lock, running_step(running):  # the planners, too, serve one step at a time
-            return self.packed(
-                input_ids, position_ids, step.logits_indices, ATTENTION_NAME, past, kernels, self._compile
-            )
+            return self.packed(input_ids, position_ids, wanted, ATTENTION_NAME, past, kernels, self._compile)
 
     @torch.inference_mode()
     def packed(

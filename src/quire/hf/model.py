@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 
@@ -17,6 +18,7 @@ from quire.hf.attention import RunningStep
 from quire.hf.cache import PagedCache, PageLayout, make_swap, pages_within
 from quire.hf.checkpoint import find_checkpoint
 from quire.hf.forward import PackedForward
+from quire.hf.graphs import DecodeGraphs, wants_graphs
 from quire.hf.load import load_checkpoint
 from quire.hf.planners import Planners
 from quire.hf.step import Step
@@ -49,6 +51,9 @@ class PagedModel:
         backend: "auto", "cpu", "triton" or "reference".
         compile: run the model's layers compiled by torch, which takes a C++ compiler and, once, the time to
             compile; see docs/experiments.md for what both come to.
+        cuda_graphs: replay recorded launches in steps of one token per sequence, so that the host does not hold up the
+            GPU. None: on a GPU wherever the model can be recorded; why it cannot is logged by the logger "quire". With
+            QUIRE_DEBUG=1 none is. A graph reads weights where they were: change them in place.
         batch_invariant: a token's logits have the same bits whatever else is in its steps, however its sequence was
             divided into them, and wherever its earlier keys come from; see docs/numerics.md for how, and at what cost.
         swap_bytes: host memory for copies of pages that the pool has no room for, in whole pages; pinned if the pool is
@@ -61,6 +66,7 @@ class PagedModel:
         prefix_cache: which pages hold the beginning of which texts, for all engines on this model. Call
             `Engine.reset_prefix_cache` after the weights were changed in place: it cannot see that.
         batch_invariant: as given.
+        graphs: the recorded graphs, with the memory that they hold; None where there are none.
         swap: the copies in host memory, for all engines on this model; None with swap_bytes=0.
         max_seq_len: most tokens of a sequence; None: no limit.
         lock: an RLock, the same for every PagedModel of this transformers model, and of models that share its configs,
@@ -85,6 +91,7 @@ class PagedModel:
         max_model_len: int | None = None,
         backend: str = "auto",
         compile: bool = False,
+        cuda_graphs: bool | None = None,
         batch_invariant: bool = False,
         swap_bytes: int = 0,
     ) -> None:
@@ -101,6 +108,7 @@ class PagedModel:
             memory_bytes = check_bytes("memory_bytes", memory_bytes)
         _check_batch_invariant(batch_invariant, compile)
         max_seq_len = limits.max_seq_len(model.config, at_most=max_model_len)
+        takes_graphs = wants_graphs(cuda_graphs, resolve_backend(backend, model.device), model.device)
         guard.check_config(model)
         self._forward = PackedForward(model, compile=compile, batch_invariant=batch_invariant)
         calls = guard.layer_calls(model, self._forward)
@@ -133,6 +141,14 @@ class PagedModel:
             make_swap(self.prefix_cache, self._cache.pools, swap_bytes) if swap_bytes else None
         )
         self.lock = self._forward.switches.lock
+        self._must_record = bool(cuda_graphs)
+        self.graphs: DecodeGraphs | None = None
+        if takes_graphs:
+            self.graphs = DecodeGraphs(self._forward, self._cache, self._planners, self._longest_sequence())
+            try:
+                self.graphs.record(1)
+            except UnsupportedError as error:
+                self._run_without_graphs(error)
 
     @classmethod
     def load(
@@ -149,6 +165,7 @@ class PagedModel:
         max_model_len: int | None = None,
         backend: str = "auto",
         compile: bool = False,
+        cuda_graphs: bool | None = None,
         batch_invariant: bool = False,
         swap_bytes: int = 0,
     ) -> PagedModel:
@@ -173,6 +190,7 @@ class PagedModel:
             max_model_len=max_model_len,
             backend=backend,
             compile=compile,
+            cuda_graphs=cuda_graphs,
             batch_invariant=batch_invariant,
             swap_bytes=swap_bytes,
         )
@@ -185,17 +203,35 @@ class PagedModel:
         Returns:
             float32 [rows, vocab_size], a row per entry of step.logits_indices, in its order.
         Raises:
-            ArgumentError: a token outside the vocabulary or a position past max_seq_len; nothing was written.
+            ArgumentError: a token outside the vocabulary, a position past max_seq_len, or a slot outside the pool;
+                nothing was written.
             ShapeError: the step was built for another number of page tables; nothing was written.
         Cost: one forward of step.num_tokens tokens; the head runs on the wanted rows only.
         """
-        step.check_fits(self.vocab_size, self.max_seq_len)
+        step.check_fits(self.vocab_size, self.max_seq_len, self.num_pages * self.page_size)
         if step.num_groups != len(self.groups):
             raise ShapeError(
                 f"page_table must hold {len(self.groups)} page tables, one for each group of this model's layers; got "
                 f"{list(step.page_table.shape)}. Fix: PageTable(allocator, page_size, model.groups)"
             )
+        if self.graphs is not None and self.graphs.serves(step):
+            try:
+                return self.graphs.run(step)
+            except UnsupportedError as error:
+                self._run_without_graphs(error)
         return self._forward.paged(RunningStep(step, self._cache, self._planners))
+
+    def _run_without_graphs(self, error: UnsupportedError) -> None:
+        """From now on, unless they were asked for."""
+        if self._must_record:
+            raise error
+        logging.getLogger("quire").warning("decode steps run without CUDA graphs: %s", error)
+        self.graphs = None
+
+    def _longest_sequence(self) -> int:
+        """Most tokens that a sequence can have: the model's limit, or what the pool holds."""
+        in_pool = self.num_pages * self.page_size
+        return in_pool if self.max_seq_len is None else min(in_pool, self.max_seq_len)
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages, in every layer of their group (copy-on-write); (source, destination) pairs, in order."""

@@ -35,9 +35,7 @@ class Planners:
             As `Planner` and `Planner.plan`.
         Cost: host only, and on a GPU one copy that the host does not wait for.
         """
-        tables = step.table_of(group), step.seq_lens, step.cu_seqlens_q
-        if visibility.chunk_size:
-            tables = split_at_chunks(*tables, chunk_size=visibility.chunk_size, page_size=spec.page_size)
+        tables = tables_of(step, spec, visibility, group)
         page_table, _, cu_seqlens_q = tables
         batch, max_pages = page_table.shape
         max_q_len = int(cu_seqlens_q.diff().max())
@@ -46,19 +44,30 @@ class Planners:
         planner = self._planners.get(key)
         if planner is None or any(size > limit for size, limit in zip(sizes, planner.limits, strict=True)):
             limits = sizes if planner is None else map(max, sizes, planner.limits)
-            planner = self._planners[key] = self._with_room_for(Limits(*limits), spec, visibility)
+            limits = Limits(*(1 << (size - 1).bit_length() for size in limits))
+            planner = self._planners[key] = self.planner(limits, spec, visibility)
         return planner.plan(*tables)
 
-    def _with_room_for(self, sizes: Limits, spec: AttentionSpec, visibility: Visibility) -> Planner:
-        batch, seq_len, q_len, tokens = (1 << (size - 1).bit_length() for size in sizes)
+    def planner(self, limits: Limits, spec: AttentionSpec, visibility: Visibility) -> Planner:
+        """A planner for the layers of one kind, with limits that do not grow."""
         return Planner(
             spec,
-            max_batch=batch,
-            max_seq_len=seq_len,
-            max_q_len=q_len,
-            max_tokens=tokens,
+            max_batch=limits.max_batch,
+            max_seq_len=limits.max_seq_len,
+            max_q_len=limits.max_q_len,
+            max_tokens=limits.max_tokens,
             window_left=visibility.window_left,
             batch_invariant=self.batch_invariant,
             backend=self.backend,
             device=self.device,
         )
+
+
+def tables_of(
+    step: Step, spec: AttentionSpec, visibility: Visibility, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Page table, seq_lens and cu_seqlens_q of a step, as layers of one kind see them."""
+    tables = step.table_of(group), step.seq_lens, step.cu_seqlens_q
+    if not visibility.chunk_size:
+        return tables
+    return split_at_chunks(*tables, chunk_size=visibility.chunk_size, page_size=spec.page_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from quire.errors import ArgumentError, DtypeError, ShapeError
 
@@ -99,17 +100,57 @@ class Step:
         """The page table of one group of layers, [batch, max_pages]."""
         return self.page_table if self.page_table.dim() == 2 else self.page_table[group]
 
-    def check_fits(self, vocab_size: int, max_seq_len: int | None) -> None:
-        """Refuse tokens and positions the model has no row for.
+    def check_fits(self, vocab_size: int, max_seq_len: int | None, num_slots: int) -> None:
+        """Refuse tokens and positions the model has no row for, and slots that the pool does not have.
 
         Raises:
-            ArgumentError: an id outside the vocabulary, or a position at or past max_seq_len.
+            ArgumentError: an id outside the vocabulary, a position at or past max_seq_len, or a slot at or past
+                num_slots.
         """
         _check_range("input_ids", self.input_ids, vocab_size, "use the tokenizer that belongs to this model")
         if max_seq_len is not None:
             _check_range(
                 "position_ids", self.position_ids, max_seq_len, "end the sequence at max_seq_len tokens"
             )
+        _check_range(
+            "slot_mapping",
+            self.slot_mapping.reshape(-1),
+            num_slots,
+            "use the slots of this pool's table",
+            least=-1,
+        )
+
+
+def pad_decode(step: Step | None, size: int, num_groups: int = 1) -> Step:
+    """A step of one token per sequence, padded to `size` sequences; None: padding alone.
+
+    Padding is a sequence of length 0: its token is 0, its keys go to slot -1, which is nowhere, and its row attends
+    to nothing.
+    """
+    empty = torch.empty(0, dtype=torch.int64)
+    missing = size if step is None else size - step.num_tokens
+    ids, positions, table, lens, slots = (
+        (
+            empty,
+            empty,
+            torch.empty(num_groups, 0, 1, dtype=torch.int32),
+            empty.int(),
+            empty.expand(num_groups, 0),
+        )
+        if step is None
+        else (step.input_ids, step.position_ids, step.page_table, step.seq_lens, step.slot_mapping)
+    )
+    if table.dim() == 3 and num_groups == 1:
+        table, slots = table[0], slots.reshape(-1)
+    return Step(
+        input_ids=pad(ids, (0, missing)),
+        position_ids=pad(positions, (0, missing)),
+        page_table=pad(table, (0, 0, 0, missing)),
+        seq_lens=pad(lens, (0, missing)),
+        cu_seqlens_q=torch.arange(size + 1, dtype=torch.int32),
+        slot_mapping=pad(slots, (0, missing), value=-1),
+        logits_indices=torch.arange(size),
+    )
 
 
 def _check_host_tensor(name: str, value: object, dtype: torch.dtype, layout: str) -> None:
@@ -122,9 +163,10 @@ def _check_host_tensor(name: str, value: object, dtype: torch.dtype, layout: str
         raise ShapeError(f"{wanted}; got shape {list(value.shape)}. Fix: {name}.reshape to {layout}")
 
 
-def _check_range(name: str, values: torch.Tensor, end: int, fix: str) -> None:
+def _check_range(name: str, values: torch.Tensor, end: int, fix: str, least: int = 0) -> None:
     if len(values) == 0:
         return
     low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= end:
-        raise ArgumentError(f"{name} must be from 0 to {end - 1}; got {low if low < 0 else high}. Fix: {fix}")
+    if low < least or high >= end:
+        wrong = low if low < least else high
+        raise ArgumentError(f"{name} must be from {least} to {end - 1}; got {wrong}. Fix: {fix}")

@@ -205,6 +205,16 @@ class AttentionPlan:
             )
         bound(q, k_pages, v_pages, out, lse, alibi_slopes, sinks, tree_mask, k_scale, v_scale)
 
+    def check_pages(self, num_pages: int) -> None:
+        """Refuse page ids outside a pool, of a table that came from the host; in debug mode of any table.
+
+        Raises:
+            ArgumentError: such an id.
+        """
+        step = self.step
+        if step.highest_page >= num_pages or (step.device_table is not None and debug_enabled()):
+            step_checks.check_page_ids(step.page_table, step.seq_lens, step.page_size, num_pages)
+
     def _bind(self, layout: Hashable, call: AttentionCall, layer_checked: bool) -> BoundCall:
         """Check a call, then bind its kernels."""
         if self._replaced:
@@ -217,9 +227,7 @@ class AttentionPlan:
         else:
             checks.check_call(self.spec, self.num_tokens, self.device, call)
         checks.check_tree_mask(call.scoring.tree_mask, self.num_tokens, self.max_q_len)
-        step, num_pages = self.step, call.k_pages.shape[1]
-        if step.highest_page >= num_pages or (step.device_table is not None and debug_enabled()):
-            step_checks.check_page_ids(step.page_table, step.seq_lens, step.page_size, num_pages)
+        self.check_pages(call.k_pages.shape[1])
         scoring, sizes, bind = call.scoring, call.k_pages.shape[:3], self._kernels.bind
         bound: BoundCall
         if scoring.k_scale is not None and scoring.v_scale is not None and are_given(scoring.k_scale):
