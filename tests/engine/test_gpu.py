@@ -66,10 +66,11 @@ def assert_greedy(model: PreTrainedModel, prompts, outputs, slack: float = 4.0) 
     assert len(distinct) > 20, "texts that repeat one token prove nothing"
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_texts_of_all_lengths_are_greedy(dtype):
+def test_texts_of_all_lengths_are_greedy(dtype, cuda_graphs):
     model, prompts = make_model(DTYPES[dtype]), make_prompts()
-    llm = LLM(model, num_pages=400)
+    llm = LLM(model, num_pages=400, cuda_graphs=cuda_graphs)
     assert_greedy(model, prompts, llm.generate(prompts, GREEDY, progress=False))
     assert llm.model.allocator.num_owned == 0
 
@@ -183,3 +184,66 @@ def test_threads_join_one_batch():
         thread.join()
     assert_greedy(model, prompts, [outputs[i] for i in range(len(prompts))])
     assert llm.model.allocator.num_owned == 0
+
+
+def test_graphs_are_there_by_default_and_say_what_they_hold():
+    llm = LLM(make_model(torch.bfloat16), num_pages=400)
+    llm.generate(make_prompts(), GREEDY, progress=False)
+    assert "of 1, 2, 4, 8, 16 sequences" in repr(llm.model.graphs) or llm.model.graphs.num_bytes > 0
+    print(llm.model.graphs)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "llama4", "mistral", "deepseek_v3", "gemma2"])
+def test_graphs_change_no_text(family):
+    """Of windows, sinks, chunks and experts; a model that cannot be recorded says so and runs without."""
+    prompts = [[3 + (7 * i + n) % 90 for i in range(n)] for n in (61, 5, 33, 90)]
+    texts = []
+    for cuda_graphs in (None, False):
+        model = tiny_model(family, eos_token_id=None).to("cuda")
+        llm = LLM(model, page_size=4, num_pages=300, max_batch_tokens=20, cuda_graphs=cuda_graphs)
+        texts.append(llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True), progress=False))
+        print(family, llm.model.graphs)
+    assert [o.token_ids for o in texts[0]] == [o.token_ids for o in texts[1]]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.7, top_k=20, min_p=0.01, seed=3),
+        SamplingParams(
+            max_tokens=24, ignore_eos=True, repetition_penalty=1.2, presence_penalty=0.1, bad_words=None
+        ),
+        SamplingParams(max_tokens=24, ignore_eos=True, logit_bias={3: 1.0}, min_tokens=3, stop_token_ids=[7]),
+    ],
+)
+def test_a_decode_step_waits_for_nothing_but_its_tokens(params):
+    llm = LLM(make_model(torch.bfloat16), num_pages=400)
+    for prompt in make_prompts():
+        llm.add_request(prompt, params)
+    for _ in range(4):
+        llm.step()  # prompts, and the graph of this batch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            llm.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_engines_and_threads_share_the_graphs_of_a_model():
+    model, prompts = make_model(), make_prompts()
+    first = LLM(model, num_pages=800)
+    second = Engine(first.model)
+    outputs: dict[int, object] = {}
+
+    def ask(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            [outputs[i]] = (first, second)[i % 2].generate([prompts[i]], GREEDY, progress=False)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_greedy(model, prompts, [outputs[i] for i in range(len(prompts))])

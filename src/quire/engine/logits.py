@@ -13,6 +13,7 @@ import torch
 
 from quire.engine.params import LogitsProcessor, SamplingParams, takes_prompt
 from quire.errors import ArgumentError
+from quire.hf.transfer import to_device
 
 if TYPE_CHECKING:
     from quire.engine.sequence import Sequence
@@ -175,9 +176,9 @@ def _penalise(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> None:
     sizes = [len(counts.ids) for counts in all_counts]
     places = _places(logits, rows, [np.array(counts.ids, np.int64) for counts in all_counts])
     counts = torch.from_numpy(np.concatenate([np.array(c.counts, np.float32) for c in all_counts]))
-    counts = counts.to(logits.device)
+    counts = to_device(counts, logits.device)
     repetition, frequency, presence = (
-        torch.from_numpy(np.repeat(np.array(values, np.float32), sizes)).to(logits.device)
+        to_device(torch.from_numpy(np.repeat(np.array(values, np.float32), sizes)), logits.device)
         for values in zip(*(_penalties(sequences[row].params) for row in rows), strict=True)
     )
     values = logits[places]
@@ -196,7 +197,7 @@ def _add_bias(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> None:
     if biased:
         places = _places(logits, [row for row, _ in biased], [rules.bias_ids for _, rules in biased])
         bias = torch.from_numpy(np.concatenate([rules.bias for _, rules in biased]))
-        logits[places] += bias.to(logits.device)
+        logits[places] += to_device(bias, logits.device)
 
 
 def _run_processors(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> dict[int, Exception]:
@@ -238,7 +239,7 @@ def _mask(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> None:
         rows = [row for row, _ in allowed]
         places = _places(logits, rows, [ids for _, ids in allowed])
         kept = logits[places]
-        logits[torch.tensor(rows, device=logits.device)] = -torch.inf
+        logits.index_fill_(0, to_device(torch.tensor(rows), logits.device), -torch.inf)
         logits[places] = kept
     ruled_out = [(row, ids) for row, rules in _rules(sequences) for ids in _ruled_out(sequences[row], rules)]
     if ruled_out:
@@ -266,4 +267,4 @@ def _places(
     """Index of some tokens of each row, end to end: [sum of the sizes], twice."""
     sizes = [len(each) for each in ids]
     row_of = torch.from_numpy(np.repeat(np.array(rows, np.int64), sizes))
-    return row_of.to(logits.device), torch.from_numpy(np.concatenate(ids)).to(logits.device)
+    return to_device(row_of, logits.device), to_device(torch.from_numpy(np.concatenate(ids)), logits.device)

@@ -11,6 +11,7 @@ from quire.engine.logits import change_logits
 from quire.engine.params import SamplingParams
 from quire.engine.sequence import Sequence
 from quire.errors import ArgumentError
+from quire.hf.transfer import to_device, to_list
 
 _FIRST_RANKS = 128  # how deep to sort for top_p at first
 _NONE_LEFT = -1  # in place of a token
@@ -36,8 +37,8 @@ def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[int 
     """
     ruled = [row for row, sequence in enumerate(sequences) if sequence.rules is not None]
     if not ruled:
-        return _choose(logits, sequences, _drawing(sequences)).tolist()
-    rows = torch.tensor(ruled, device=logits.device)
+        return to_list(_choose(logits, sequences, _drawing(sequences)))
+    rows = _on_device(ruled, logits)
     changed, their_sequences = logits[rows], [sequences[row] for row in ruled]
     failures = change_logits(changed, their_sequences)
     tokens = _choose(changed, their_sequences, _drawing(their_sequences))
@@ -47,7 +48,7 @@ def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[int 
         of_all = _choose(logits, sequences, drawing)
         of_all[rows] = tokens
         tokens = of_all
-    choices: list[int | Exception] = tokens.tolist()
+    choices: list[int | Exception] = to_list(tokens)
     for place, row in enumerate(ruled):
         if place in failures:
             choices[row] = failures[place]
@@ -71,7 +72,7 @@ def _choose(
         return _draw(logits, sequences)
     tokens = logits.argmax(dim=-1)
     if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
+        rows = _on_device(drawing, logits)
         tokens[rows] = _draw(logits[rows], [sequences[row] for row in drawing])
     return tokens
 
@@ -81,7 +82,7 @@ def _draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tens
     # u is uniform in [0, total mass): the token drawn is the first whose cumulative mass exceeds u.
     mass = probabilities.double().cumsum(dim=-1)
     uniform = torch.cat([sequence.draw() for sequence in sequences])
-    u = uniform.to(mass.device)[:, None] * mass[:, -1:]
+    u = to_device(uniform, mass.device)[:, None] * mass[:, -1:]
     last_possible = (mass < mass[:, -1:]).sum(dim=-1, keepdim=True)  # where rounding must not go beyond
     return torch.searchsorted(mass, u, right=True).minimum(last_possible).squeeze(-1)
 
@@ -149,4 +150,8 @@ def _likeliest_that_reach(
 
 
 def _column(values: abc.Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)[:, None]
+
+
+def _on_device(rows: abc.Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return to_device(torch.tensor(rows), like.device)

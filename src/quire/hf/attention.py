@@ -20,6 +20,7 @@ from quire.errors import UnsupportedError
 from quire.hf.cache import Kind, LayerPages, PagedCache
 from quire.hf.planners import Planners
 from quire.hf.step import Step
+from quire.hf.transfer import to_device
 from quire.ops.attention_plan import AttentionPlan
 from quire.ops.store import write_kv
 from quire.ops.torch_op import register
@@ -48,7 +49,7 @@ class RunningStep:
         self.step = step
         self.cache = cache
         self.planners = planners
-        slots = step.slot_mapping.to(planners.device) if slots is None else slots
+        slots = to_device(step.slot_mapping, planners.device) if slots is None else slots
         self._slots = slots.unbind() if slots.dim() > 1 else (slots,)  # of each group
         self._plans = dict(plans or {})
 

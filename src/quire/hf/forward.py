@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from quire.hf.attention import ATTENTION_NAME, RunningStep, running_step
 from quire.hf.compiled import LEAST_TOKENS
 from quire.hf.switches import Switches
+from quire.hf.transfer import to_device
 from quire.kernels import resolve_backend
 
 
@@ -77,7 +78,7 @@ class PackedForward:
         )
         if self._compile and step.num_tokens < LEAST_TOKENS:
             input_ids, position_ids = input_ids.repeat(LEAST_TOKENS), position_ids.repeat(LEAST_TOKENS)
-        past = TokenPast(position_ids.to(device)) if self._scales_by_index else None
+        past = TokenPast(to_device(position_ids, device)) if self._scales_by_index else None
         kernels = self._batch_invariant or resolve_backend(running.planners.backend, device) == "cpu"
         with self.switches.lock, running_step(running):  # the planners, too, serve one step at a time
             return self.packed(input_ids, position_ids, wanted, ATTENTION_NAME, past, kernels, self._compile)
@@ -97,7 +98,7 @@ class PackedForward:
 
         attention, kernels, compiled: as for `Switches.run`.
         """
-        wanted = wanted.to(self.model.device)
+        wanted = to_device(wanted, self.model.device)
         inputs = self._inputs(self._row(input_ids)) | {"position_ids": self._row(position_ids)}
         if self._can_keep_rows:
             inputs["logits_to_keep"] = wanted
@@ -119,4 +120,4 @@ class PackedForward:
 
     def _row(self, values: torch.Tensor) -> torch.Tensor:
         """[1, tokens] on the model's device; copied, as torch compiles anew for a view of another shape of base."""
-        return values.to(self.model.device)[None].clone()
+        return to_device(values, self.model.device)[None].clone()

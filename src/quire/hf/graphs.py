@@ -26,6 +26,7 @@ from quire.hf.cache import Kind, PagedCache
 from quire.hf.forward import DeviceStep, PackedForward
 from quire.hf.planners import Planners, tables_of
 from quire.hf.step import Step, pad_decode
+from quire.hf.transfer import to_device
 from quire.ops.attention_plan import AttentionPlan
 from quire.ops.planner import Planner
 from quire.planning.checks import Limits
@@ -112,7 +113,7 @@ class DecodeGraphs:
             wanted = step.logits_indices
             if len(wanted) == step.num_tokens and bool((wanted.diff() > 0).all()):
                 return logits.clone()  # the next replay writes to the same memory
-            return logits[wanted.to(logits.device)]
+            return logits[to_device(wanted, logits.device)]
 
     def record(self, batch: int) -> None:
         """Record the graph of so many sequences now.
@@ -194,9 +195,7 @@ class _Graph:
             plan.check_pages(self._cache.num_pages)
         slots = padded.slot_mapping.reshape(self._num_groups, self.size)
         inputs = torch.cat([padded.input_ids[None], padded.position_ids[None], slots])
-        if self._inputs.is_cuda:
-            inputs = inputs.pin_memory()
-        self._inputs.copy_(inputs, non_blocking=True)
+        self._inputs.copy_(to_device(inputs, self._inputs.device))
         self._step, self._plans = padded, plans
 
     def launch(self) -> torch.Tensor:
