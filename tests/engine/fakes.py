@@ -41,6 +41,7 @@ class FakeModel:
     """
 
     device = torch.device("cpu")
+    runs_ahead = False
     generation_config: GenerationConfig | None = None
 
     def __init__(
@@ -91,7 +92,9 @@ class FakeModel:
         for source, destination in copies:
             pages[destination] = pages[source]
 
-    def forward(self, step: Step) -> torch.Tensor:
+    def forward(self, step: Step, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        if input_ids is not None:
+            step = replace(step, input_ids=input_ids)
         slots = step.slot_mapping.numpy()
         assert len(set(slots.reshape(-1).tolist())) == slots.size, "two tokens of one step in one slot"
         assert step.num_groups == len(self.groups)

@@ -136,7 +136,7 @@ def test_a_batch_without_rules_is_one_argmax(monkeypatch):
             return super().__torch_function__(function, types, args, kwargs or {})
 
     assert sample(rows(4).as_subclass(Counting), [sequence()] * 4) == rows(4).argmax(-1).tolist()
-    assert calls == ["argmax", "tolist"]
+    assert [call for call in calls if call != "__get__"] == ["argmax", "tolist"]
 
 
 def test_counts_follow_the_tokens_and_cost_only_the_new_ones():

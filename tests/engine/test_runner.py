@@ -23,7 +23,7 @@ def test_chunks_are_packed_end_to_end_each_at_its_own_position_and_slots():
         table.append(sequence.seq_id, num_computed)  # pages 0 and 1
         sequence.num_computed = num_computed
     chunks = [
-        Chunk(Request([sequence]), sequence, num_tokens, *table.append(sequence.seq_id, num_tokens))
+        Chunk.of(Request([sequence]), sequence, num_tokens, *table.append(sequence.seq_id, num_tokens))
         for sequence, num_tokens in ((decoding, 1), (in_prompt, 3), (whole, 2))  # pages 2, 3 and 4
     ]
     assert [chunk.is_last for chunk in chunks] == [True, False, True]
@@ -51,7 +51,7 @@ def test_logits_of_prompt_rows_that_are_not_known_yet_come_behind_those_to_choos
     for request, num_tokens in zip(requests, (4, 6, 6, 1), strict=True):
         [sequence] = request.sequences
         table.add(sequence.seq_id)
-        chunks.append(Chunk(request, sequence, num_tokens, *table.append(sequence.seq_id, num_tokens)))
+        chunks.append(Chunk.of(request, sequence, num_tokens, *table.append(sequence.seq_id, num_tokens)))
     # Tokens 0 to 3, 4 to 9, 10 to 15 and 16. Behind the last token of a prompt comes none of the prompt.
     assert [list(chunk.prompt_rows) for chunk in chunks] == [[0, 1, 2, 3], [], [3, 4], []]
     assert build_step(chunks, table).logits_indices.tolist() == [9, 15, 16, 0, 1, 2, 3, 13, 14]
@@ -59,9 +59,9 @@ def test_logits_of_prompt_rows_that_are_not_known_yet_come_behind_those_to_choos
         9, range(6), asks, max_length=99, stop_token_ids=frozenset()
     )  # the prompt's second sequence
     requests[0].sequences.append(again)
-    assert len(Chunk(requests[0], again, 6, np.arange(6), []).prompt_rows) == 0
+    assert len(Chunk.of(requests[0], again, 6, np.arange(6), []).prompt_rows) == 0
     requests[0].sequences[0].num_computed = 4
-    rest = Chunk(requests[0], requests[0].sequences[0], 2, *table.append(0, 2))
+    rest = Chunk.of(requests[0], requests[0].sequences[0], 2, *table.append(0, 2))
     requests[0].prompt_logprobs += [None] * 4
     assert list(rest.prompt_rows) == [0]
     assert build_step([rest], table).logits_indices.tolist() == [1, 0]

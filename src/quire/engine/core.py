@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from quire.debug import debug_enabled
 from quire.engine.admission import Prompt, Prompts, check_priority, list_prompts
 from quire.engine.audit import audit_all, audit_counts, audit_sample
 from quire.engine.beams import Beam, BeamRequest, add_candidates
 from quire.engine.chat import Messages
 from quire.engine.intake import Intake
+from quire.engine.launch import LaunchedStep, choose_on_device, rows_of
 from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.progress import progress_bar
@@ -27,13 +30,12 @@ from quire.engine.scheduler import Chunk, Scheduler
 from quire.engine.sequence import Sequence
 from quire.engine.turns import turns_of
 from quire.errors import ArgumentError, OutOfPages, PageStateError
+from quire.hf.transfer import to_device
 from quire.pages import PageAllocator, PageTable
 from quire.pages.balance import settle
 from quire.spec import check_size
 
 if TYPE_CHECKING:
-    import torch
-
     from quire.hf import PagedModel
 
 DEFAULT_MAX_BATCH_TOKENS = 2048
@@ -146,6 +148,9 @@ class Engine:
             swap=model.swap,
         )
         self._debug = debug_enabled()
+        # Pages come and go on other streams with a swap, and debug mode looks at every step's.
+        self._runs_ahead = model.runs_ahead and model.swap is None and not self._debug
+        self._ahead: LaunchedStep | None = None  # launched, and its tokens not handed out yet
         self._turns = turns_of(model.lock)
         self._turns.join(self, self._scheduler)
         self._news = threading.RLock()  # held while tokens are handed out, and while they are read
@@ -470,18 +475,19 @@ class Engine:
     def _step_in_turn(self) -> bool:
         try:
             audit_counts(self.table.allocator, self._num_turns, whole=self._debug)
-            chunks = self._schedule()
-            if chunks:
-                self._count(chunks)
-                self._audit(chunks)
-                start = time.perf_counter()
-                logits = run(self.model, chunks, self.table)
-                self._scheduler.release_sources()
-                self._hand_out_all(chunks, logits)
-                if self.model.swap is not None:
-                    num_tokens = sum(chunk.num_tokens for chunk in chunks)
-                    self.model.swap.costs.observe(num_tokens, time.perf_counter() - start)
-            return bool(chunks)
+            start = time.perf_counter()
+            step, self._ahead = self._ahead, None
+            if step is None or not step.is_current:
+                chunks = self._schedule()
+                if not chunks:
+                    return False
+                step = self._launch(chunks)
+            self._ahead = self._launch_ahead(step)
+            self._hand_out_all(step)
+            if self.model.swap is not None:
+                num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+                self.model.swap.costs.observe(num_tokens, time.perf_counter() - start)
+            return True
         except BaseException as error:
             if isinstance(error, PageStateError):
                 self.model.prefix_cache.clear()  # or the next step would find the same page again
@@ -490,6 +496,27 @@ class Engine:
             except ArgumentError as wrong:  # pages that someone else freed; what the step found says more
                 raise error from wrong
             raise
+
+    def _launch(self, chunks: list[Chunk], input_ids: torch.Tensor | None = None) -> LaunchedStep:
+        self._count(chunks)
+        self._audit(chunks)
+        logits = run(self.model, chunks, self.table, input_ids)
+        self._scheduler.release_sources()
+        if not self._runs_ahead:
+            return LaunchedStep(chunks, logits)
+        return choose_on_device(chunks, logits, ahead=int(input_ids is not None))
+
+    def _launch_ahead(self, step: LaunchedStep) -> LaunchedStep | None:
+        """Launch the next step while this one runs; None where its tokens must be known first."""
+        if step.tokens is None:
+            return None
+        chunks = self._scheduler.schedule_ahead([chunk for chunk in step.chunks if chunk.is_current])
+        if not chunks:
+            return None
+        tokens = step.tokens
+        if len(chunks) < len(tokens):
+            tokens = tokens[to_device(torch.tensor(rows_of(step, chunks)), tokens.device)]
+        return self._launch(chunks, tokens)
 
     def _schedule(self) -> list[Chunk]:
         scheduler = self._scheduler
@@ -512,8 +539,19 @@ class Engine:
                 "Fix: free what else was allocated from engine.table.allocator"
             )
 
-    def _hand_out_all(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
+    def _hand_out_all(self, step: LaunchedStep) -> None:
         """Choose what follows each sequence whose tokens are all computed, and hand it out."""
+        if step.arrive is not None:
+            tokens = step.arrive()
+            chosen = [(c, token) for c, token in zip(step.chunks, tokens, strict=True) if c.is_current]
+            with self._news:
+                self._scheduler.advance([chunk for chunk, _ in chosen])
+                interruptions = [
+                    self._hand_out(chunk.request, chunk.sequence, token, None) for chunk, token in chosen
+                ]
+            _raise_first(interruptions)
+            return
+        chunks, logits = step.chunks, step.logits
         complete = [chunk for chunk in chunks if chunk.is_last]
         choosing, rows, beams = _who_chooses(complete)
         sequences = [sequence for _, sequence in choosing]
@@ -535,9 +573,7 @@ class Engine:
                 self._hand_out(request, sequence, choice, logprobs.get(place))
                 for place, ((request, sequence), choice) in enumerate(zip(choosing, choices, strict=True))
             ]
-        for interruption in interruptions:
-            if interruption is not None:
-                raise interruption
+        _raise_first(interruptions)
 
     def _hand_out(
         self, request: Request, sequence: Sequence, choice: int | Exception, logprobs: TokenLogprobs | None
@@ -618,6 +654,7 @@ class Engine:
 
     def _recover(self) -> None:
         """Bring queues and pages in order after a step that broke off, wherever that was; in a turn."""
+        self._ahead = None
         try:
             self._scheduler.preempt_all()
         finally:
@@ -652,6 +689,12 @@ class Engine:
         request.arrive()
         self.requests[request.request_id] = request
         self._scheduler.add(request)
+
+
+def _raise_first(interruptions: abc.Iterable[BaseException | None]) -> None:
+    for interruption in interruptions:
+        if interruption is not None:
+            raise interruption
 
 
 def _who_chooses(

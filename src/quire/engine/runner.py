@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import abc
 from typing import TYPE_CHECKING
 
@@ -16,16 +17,27 @@ if TYPE_CHECKING:
     from quire.hf import PagedModel
 
 
-def run(model: PagedModel, chunks: abc.Sequence[Chunk], table: PageTable) -> torch.Tensor:
+_UNKNOWN = array("q", [0])  # a token that is chosen and has not reached the host
+
+
+def run(
+    model: PagedModel,
+    chunks: abc.Sequence[Chunk],
+    table: PageTable,
+    input_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Make the copies that the chunks ask for, then run the model on them.
 
+    Args:
+        input_ids: int64 [tokens] on the model's device, where the host does not know the tokens yet.
     Returns:
         Logits, fp32 [rows, vocab_size], as `build_step` orders them.
     """
     copies = [pair for chunk in chunks for pair in chunk.copies]
     if copies:
         model.copy_pages(copies)
-    return model.forward(build_step(chunks, table))
+    step = build_step(chunks, table)
+    return model.forward(step) if input_ids is None else model.forward(step, input_ids)
 
 
 def build_step(chunks: abc.Sequence[Chunk], table: PageTable) -> Step:
@@ -45,13 +57,12 @@ def build_step(chunks: abc.Sequence[Chunk], table: PageTable) -> Step:
     num_chunks = len(chunks)
     sequences = [chunk.sequence for chunk in chunks]
     lengths = np.fromiter((chunk.num_tokens for chunk in chunks), np.int64, num_chunks)
-    starts = np.fromiter((sequence.num_computed for sequence in sequences), np.int64, num_chunks)
+    starts = np.fromiter((chunk.start for chunk in chunks), np.int64, num_chunks)
     is_last = np.fromiter((chunk.is_last for chunk in chunks), np.bool_, num_chunks)
     cu_seqlens_q = np.zeros(num_chunks + 1, dtype=np.int64)
     np.cumsum(lengths, out=cu_seqlens_q[1:])
     token_bytes = bytearray().join(
-        sequence.tokens[sequence.num_computed : sequence.num_computed + chunk.num_tokens]
-        for sequence, chunk in zip(sequences, chunks, strict=True)
+        chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens] or _UNKNOWN for chunk in chunks
     )
     # Row r of chunk i stands at position starts[i] + (r - cu_seqlens_q[i]).
     positions = np.arange(cu_seqlens_q[-1]) + np.repeat(starts - cu_seqlens_q[:-1], lengths)

@@ -14,7 +14,7 @@ from quire.engine.hits import PrefixHits, Start
 from quire.engine.request import Request
 from quire.engine.sequence import Sequence
 from quire.errors import ArgumentError
-from quire.pages import PageTable, PrefixCache, Swap
+from quire.pages import AppendResult, PageTable, PrefixCache, Swap
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Chunk:
     request: the one it belongs to.
     slot_mapping: int64 [num_tokens], where their keys and values go.
     copies: (source page, destination page) pairs, to be copied before these are written.
+    start: the position of its first token.
+    is_last: whether no known token is left after it, so that the next one can be chosen.
     """
 
     request: Request
@@ -31,11 +33,21 @@ class Chunk:
     num_tokens: int
     slot_mapping: npt.NDArray[np.int64]
     copies: list[tuple[int, int]]
+    start: int
+    is_last: bool
 
-    @property
-    def is_last(self) -> bool:
-        """Whether no known token is left after this chunk, so that the next one can be chosen."""
-        return self.num_tokens == self.sequence.num_pending
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        sequence: Sequence,
+        num_tokens: int,
+        slot_mapping: npt.NDArray[np.int64],
+        copies: list[tuple[int, int]],
+    ) -> Chunk:
+        """A chunk of tokens that are known."""
+        is_last = num_tokens == sequence.num_pending
+        return cls(request, sequence, num_tokens, slot_mapping, copies, sequence.num_computed, is_last)
 
     @property
     def choosing(self) -> abc.Sequence[Sequence]:
@@ -48,12 +60,17 @@ class Chunk:
         return [sequence for sequence in self.request.live() if not sequence.num_generated]
 
     @property
+    def is_current(self) -> bool:
+        """Whether its sequence still needs it: not after its end, and not once it gave its pages up."""
+        return self.sequence.finish_reason is None and self.sequence.num_computed == self.start
+
+    @property
     def prompt_rows(self) -> range:
         """Its tokens, counted from its first, whose logits the request's prompt_logprobs still lack."""
         known, sequence = self.request.prompt_logprobs, self.sequence
         if known is None or sequence is not self.request.sequences[0]:
             return range(0)
-        start = sequence.num_computed
+        start = self.start
         return range(max(len(known) - start, 0), min(sequence.num_prompt_tokens - 1 - start, self.num_tokens))
 
 
@@ -113,6 +130,9 @@ class Scheduler:
         self._queueing = threading.Lock()  # held while `waiting` is changed: requests arrive from any thread
         self.running: list[Request] = []
         self.steps = 0
+        # Since the last `schedule`: a request has come, or given up its place, or waits for a page of that step.
+        self._has_changed = True
+        self._available_then = 0  # pages, after the last `schedule`
         self._sources: list[int] = []  # pages that chunks of this step copy, one owner each
 
     @property
@@ -129,6 +149,7 @@ class Scheduler:
         """Queue a request behind those as urgent; another thread may be in `schedule`."""
         with self._queueing:
             insort(self.waiting, request, key=_urgency)
+            self._has_changed = True
 
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next step and give them slots.
@@ -138,11 +159,13 @@ class Scheduler:
             can run.
         """
         chunks = self._choose()
+        self._available_then = self.table.allocator.num_available
         self.steps += bool(chunks)
         return chunks
 
     def _choose(self) -> list[Chunk]:
         chunks: list[Chunk] = []
+        self._has_changed = False  # first: a request may arrive meanwhile
         budget = self.max_batch_tokens
         self.hits.new_step()
         place = 0  # the running requests before it have been served
@@ -189,6 +212,7 @@ class Scheduler:
                 return None
             self.preempt_last()
         if self.hits.is_coming(starts):
+            self._has_changed = True
             return None
         self.running.insert(place, request)
         with self._queueing:
@@ -204,6 +228,40 @@ class Scheduler:
             self.table.allocator.num_available - to_spare,
             # If none runs, fewer tokens at once must do: nobody will give this one more pages.
             self.max_batch_tokens if self.running else 1,
+        )
+
+    def schedule_ahead(self, chunks: abc.Sequence[Chunk]) -> list[Chunk]:
+        """Choose the step after one that has not ended, and whose tokens nobody knows.
+
+        Every sequence goes on with the token that its chunk chooses, but for those which that token brings to their
+        longest. One that turns out to have ended for another reason has a slot too many, and gives it back with its
+        pages.
+
+        Args:
+            chunks: the step that runs, the last of every sequence.
+        Returns:
+            Chunks of one token; empty where the next step must wait for the tokens: a request may be let in, or pages
+            are short.
+        """
+        if self._may_let_in or len(chunks) != sum(len(request.live()) for request in self.running):
+            return []
+        going_on = [c for c in chunks if c.start + c.num_tokens + 1 < c.sequence.max_length]
+        table = self.table
+        if sum(table.pages_needed(c.sequence.seq_id, 1) for c in going_on) > table.allocator.num_available:
+            return []
+        self.steps += bool(going_on)
+        return [
+            Chunk(
+                c.request, c.sequence, 1, *self._append(c.sequence, 1), c.start + c.num_tokens, is_last=True
+            )
+            for c in going_on
+        ]
+
+    @property
+    def _may_let_in(self) -> bool:
+        """Whether a waiting request may run that could not when the last step was chosen."""
+        return bool(self.waiting) and (
+            self._has_changed or self.table.allocator.num_available > self._available_then
         )
 
     def advance(self, chunks: list[Chunk]) -> None:
@@ -236,6 +294,7 @@ class Scheduler:
 
         After that those that ended give theirs back.
         """
+        self._has_changed = True
         for parent, child in forks:
             self.table.fork(parent.seq_id, child.seq_id)
         for sequence in ended:
@@ -243,6 +302,7 @@ class Scheduler:
 
     def finish(self, request: Request, sequence: Sequence) -> None:
         """Free the pages of a running request's sequence that has finished, and forget the request after its last."""
+        self._has_changed = True
         self.table.free(sequence.seq_id)
         if request.finished:
             self.running.remove(request)
@@ -299,6 +359,7 @@ class Scheduler:
         self._free(request)
 
     def _free(self, request: Request) -> None:
+        self._has_changed = True
         for sequence in request.sequences:
             if sequence.seq_id in self.table:
                 self.table.free(sequence.seq_id)
@@ -313,14 +374,17 @@ class Scheduler:
         return num_tokens
 
     def _extend(self, request: Request, sequence: Sequence, num_tokens: int) -> Chunk:
-        slot_mapping, copies = self.table.append(sequence.seq_id, num_tokens)
-        if copies:
-            sources = [source for source, _ in copies if not self.table.allocator.refcount(source)]
-            self.table.allocator.share(sources)
-            self._sources += sources
         if self.waiting:
             self.hits.announce(sequence, num_tokens)
-        return Chunk(request, sequence, num_tokens, slot_mapping, copies)
+        return Chunk.of(request, sequence, num_tokens, *self._append(sequence, num_tokens))
+
+    def _append(self, sequence: Sequence, num_tokens: int) -> AppendResult:
+        appended = self.table.append(sequence.seq_id, num_tokens)
+        if appended.copies:
+            sources = [source for source, _ in appended.copies if not self.table.allocator.refcount(source)]
+            self.table.allocator.share(sources)
+            self._sources += sources
+        return appended
 
 
 def _urgency(request: Request) -> tuple[float, float]:

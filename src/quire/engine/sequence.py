@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import abc
+from collections import abc, deque
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -56,7 +56,7 @@ class Sequence:
         self.prefix: Prefix | None = None  # its named pages; while it waits, those last found; see PrefixHits
         self.max_length = max_length
         self.generator = _seeded_generator(params, index)
-        self._drawn: torch.Tensor | None = None
+        self._drawn: deque[torch.Tensor] = deque()  # for the tokens that are not accepted yet
         self.finish_reason: FinishReason | None = None
         self.first_token_at: float | None = None
         self.finished_at = 0.0
@@ -84,14 +84,17 @@ class Sequence:
         """Text that is certain by now."""
         return "" if self._text is None else self._text.text
 
-    def draw(self) -> torch.Tensor:
+    def draw(self, ahead: int = 0) -> torch.Tensor:
         """The number in [0, 1) that chooses the next token, float64 [1] on the CPU; the same until `accept`.
 
         A step that breaks off after it drew is run again and must choose the same token.
+
+        Args:
+            ahead: 1: the one that chooses the token after the next.
         """
-        if self._drawn is None:
-            self._drawn = torch.rand(1, dtype=torch.float64, generator=self.generator, device="cpu")
-        return self._drawn
+        while len(self._drawn) <= ahead:
+            self._drawn.append(torch.rand(1, dtype=torch.float64, generator=self.generator, device="cpu"))
+        return self._drawn[ahead]
 
     def updated_counts(self) -> TokenCounts:
         """`counts`, up to the last generated token; for a sequence that has them."""
@@ -116,7 +119,8 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         self.tokens.append(token)
-        self._drawn = None
+        if self._drawn:
+            self._drawn.popleft()
         if self._stops_at(token):
             self.finish("stop")
         elif len(self.tokens) >= self.max_length:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,14 +13,6 @@ from quire.hf.compiled import LEAST_TOKENS
 from quire.hf.switches import Switches
 from quire.hf.transfer import to_device
 from quire.kernels import resolve_backend
-
-
-class DeviceStep(NamedTuple):
-    """What of a step the model itself reads, on its device: ids, positions, and the rows whose logits are wanted."""
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    wanted: torch.Tensor
 
 
 class TokenPast:
@@ -63,19 +55,24 @@ class PackedForward:
         text_config = model.config.get_text_config(decoder=True)
         self._scales_by_index = bool(getattr(text_config, "attn_temperature_tuning", False))
 
-    def paged(self, running: RunningStep, on_device: DeviceStep | None = None) -> torch.Tensor:
+    def paged(
+        self,
+        running: RunningStep,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits fp32 [rows, vocab] of the step's logits_indices, attention on pages.
 
         Args:
-            on_device: what the model reads of the step, where it is there already.
+            input_ids, position_ids, wanted: what the model reads of the step, where it is on the device already; None:
+                the step's own.
         Cost: the head runs on the wanted rows only, where the model's forward has `logits_to_keep`.
         """
         step, device = running.step, self.model.device
-        input_ids, position_ids, wanted = on_device or (
-            step.input_ids,
-            step.position_ids,
-            step.logits_indices,
-        )
+        input_ids = step.input_ids if input_ids is None else input_ids
+        position_ids = step.position_ids if position_ids is None else position_ids
+        wanted = step.logits_indices if wanted is None else wanted
         if self._compile and step.num_tokens < LEAST_TOKENS:
             input_ids, position_ids = input_ids.repeat(LEAST_TOKENS), position_ids.repeat(LEAST_TOKENS)
         past = TokenPast(to_device(position_ids, device)) if self._scales_by_index else None

@@ -23,7 +23,7 @@ from quire.debug import debug_enabled
 from quire.errors import ArgumentError, UnsupportedError
 from quire.hf.attention import RunningStep
 from quire.hf.cache import Kind, PagedCache
-from quire.hf.forward import DeviceStep, PackedForward
+from quire.hf.forward import PackedForward
 from quire.hf.planners import Planners, tables_of
 from quire.hf.step import Step, pad_decode
 from quire.hf.transfer import to_device
@@ -64,8 +64,6 @@ class DecodeGraphs:
         planners: where its other steps are planned.
         max_seq_len: most tokens of a sequence.
         capture: records launches; a CUDA graph, unless a test brings something else.
-    Attributes:
-        num_bytes: device memory that the graphs hold; they share it, as one of them runs at a time.
     """
 
     def __init__(
@@ -76,37 +74,44 @@ class DecodeGraphs:
         max_seq_len: int,
         capture: Capture | None = None,
     ) -> None:
-        self.num_bytes = 0
         self._forward, self._cache, self._planners = forward, cache, planners
         self._max_seq_len = max_seq_len
         self._capture = capture or _CudaCapture(planners.device)
         self._graphs: dict[int, _Graph] = {}
-        self._stream: torch.cuda.Stream | None = None  # of the last replay
 
     def __repr__(self) -> str:
         sizes = ", ".join(map(str, sorted(self._graphs)))
         return f"DecodeGraphs(of {sizes or 'no'} sequences, {self.num_bytes / 1e6:.1f} MB)"
 
+    @property
+    def num_bytes(self) -> int:
+        """Device memory that the graphs hold beside their plans; they share it, as one of them runs at a time.
+
+        Cost: a look at every block of torch's allocator.
+        """
+        return self._capture.num_bytes if isinstance(self._capture, _CudaCapture) else 0
+
     def serves(self, step: Step) -> bool:
         """Whether a step is of one token per sequence, and of no more sequences than graphs are made for."""
         return step.num_tokens == len(step.seq_lens) <= MAX_BATCH
 
-    def run(self, step: Step) -> torch.Tensor:
+    def run(self, step: Step, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The step's logits, as ``PackedForward.paged`` returns them.
 
+        Args:
+            input_ids: as for ``PagedModel.forward``.
         Raises:
             UnsupportedError: the model's launches cannot be recorded, or are others when they are replayed.
         Cost: of the first step of a size, or beyond the lengths that a graph has room for, three forwards. Then the
             plans, one copy to the device, and the replay; no copy to the host.
         """
         with self._forward.switches.lock:  # the graphs' memory serves one step at a time
-            self._take_turns()
             size = batch_size_of(step.num_tokens)
             longest = int(step.seq_lens.max())
             graph = self._graphs.get(size)
             if graph is None or longest > graph.capacity:
                 graph = self._record(size, longest)
-            graph.fill(step)
+            graph.fill(step, input_ids)
             logits = graph.replay()[: step.num_tokens]
             if not graph.is_proven:
                 graph.prove()
@@ -122,13 +127,11 @@ class DecodeGraphs:
             UnsupportedError: the model's launches cannot be recorded.
         """
         with self._forward.switches.lock:
-            self._take_turns()
             self._record(batch_size_of(batch), 1)
 
     def _record(self, size: int, longest: int) -> _Graph:
         capacity = min(max(SMALLEST_CAPACITY, 1 << (longest - 1).bit_length()), self._max_seq_len)
-        device = self._planners.device
-        start, reserved = time.perf_counter(), _reserved_bytes(device)
+        start = time.perf_counter()
         graph = _Graph(self._forward, self._cache, self._planners, size, capacity)
         graph.fill(None)
         try:
@@ -141,18 +144,8 @@ class DecodeGraphs:
                 "Fix: cuda_graphs=False"
             ) from error
         self._graphs[size] = graph
-        self.num_bytes += max(0, _reserved_bytes(device) - reserved)
-        seconds = time.perf_counter() - start
-        logger.debug("recorded the CUDA graph of %d sequences in %.2f s: %r", size, seconds, self)
+        logger.debug("recorded the CUDA graph of %d sequences in %.2f s", size, time.perf_counter() - start)
         return graph
-
-    def _take_turns(self) -> None:
-        """Let the current stream wait for the one that ran a graph last."""
-        if self._planners.device.type == "cuda":
-            stream = torch.cuda.current_stream(self._planners.device)
-            if self._stream is not None and stream != self._stream:
-                stream.wait_stream(self._stream)
-            self._stream = stream
 
 
 class _Graph:
@@ -183,7 +176,7 @@ class _Graph:
         self._plans: dict[Kind, AttentionPlan] = {}
         self._step: Step | None = None
 
-    def fill(self, step: Step | None) -> None:
+    def fill(self, step: Step | None, input_ids: torch.Tensor | None = None) -> None:
         """Plan a step and copy it over, padded; None: nothing but padding.
 
         Cost: host only, and a copy per kind of layer and one more that the host does not wait for.
@@ -196,6 +189,8 @@ class _Graph:
         slots = padded.slot_mapping.reshape(self._num_groups, self.size)
         inputs = torch.cat([padded.input_ids[None], padded.position_ids[None], slots])
         self._inputs.copy_(to_device(inputs, self._inputs.device))
+        if input_ids is not None:
+            self._inputs[0, : len(input_ids)] = input_ids
         self._step, self._plans = padded, plans
 
     def launch(self) -> torch.Tensor:
@@ -203,7 +198,7 @@ class _Graph:
         assert self._step is not None
         slots = self._inputs[2:] if self._num_groups > 1 else self._inputs[2]
         running = RunningStep(self._step, self._cache, self._planners, slots, self._plans)
-        return self._forward.paged(running, DeviceStep(self._inputs[0], self._inputs[1], self._rows))
+        return self._forward.paged(running, self._inputs[0], self._inputs[1], self._rows)
 
     def prove(self) -> None:
         """Compare the last replay with the same launches made one by one.
@@ -229,6 +224,12 @@ class _CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the pool."""
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        return sum(each["total_size"] for each in segments if each["segment_pool_id"] == self._pool)
+
     def __call__(self, launch: Replay) -> Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
@@ -242,10 +243,6 @@ class _CudaCapture:
             return logits
 
         return replay
-
-
-def _reserved_bytes(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def wants_graphs(cuda_graphs: bool | None, backend: str, device: torch.device) -> bool:

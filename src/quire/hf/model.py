@@ -22,6 +22,7 @@ from quire.hf.graphs import DecodeGraphs, wants_graphs
 from quire.hf.load import load_checkpoint
 from quire.hf.planners import Planners
 from quire.hf.step import Step
+from quire.hf.transfer import StreamTurns
 from quire.kernels import ahead, resolve_backend
 from quire.ops.warm_up import compile_jobs
 from quire.pages import PageAllocator, PrefixCache, Swap
@@ -141,6 +142,7 @@ class PagedModel:
             make_swap(self.prefix_cache, self._cache.pools, swap_bytes) if swap_bytes else None
         )
         self.lock = self._forward.switches.lock
+        self._streams = StreamTurns(model.device)
         self._must_record = bool(cuda_graphs)
         self.graphs: DecodeGraphs | None = None
         if takes_graphs:
@@ -195,11 +197,13 @@ class PagedModel:
             swap_bytes=swap_bytes,
         )
 
-    def forward(self, step: Step) -> torch.Tensor:
+    def forward(self, step: Step, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Run one packed step: write its keys and values into their slots, attend, return the wanted logits.
 
         Args:
             step: the new tokens of any number of sequences; prefills, chunks and decodes may be mixed.
+            input_ids: int64 [tokens] on the model's device, in place of step.input_ids: tokens that the step before has
+                chosen, and that have not reached the host. They are not checked.
         Returns:
             float32 [rows, vocab_size], a row per entry of step.logits_indices, in its order.
         Raises:
@@ -214,12 +218,19 @@ class PagedModel:
                 f"page_table must hold {len(self.groups)} page tables, one for each group of this model's layers; got "
                 f"{list(step.page_table.shape)}. Fix: PageTable(allocator, page_size, model.groups)"
             )
-        if self.graphs is not None and self.graphs.serves(step):
-            try:
-                return self.graphs.run(step)
-            except UnsupportedError as error:
-                self._run_without_graphs(error)
-        return self._forward.paged(RunningStep(step, self._cache, self._planners))
+        with self.lock:
+            self._streams.take()
+            if self.graphs is not None and self.graphs.serves(step):
+                try:
+                    return self.graphs.run(step, input_ids)
+                except UnsupportedError as error:
+                    self._run_without_graphs(error)
+            return self._forward.paged(RunningStep(step, self._cache, self._planners), input_ids)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be handed over before the one before it has ended: where the host only launches it."""
+        return self.device.type == "cuda"
 
     def _run_without_graphs(self, error: UnsupportedError) -> None:
         """From now on, unless they were asked for."""
@@ -235,7 +246,9 @@ class PagedModel:
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages, in every layer of their group (copy-on-write); (source, destination) pairs, in order."""
-        self._cache.copy_pages(copies)
+        with self.lock:
+            self._streams.take()
+            self._cache.copy_pages(copies)
 
     def poison(self, pages: Iterable[int]) -> None:
         """Fill pages with NaN, in every layer of their group, so that a read of what nobody owns shows (debugging)."""
