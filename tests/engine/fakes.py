@@ -37,11 +37,11 @@ class FakeModel:
     groups: what the layers of each page table see; each of them reads back what its queries see, and a page that was
     given back holds nothing. Logits depend on what the group sees that sees most.
 
+    runs_ahead: take a step before the one before it has been handed out, with its tokens as a tensor, as a GPU does.
     num_host_pages: pages that host memory has room for; they always come back, as copies take no time here.
     """
 
     device = torch.device("cpu")
-    runs_ahead = False
     generation_config: GenerationConfig | None = None
 
     def __init__(
@@ -55,7 +55,9 @@ class FakeModel:
         rule: Rule | None = None,
         groups: tuple[Visibility, ...] = (Visibility(),),
         num_host_pages: int = 0,
+        runs_ahead: bool = False,
     ) -> None:
+        self.runs_ahead = runs_ahead
         self.allocator = PageAllocator(num_pages, on_drop=self.poison)
         self.groups = groups
         self.prefix_cache = PrefixCache(self.allocator, page_size, groups)

@@ -189,8 +189,8 @@ def test_threads_join_one_batch():
 def test_graphs_are_there_by_default_and_say_what_they_hold():
     llm = LLM(make_model(torch.bfloat16), num_pages=400)
     llm.generate(make_prompts(), GREEDY, progress=False)
-    assert "of 1, 2, 4, 8, 16 sequences" in repr(llm.model.graphs) or llm.model.graphs.num_bytes > 0
-    print(llm.model.graphs)
+    assert repr(llm.model.graphs).startswith("DecodeGraphs(of 1, 16 sequences, ")
+    assert llm.model.graphs.num_bytes > 0
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "llama4", "mistral", "deepseek_v3", "gemma2"])

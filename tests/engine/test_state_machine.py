@@ -79,9 +79,19 @@ class EngineMachine(RuleBasedStateMachine):
         groups=st.sampled_from([*GROUPS, None]),
         roomy=st.booleans(),
         num_host_pages=st.sampled_from([0, 1, 5, 100]),
+        runs_ahead=st.booleans(),
     )
     def start(
-        self, page_size, num_slots, max_batch_tokens, max_num_seqs, caching, groups, roomy, num_host_pages
+        self,
+        page_size,
+        num_slots,
+        max_batch_tokens,
+        max_num_seqs,
+        caching,
+        groups,
+        roomy,
+        num_host_pages,
+        runs_ahead,
     ):
         # The last has chunks, in whole pages.
         groups = groups or (ALL, Visibility(chunk_size=2 * page_size), Visibility(1))
@@ -92,6 +102,7 @@ class EngineMachine(RuleBasedStateMachine):
             vocab_size=VOCAB,
             groups=groups,
             num_host_pages=num_host_pages,
+            runs_ahead=runs_ahead,
         )
         self.max_batch_tokens = max_batch_tokens
         self.engines = [
@@ -169,9 +180,9 @@ class EngineMachine(RuleBasedStateMachine):
         engine = data.draw(st.sampled_from(self.engines))
         forward = self.model.forward
 
-        def broken(step):
+        def broken(*step):
             if written:
-                forward(step)
+                forward(*step)
             raise Broken
 
         self.model.forward = broken
@@ -222,7 +233,8 @@ class EngineMachine(RuleBasedStateMachine):
                     if sequence.seq_id in engine.table and sequence.num_computed:
                         count = -(-engine.table.length(sequence.seq_id) // size)
                         for group, sight in enumerate(self.model.groups):
-                            first = sight.first_key(sequence.num_computed) // size
+                            # Ahead, its next token has a slot already.
+                            first = sight.first_key(engine.table.length(sequence.seq_id)) // size
                             assert len(engine.table.pages(sequence.seq_id, 0, group)) == count - first
 
     @invariant()

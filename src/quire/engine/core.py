@@ -484,6 +484,8 @@ class Engine:
                 step = self._launch(chunks)
             self._ahead = self._launch_ahead(step)
             self._hand_out_all(step)
+            if self._ahead is not None and not self._ahead.is_current:
+                self._ahead = None
             if self.model.swap is not None:
                 num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
                 self.model.swap.costs.observe(num_tokens, time.perf_counter() - start)
