@@ -164,6 +164,17 @@ def test_requests_that_wait_for_room_do_not_stop_it_and_are_let_in_when_there_is
     assert sum(seen) > len(seen) / 2
 
 
+def test_a_request_that_waits_for_tokens_of_the_budget_alone_is_let_in_by_the_next_step():
+    """Steps ahead would go on for ever with those that run."""
+    engine = make_engine(max_batch_tokens=8)
+    ids = [engine.add_request([n] * 8, SamplingParams(max_tokens=30)) for n in range(3)]
+    for _ in range(6):
+        engine.step()
+    assert [request.request_id for request in engine._scheduler.running] == ids
+    outputs = drain(engine)
+    assert texts(outputs[i] for i in ids) == [engine.model.continuation([n] * 8, 30) for n in range(3)]
+
+
 @pytest.mark.parametrize(
     "params",
     [

@@ -130,8 +130,12 @@ class Scheduler:
         self._queueing = threading.Lock()  # held while `waiting` is changed: requests arrive from any thread
         self.running: list[Request] = []
         self.steps = 0
-        # Since the last `schedule`: a request has come, or given up its place, or waits for a page of that step.
-        self._has_changed = True
+        self._has_changed = (
+            True  # since the last `schedule`: a request has come, or given up pages or its place
+        )
+        self._was_refused = (
+            False  # the first of `waiting`, in the last `schedule`, for want of pages or of a place
+        )
         self._available_then = 0  # pages, after the last `schedule`
         self._sources: list[int] = []  # pages that chunks of this step copy, one owner each
 
@@ -166,6 +170,7 @@ class Scheduler:
     def _choose(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         self._has_changed = False  # first: a request may arrive meanwhile
+        self._was_refused = False
         budget = self.max_batch_tokens
         self.hits.new_step()
         place = 0  # the running requests before it have been served
@@ -209,10 +214,10 @@ class Scheduler:
                 if starts is not None:
                     break
             if len(self.running) == place:
+                self._was_refused = True
                 return None
             self.preempt_last()
         if self.hits.is_coming(starts):
-            self._has_changed = True
             return None
         self.running.insert(place, request)
         with self._queueing:
@@ -259,9 +264,11 @@ class Scheduler:
 
     @property
     def _may_let_in(self) -> bool:
-        """Whether a waiting request may run that could not when the last step was chosen."""
+        """Whether a waiting request may run in the next step: always, unless it was refused and nothing has changed."""
         return bool(self.waiting) and (
-            self._has_changed or self.table.allocator.num_available > self._available_then
+            not self._was_refused
+            or self._has_changed
+            or self.table.allocator.num_available > self._available_then
         )
 
     def advance(self, chunks: list[Chunk]) -> None:
