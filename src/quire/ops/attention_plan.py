@@ -26,6 +26,7 @@ from quire.ops.scales import are_given, spread, taking_given
 from quire.ops.torch_op import SCORING, is_watched, register
 from quire.planning import checks as step_checks
 from quire.planning.explain import explain
+from quire.planning.step import on_other_pages
 from quire.planning.work_list import StepPlan
 from quire.spec import AttentionSpec
 from quire.state import SoftmaxState
@@ -165,6 +166,25 @@ class AttentionPlan:
             self.attend(q, k_pages, v_pages, out, lse, scoring)
         return out if lse is None else SoftmaxState(out, lse)
 
+    def with_page_table(self, page_table: torch.Tensor) -> AttentionPlan:
+        """The same step over other pages: for layers that keep their keys and values under another page table.
+
+        Args:
+            page_table: int32 [batch, max_pages], of this plan's sequences; copied.
+        Returns:
+            A plan of its own, which does not end with this one.
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: as in ``plan``.
+        Cost: less than ``plan``: the work is divided already.
+        """
+        step_checks.check_step(page_table, torch.from_numpy(self.step.seq_lens), None)
+        table = page_table if page_table.is_cpu else within_reach(page_table, self._kernels, self.device)
+        step = on_other_pages(self.step, table)
+        prepared = self._kernels.prepare(self.spec, step, self.device)
+        return AttentionPlan(
+            self.spec, self.backend, self.device, step, self.max_q_len, self._kernels, prepared, {}
+        )
+
     def explain(self) -> str:
         """The plan in words: kernels, items, splits, bytes to read and balance, a line each."""
         return explain(self.spec, self.backend, self.step, getattr(self._prepared, "notes", ()))
@@ -247,6 +267,13 @@ class AttentionPlan:
         """A later plan has taken this one's memory."""
         self._replaced = True  # first: ``_keep`` looks at it last
         self._bound, self._last = {}, (None, None)
+
+
+def within_reach(page_table: torch.Tensor, kernels: ModuleType, where: torch.device) -> torch.Tensor:
+    """A table on a device, or a copy on the host where the kernels do not read it there."""
+    step_checks.check_host(page_table=page_table)
+    stays = page_table.device == where and getattr(kernels, "TAKES_DEVICE_TABLES", False)
+    return page_table if stays else page_table.cpu()
 
 
 def make_outputs(
