@@ -27,7 +27,9 @@ def elsewhere(batch, columns):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("columns", [-2, 0, 3])
-@pytest.mark.parametrize("rules", [{}, {"window_left": 3}, {"batch_invariant": True}, {"causal": False}], ids=str)
+@pytest.mark.parametrize(
+    "rules", [{}, {"window_left": 3}, {"batch_invariant": True}, {"causal": False}], ids=str
+)
 def test_a_moved_plan_computes_what_a_plan_of_that_table_does(backend, columns, rules):
     if backend == "reference" and "batch_invariant" in rules:
         pytest.skip("the reference has no such plans")
@@ -55,7 +57,9 @@ def test_split_work_moves_with_its_merges():
 def test_a_table_that_does_not_fit_the_step_is_refused():
     batch = mixed()
     plan, table = plan_for(batch), batch.page_table
-    with pytest.raises(quire.ShapeError, match=r"page_table must have 4 columns for this step's lengths; got 3"):
+    with pytest.raises(
+        quire.ShapeError, match=r"page_table must have 4 columns for this step's lengths; got 3"
+    ):
         plan.with_page_table(table[:, :3])
     with pytest.raises(quire.ShapeError, match=r"seq_lens must be \[batch\] with batch=3"):
         plan.with_page_table(table[:3])

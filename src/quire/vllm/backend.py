@@ -179,7 +179,10 @@ class QuireCPUBuilder(AttentionMetadataBuilder[Any]):
     ) -> QuireMetadata:
         """The same step for another KV cache group, whose pages are others."""
         return QuireMetadata(
-            {kind: made.with_page_table(blk_table[: made.step.batch]) for kind, made in metadata.plans.items()}
+            {
+                kind: made.with_page_table(blk_table[: made.step.batch])
+                for kind, made in metadata.plans.items()
+            }
         )
 
 
@@ -251,7 +254,9 @@ class QuireCPUImpl(AttentionImpl[Any]):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if output_scale is not None or output_block_scale is not None:
-            raise UnsupportedError(f"outputs must be of the model's dtype; got a scale to quantise them by. {FIX}")
+            raise UnsupportedError(
+                f"outputs must be of the model's dtype; got a scale to quantise them by. {FIX}"
+            )
         if attn_metadata is None:  # vLLM measures how much memory the model takes, and there is no cache yet
             return output.zero_()
         pages = self._pages(layer, kv_cache)
@@ -270,7 +275,12 @@ class QuireCPUImpl(AttentionImpl[Any]):
         return output
 
     def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> None:
         """Write the step's keys and values [tokens, num_kv_heads, head_size] to their slots."""
         if self._vllms_own is not None:
@@ -278,7 +288,13 @@ class QuireCPUImpl(AttentionImpl[Any]):
             return
         pages = self._pages(layer, kv_cache)
         write_kv(
-            key, value, pages.k_pages, pages.v_pages, slot_mapping, k_scale=pages.k_scale, v_scale=pages.v_scale
+            key,
+            value,
+            pages.k_pages,
+            pages.v_pages,
+            slot_mapping,
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
         )
 
     def _pages(self, layer: Any, kv_cache: torch.Tensor) -> LayerPages:
@@ -330,7 +346,9 @@ def _refuse_unsupported(
 def _check_built_layer(name: str, layer: Any) -> None:
     """What a layer knows and its implementation does not."""
     if not isinstance(layer.impl, QuireCPUImpl):
-        raise UnsupportedError(f"layer {name} must have Quire's attention; got {type(layer.impl).__name__}. {FIX}")
+        raise UnsupportedError(
+            f"layer {name} must have Quire's attention; got {type(layer.impl).__name__}. {FIX}"
+        )
     if layer.head_size_v != layer.head_size:
         raise UnsupportedError(
             f"values of layer {name} must be as wide as its keys, {layer.head_size}; got {layer.head_size_v}. {FIX}"
