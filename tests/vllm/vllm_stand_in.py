@@ -1,16 +1,12 @@
-"""As much of vLLM's interfaces as the backend touches, for tests on machines without vLLM.
-
-``test_interfaces.py`` holds the names used here against vLLM itself.
-"""
+"""As much of vLLM's interfaces as the backend touches, for tests on machines without vLLM."""
 
 from __future__ import annotations
 
 import enum
-import inspect
 import sys
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -62,7 +58,7 @@ class CrossAttentionSpec(CacheSpec):
 class AttentionBackend:
     """The questions of ``validate_configuration`` that have a method of the same name."""
 
-    QUESTIONS = {
+    QUESTIONS: ClassVar = {
         "use_mm_prefix": "supports_mm_prefix", "has_sink": "supports_sink", "has_sliding_window":
         "supports_sliding_window", "use_non_causal": "supports_non_causal", "use_batch_invariant":
         "supports_batch_invariance", "use_pcp": "supports_pcp", "use_dcp": "supports_dcp", "use_rswa": "supports_rswa",
@@ -135,7 +131,7 @@ class Current:
     """The configuration while a model is built, and the plugins' table."""
 
     config = config()
-    registered: dict[str, str] = {}
+    registered: ClassVar[dict[str, str]] = {}
 
 
 def modules() -> dict[str, ModuleType]:
@@ -175,11 +171,6 @@ def modules() -> dict[str, ModuleType]:
         if parent:
             setattr(made[parent], child, module)
     return made
-
-
-def parameters(function: Any) -> list[str]:
-    """Names of a function's parameters, without ``self`` and ``cls``."""
-    return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
 
 
 def install(monkeypatch: Any) -> Any:

@@ -110,7 +110,8 @@ def on_other_pages(step: StepPlan, page_table: torch.Tensor) -> StepPlan:
             f"page_table must have {needed} columns for this step's lengths; got {max_pages}. "
             "Fix: the rows of the step's sequences, whole"
         )
-    ids, highest, device_table = np.empty(0, np.int64), -1, page_table
+    device_table: torch.Tensor | None = page_table
+    ids, highest = np.empty(0, np.int64), -1
     if page_table.is_cpu:
         table, device_table = page_table.numpy(), None
         check_page_ids(table, step.seq_lens, step.page_size)

