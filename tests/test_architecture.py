@@ -28,7 +28,7 @@ ROOMS = {
     0: ["errors|spec|state|debug|assets"],
     1: ["pages", "planning", "kernels"],
     2: ["ops"],
-    3: ["hf"],
+    3: ["hf", "vllm"],
     4: ["engine"],
     5: ["serve"],
     6: ["cli"],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import Shape, attend, make_batch
 
 import quire
-from quire.ops.planner import _within_reach
+from quire.ops.attention_plan import within_reach
 from quire.planning.step import largest_work, plan_step
 from quire.planning.work_list import TileShape, Tiling
 
@@ -195,6 +195,6 @@ def test_a_table_on_a_device_stays_there_only_for_kernels_that_read_it_there(mon
     table = torch.zeros(1, 2, dtype=torch.int32, device="meta")  # stands for a GPU's
     kernels = SimpleNamespace(TAKES_DEVICE_TABLES=True)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: "copied")
-    assert _within_reach(table, kernels, table.device) is table
-    assert _within_reach(table, kernels, torch.device("cuda", 1)) == "copied"
-    assert _within_reach(table, SimpleNamespace(), table.device) == "copied"
+    assert within_reach(table, kernels, table.device) is table
+    assert within_reach(table, kernels, torch.device("cuda", 1)) == "copied"
+    assert within_reach(table, SimpleNamespace(), table.device) == "copied"

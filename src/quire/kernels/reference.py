@@ -182,7 +182,7 @@ def write_kv(
     slots = slot_mapping[written].long()
     page, offset = slots // k_pages.shape[2], slots % k_pages.shape[2]
     for values, pages, scales in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
-        values = values[written]
+        values = values[: len(slot_mapping)][written]
         if scales is not None and given:
             values = divided(values.float(), scales[:, page, offset].T, pages.dtype)
         elif scales is not None:

@@ -8,6 +8,7 @@ checked and bound to its kernels once per layout; every layer after that only ha
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Hashable
 from functools import partial
@@ -25,6 +26,7 @@ from quire.ops.scales import are_given, spread, taking_given
 from quire.ops.torch_op import SCORING, is_watched, register
 from quire.planning import checks as step_checks
 from quire.planning.explain import explain
+from quire.planning.step import on_other_pages
 from quire.planning.work_list import StepPlan
 from quire.spec import AttentionSpec
 from quire.state import SoftmaxState
@@ -124,7 +126,8 @@ class AttentionPlan:
         """Attend each query token to its own sequence's pages.
 
         Args:
-            q: packed queries [tokens, num_qo_heads, head_dim]; planned dtype and device.
+            q: packed queries [tokens, num_qo_heads, head_dim]; planned dtype and device. Rows past the planned tokens
+                are padding: they are not read.
             k_pages, v_pages: one layer's pages [num_kv_heads, num_pages, page_size, head_dim].
             softmax_scale: 1/√head_dim when None.
             softcap: c > 0 bounds scores to c·tanh(score / c).
@@ -138,10 +141,12 @@ class AttentionPlan:
                 writes them, or the [num_kv_heads] or [] that it was given. None is negative; a given one is finite.
                 Values are not checked: with others the rows that read them mean nothing.
             out: [tokens, num_qo_heads, head_dim], written instead of a new tensor; value_dim where the spec has one.
+                Its rows past the planned tokens stay as they are.
             return_state: return a SoftmaxState. Its lse counts the sink, so of several states to be merged
                 only one may have been given the sinks.
         Returns:
             Like q, or a SoftmaxState. Rows that see no key are zero; their lse is the sink's logit, or −inf without.
+            Rows of padding are zero where ``out`` is not given, and their lse is −inf.
         Raises:
             ShapeError, DtypeError, DeviceError: an argument does not fit the plan.
             ArgumentError: a page id of the plan is outside these pages; a number or an optional tensor that is none.
@@ -152,12 +157,33 @@ class AttentionPlan:
         scoring = softmax_scale, softcap, alibi_slopes, sinks, tree_mask, k_scale, v_scale
         if watched:
             checks.check_door(q, k_pages, v_pages, out, Scoring(*scoring))
-        out, lse = make_outputs(q, self.spec.value_dim, out, return_state)
+        # A compiled graph would be compiled anew for each number of tokens if it compared them.
+        padded = watched or q.shape[:1] != (self.num_tokens,)
+        out, lse = make_outputs(q, self.spec.value_dim, out, return_state, padded)
         if watched:
             torch.ops.quire.run_plan(self._number, q, k_pages, v_pages, out, lse, *scoring)
         else:
             self.attend(q, k_pages, v_pages, out, lse, scoring)
         return out if lse is None else SoftmaxState(out, lse)
+
+    def with_page_table(self, page_table: torch.Tensor) -> AttentionPlan:
+        """The same step over other pages: for layers that keep their keys and values under another page table.
+
+        Args:
+            page_table: int32 [batch, max_pages], of this plan's sequences; copied.
+        Returns:
+            A plan of its own, which does not end with this one.
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: as in ``plan``.
+        Cost: less than ``plan``: the work is divided already.
+        """
+        step_checks.check_step(page_table, torch.from_numpy(self.step.seq_lens), None)
+        table = page_table if page_table.is_cpu else within_reach(page_table, self._kernels, self.device)
+        step = on_other_pages(self.step, table)
+        prepared = self._kernels.prepare(self.spec, step, self.device)
+        return AttentionPlan(
+            self.spec, self.backend, self.device, step, self.max_q_len, self._kernels, prepared, {}
+        )
 
     def explain(self) -> str:
         """The plan in words: kernels, items, splits, bytes to read and balance, a line each."""
@@ -251,16 +277,32 @@ class AttentionPlan:
         self._bound, self._last = {}, (None, None)
 
 
+def within_reach(page_table: torch.Tensor, kernels: ModuleType, where: torch.device) -> torch.Tensor:
+    """A table on a device, or a copy on the host where the kernels do not read it there."""
+    step_checks.check_host(page_table=page_table)
+    stays = page_table.device == where and getattr(kernels, "TAKES_DEVICE_TABLES", False)
+    return page_table if stays else page_table.cpu()
+
+
 def make_outputs(
-    q: torch.Tensor, value_dim: int | None, out: torch.Tensor | None, return_state: bool
+    q: torch.Tensor, value_dim: int | None, out: torch.Tensor | None, return_state: bool, padded: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The result where the caller gave none, and lse where it is asked for."""
+    """The result where the caller gave none, and lse where it is asked for.
+
+    ``padded``: q may have rows that no kernel writes; new tensors then hold the result of a row that sees no key.
+    """
     if out is None:
-        if value_dim is None:
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        else:
-            out = q.new_empty(*q.shape[:2], value_dim)
-    return out, q.new_empty(q.shape[:2], dtype=torch.float32) if return_state else None
+        out = q.new_empty(*q.shape[:2], value_dim) if value_dim is not None else _empty_like(q)
+        if padded:
+            out.zero_()
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_state else None
+    if lse is not None and padded:
+        lse.fill_(-math.inf)
+    return out, lse
+
+
+def _empty_like(q: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _run_plan(

@@ -235,12 +235,15 @@ def check_head_vector(name: str, value: torch.Tensor | None, num_qo_heads: int) 
 
 
 def check_tree_mask(tree_mask: torch.Tensor | None, num_tokens: int, max_q_len: int) -> None:
-    """tree_mask: bool [tokens, max_q_len], a row per packed query, a column per new key of its sequence."""
+    """tree_mask: bool [tokens, max_q_len], a row per packed query, a column per new key of its sequence.
+
+    It may have rows of padding, as q may.
+    """
     if tree_mask is None:
         return
     layout = f"bool [tokens, max_q_len] = [{num_tokens}, {max_q_len}]"
     check_tensor("tree_mask", tree_mask, 2, layout)
-    if tree_mask.dtype != torch.bool or tree_mask.shape[0] != num_tokens or tree_mask.shape[1] < max_q_len:
+    if tree_mask.dtype != torch.bool or tree_mask.shape[0] < num_tokens or tree_mask.shape[1] < max_q_len:
         raise (DtypeError if tree_mask.dtype != torch.bool else ShapeError)(
             f"tree_mask must be {layout}; got {describe(tree_mask)}. "
             "Fix: row i, column j: may packed query i see the j-th new token of its own sequence"
@@ -308,8 +311,9 @@ def _check_planned_queries(
     spec: AttentionSpec, num_tokens: int, device: torch.device, q: torch.Tensor
 ) -> None:
     check_queries(q)
+    """q has the plan's tokens, and perhaps rows of padding behind them."""
     planned = (num_tokens, spec.num_qo_heads, spec.head_dim)
-    if q.shape != planned:
+    if q.shape[1:] != planned[1:] or q.shape[0] < num_tokens:
         raise ShapeError(f"q must be {list(planned)} as planned; got {describe(q)}. Fix: plan this step anew")
     if q.dtype != spec.dtype:
         raise DtypeError(f"q must be {spec.dtype} as planned; got {describe(q)}. Fix: q.to({spec.dtype})")

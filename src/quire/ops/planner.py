@@ -14,7 +14,7 @@ from quire.errors import ArgumentError
 from quire.kernels import load_backend, resolve_backend
 from quire.kernels.call import BoundCall
 from quire.ops import checks
-from quire.ops.attention_plan import AttentionPlan
+from quire.ops.attention_plan import AttentionPlan, within_reach
 from quire.planning import checks as step_checks
 from quire.planning.checks import describe
 from quire.planning.step import TokenLimit, largest_work, plan_step
@@ -79,7 +79,7 @@ def plan_within(
     where = checks.resolve_device(device, page_table)
     name, kernels, tiling = _service(backend, spec, where, batch_invariant, lens.shape[0])
     if not table.is_cpu:
-        table = _within_reach(table, kernels, where)
+        table = within_reach(table, kernels, where)
     rules = causal, window_left, tiling
     step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, *rules, limit)
     return AttentionPlan(
@@ -171,7 +171,7 @@ class Planner:
         spec, limits = self.spec, self.limits
         table, lens, starts = step_checks.check_step(page_table, seq_lens, cu_seqlens_q)
         if not table.is_cpu:
-            table = _within_reach(table, self._kernels, self.device)
+            table = within_reach(table, self._kernels, self.device)
         rules = self.causal, self.window_left, self._tiling
         step = plan_step(table, lens, starts, spec.num_kv_heads, spec.page_size, *rules, self._token_limit)
         limits.check(step.batch, step.max_seq_len, step.max_q_len, step.num_tokens)
@@ -213,13 +213,6 @@ class Planner:
             self.causal, self.window_left, self._tiling.kv_split,
         )  # fmt: skip
         return reserve(self.spec, capacity, self.device)
-
-
-def _within_reach(page_table: torch.Tensor, kernels: ModuleType, where: torch.device) -> torch.Tensor:
-    """A table on a device, or a copy on the host where the kernels do not read it there."""
-    step_checks.check_host(page_table=page_table)
-    stays = page_table.device == where and getattr(kernels, "TAKES_DEVICE_TABLES", False)
-    return page_table if stays else page_table.cpu()
 
 
 def check_spec(spec: object) -> None:

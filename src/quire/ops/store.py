@@ -32,7 +32,8 @@ def write_kv(
     """Write each token's keys and values into its slot of one layer's pages.
 
     Args:
-        k, v: [tokens, num_kv_heads, head_dim]; any strides with a contiguous last dimension.
+        k, v: [tokens, num_kv_heads, head_dim]; any strides with a contiguous last dimension. Rows past those of
+            slot_mapping are padding: they are not read.
         k_pages, v_pages: [num_kv_heads, num_pages, page_size, head_dim], written in place.
         slot_mapping: int64 [tokens], page × page_size + offset; −1 writes nowhere.
         k_scale, v_scale: where pages are quantised. float32 [num_kv_heads, num_pages, page_size] is written: one scale
@@ -105,7 +106,7 @@ def _check_rows(
     checks.check_last_dim_contiguous(name, rows)
     checks.check_no_gradient(name, rows)
     expected = (tokens, pages.shape[0], pages.shape[3])
-    if rows.shape != expected:
+    if rows.shape[1:] != expected[1:] or rows.shape[0] < tokens:
         fix = "one slot per token, and the pool of this layer's spec"
         if rows.shape[1] != pages.shape[0]:
             fix = checks.in_order(pages_name, pages, (rows.shape[1],), rows.shape[2])

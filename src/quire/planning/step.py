@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,49 @@ def plan_step(
             return cut(leaves_prefill=False)
         step.prefill = prefill
     return step
+
+
+def on_other_pages(step: StepPlan, page_table: torch.Tensor) -> StepPlan:
+    """The same lengths, work and rules over another page table [batch, max_pages], whose shape is checked.
+
+    Raises:
+        ShapeError: a table too narrow for the longest sequence.
+        ArgumentError: a negative page id.
+    Cost: a copy of the step's numbers and of the table.
+    """
+    max_pages, needed = page_table.shape[1], int(step.pages_per_sequence.max(initial=0))
+    if max_pages < needed:
+        raise ShapeError(
+            f"page_table must have {needed} columns for this step's lengths; got {max_pages}. "
+            "Fix: the rows of the step's sequences, whole"
+        )
+    device_table: torch.Tensor | None = page_table
+    ids, highest = np.empty(0, np.int64), -1
+    if page_table.is_cpu:
+        table, device_table = page_table.numpy(), None
+        check_page_ids(table, step.seq_lens, step.page_size)
+        used = np.arange(max_pages) < step.pages_per_sequence[:, None]
+        highest = int(table.max(initial=-1, where=used))
+        ids = np.zeros(-(-table.size // 2), np.int64)
+        ids.view(np.int32)[: table.size] = table.ravel()
+    first = 2 * step.batch + 1
+    behind = first + (-(-step.batch * step.max_pages // 2) if step.device_table is None else 0)
+    numbers = np.concatenate((step.numbers[:first], ids, step.numbers[behind:]))
+
+    def moved(work: WorkList) -> WorkList:
+        if work.lists is not step.numbers:
+            return work
+        return work._replace(lists=numbers, at=work.at + first + len(ids) - behind)
+
+    return replace(
+        step,
+        numbers=numbers,
+        device_table=device_table,
+        max_pages=max_pages,
+        decode=moved(step.decode),
+        prefill=moved(step.prefill),
+        highest_page=highest,
+    )
 
 
 def _address(name: str, tensor: torch.Tensor) -> int:

@@ -264,13 +264,13 @@ def bind_write(
 
     What it returns raises ArgumentError, and writes nothing, where a slot is neither in the pool nor −1.
     """
-    tokens, heads, head_dim = k.shape
+    tokens, (heads, head_dim) = len(slot_mapping), k.shape[1:]
     _, num_pages, page_size, _ = k_pages.shape
     config = Config(DTYPE_CODES[k.dtype], DTYPE_CODES[k_pages.dtype], head_dim)
     slot_bytes, num_slots = slot_mapping.stride(0) * 8, num_pages * page_size
     layout = Layout(tokens, heads, slot_bytes, num_slots, page_size, int(given))
     k_strides, v_strides = _write_strides(k, k_pages, k_scale), _write_strides(v, v_pages, v_scale)
-    takes = wake.reading_takes(2 * k.numel() * (k.element_size() + k_pages.element_size()))
+    takes = wake.reading_takes(2 * tokens * heads * head_dim * (k.element_size() + k_pages.element_size()))
 
     def write_tokens(
         k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor,

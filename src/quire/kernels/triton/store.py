@@ -116,7 +116,7 @@ def bind_write(
 
     Where scales are ``given`` they are read, through any strides, and not written.
     """
-    tokens, device, num_pages = k.shape[0], k.device, k_pages.shape[1]
+    tokens, device, num_pages = len(slot_mapping), k.device, k_pages.shape[1]
     enqueues: dict[Any, Enqueue] = {}
 
     def run(*tensors: torch.Tensor | None) -> None:
