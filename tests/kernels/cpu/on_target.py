@@ -127,6 +127,8 @@ def cross(triple, cases):
             "instructions": Counter(neon(text)),
             "pair_products": pair_products(text),
             "byte_products": len(re.findall(r"\bvpdpbusd\b", text)),
+            "short_products": len(re.findall(r"\bvpmaddwd\b", text)),
+            "saturating": len(re.findall(r"\bvpmaddubsw\b", text)),
             "called": sorted(outside_calls(text)),
         }
     return found

@@ -20,7 +20,7 @@ from quire.kernels.cpu.attend import prefill as prefilling
 from quire.kernels.cpu.attend import scores
 from quire.kernels.cpu.attend.config import DTYPE_CODES, Config
 from quire.kernels.cpu.attend.merge import merge
-from quire.kernels.cpu.attend.notes import describe_machine, describe_tile
+from quire.kernels.cpu.attend.notes import PAIRS, SINGLE, describe_machine, describe_tile, factors
 from quire.kernels.cpu.attend.products import BLOCK
 from quire.kernels.cpu.attend.rows import ITEM_BYTES, Call, Step
 from quire.kernels.cpu.store import Layout, Write, write
@@ -193,10 +193,12 @@ class _Prepared(NamedTuple):
         lines = []
         if len(self.step.decode.items):
             config = decode.config
-            lines.append(describe_tile("decode", tiles.decode, config.heads, config.at_once))
+            lines.append(describe_tile("decode", tiles.decode, config.heads, factors(config)))
         if len(self.step.prefill.items):
-            rows, at_once = prefill.partial_rows, 2 if prefill.config.prefill_pairs else 1
-            lines.append(describe_tile("prefill", tiles.prefill, rows, at_once))
+            pairs = prefill.config.prefill_pairs
+            lines.append(
+                describe_tile("prefill", tiles.prefill, prefill.partial_rows, PAIRS if pairs else SINGLE)
+            )
         shared = max(self.step.decode.num_workers, self.step.prefill.num_workers) > 1
         return [*lines, describe_machine(num_threads() if shared else 1)] if lines else []
 
