@@ -1,4 +1,4 @@
-"""Decode over int8 pages as integers, bytes or shorts: right for whatever queries, weights and scales come, scores within 2⁻¹³."""
+"""Decode over int8 pages as integers, of 8 or 16 bits: right for all queries and scales, scores within 2⁻¹³."""
 
 import math
 from dataclasses import replace

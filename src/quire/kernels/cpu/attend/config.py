@@ -33,6 +33,7 @@ class Config(NamedTuple):
     kv_dtype: int
     head_dim: int
     heads: int = 1  # decode: query heads of one tile, at most ``most_heads``
+    amx: int = 0  # prefill: whether products are taken by AMX's tile registers, where ``fits_amx``
 
     @property
     def vectors(self) -> int:
@@ -79,9 +80,19 @@ class Config(NamedTuple):
         return self.head_dim // (2 * LANES) if self.shorts else 0
 
     @property
+    def fits_amx(self) -> int:
+        """Whether AMX's tile registers can take prefill's products: of bfloat16 in whole tiles."""
+        return int(LANES == 16 and self.q_dtype == self.kv_dtype == BF16 and self.head_dim % PAIRED == 0)
+
+    @property
     def prefill_pairs(self) -> int:
         """Whether prefill multiplies pairs: pages have to be bfloat16 themselves."""
-        return int(self.pairs and self.kv_dtype == BF16)
+        return int(self.amx or (self.pairs and self.kv_dtype == BF16))
+
+    @property
+    def prefill_parts(self) -> int:
+        """Vectors of pairs in a row that prefill reads."""
+        return self.head_dim // PAIRED
 
     @property
     def steps(self) -> int:

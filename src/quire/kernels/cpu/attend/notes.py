@@ -18,6 +18,13 @@ def factors(config: Config) -> str:
     return PAIRS if config.pairs else SINGLE
 
 
+def prefill_factors(config: Config) -> str:
+    """What prefill multiplies."""
+    if config.amx:
+        return "bfloat16 numbers, in AMX's tile registers"
+    return PAIRS if config.prefill_pairs else SINGLE
+
+
 def describe_tile(name: str, shape: TileShape, rows: int, numbers: str) -> str:
     """One kernel: what it works on at once."""
     tokens = f"{shape.q_tokens} token{'' if shape.q_tokens == 1 else 's'}"
