@@ -108,7 +108,7 @@ def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
 
 
 @part
-def tile_scratch(cfg: Any, scratch: int) -> int:
+def tile_scratch(cfg: Any, scratch: int) -> Any:
     """Where what tile registers need begins."""
     return scratch + MATRICES + cfg.row_bytes * (2 * ROWS + 2 * BLOCK)
 
