@@ -76,7 +76,7 @@ def _section(console: Console, title: str, rows: list[Row]) -> None:
 
 
 def _machine() -> list[Row]:
-    rows = [(GOOD, "processor", f"{_cpu_name()}, {_simd()}"), _load()]
+    rows = [(GOOD, "processor", f"{_cpu_name()}, {_simd()}"), *_tiles(), _load()]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(i)
@@ -88,6 +88,25 @@ def _machine() -> list[Row]:
         )
         rows.append((MISSING, "GPU", f"none: {why}; fine for CPU use"))
     return rows
+
+
+def _tiles() -> list[Row]:
+    """AMX's tile registers, where the machine has them or someone asks for them."""
+    try:
+        from quire.kernels.cpu import amx
+
+        if amx.in_use():
+            return [(GOOD, "AMX", f"bfloat16 prompts use its tile registers: {amx.VARIABLE}=1")]
+        if amx.lacks() is not None:
+            return []
+        off = (
+            f"there, not used: {amx.VARIABLE}=1 lets bfloat16 prompts use it, which no machine has tried yet"
+        )
+        return [(MISSING, "AMX", off)]
+    except QuireError as error:
+        return [(BAD, "AMX", str(error))]
+    except ImportError:
+        return []
 
 
 def _load() -> Row:

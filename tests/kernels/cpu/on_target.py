@@ -3,7 +3,7 @@
 python on_target.py run CASE …          judge the kernels, then say what they are made of
 python on_target.py cross TRIPLE CASE … compile for another architecture, and say what that gives
 
-A CASE is a kernel and a Shape, as in "decode-float16-fp8_e4m3-d128-g4".
+A CASE is a kernel and a Shape, as in "decode-float16-fp8_e4m3-d128-g4"; "amx" is prefill by tile registers.
 """
 
 import itertools
@@ -111,13 +111,14 @@ def cross(triple, cases):
     found = {}
     for case in cases:
         name, shape = parse(case)
-        kernel = {"decode": decode.decode, "prefill": prefill.prefill}[name]
+        kernel = decode.decode if name == "decode" else prefill.prefill
         spec = shape.spec(16)
         config = Config(
             DTYPE_CODES[spec.dtype],
             DTYPE_CODES[spec.storage_dtype],
             shape.head_dim,
             shape.group,
+            amx=int(name == "amx"),
         )
         signature = tuple(numba.typeof(value) for value in (config, 1, 1, step, call))
         kernel.compile(signature)
@@ -127,6 +128,9 @@ def cross(triple, cases):
             "instructions": Counter(neon(text)),
             "pair_products": pair_products(text),
             "byte_products": len(re.findall(r"\bvpdpbusd\b", text)),
+            "short_products": len(re.findall(r"\bvpmaddwd\b", text)),
+            "tiles": tile_instructions(text),
+            "saturating": len(re.findall(r"\bvpmaddubsw\b", text)),
             "called": sorted(outside_calls(text)),
         }
     return found
@@ -147,6 +151,14 @@ def spills(text):
     bodies = [lines[begin : end + 1] for begin, end in inner]
     counts = [[sum(bool(re.match(what, x)) for x in body) for what in (PRODUCT, SPILL)] for body in bodies]
     return [stored for products, stored in counts if products >= 8]
+
+
+def tile_instructions(text):
+    """Each instruction of AMX's, with its operands, in order."""
+    names = "ldtilecfg|tilerelease|tilezero|tileloaddt?1?|tilestored|tdpbf16ps"
+    return [
+        f"{name} {rest.strip()}".strip() for name, rest in re.findall(rf"^\s+({names})\b(.*)$", text, re.M)
+    ]
 
 
 def pair_products(text):

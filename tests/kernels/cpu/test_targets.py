@@ -131,6 +131,32 @@ def test_bfloat16_pairs_and_bytes_are_multiplied_where_that_is_fast(cpu, in_pair
     assert of_bytes == [case for case in in_pairs if "int8" in case]
 
 
+@pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "d64-g4 and (far_apart or negative)",
+        pytest.param("test_", marks=pytest.mark.exhaustive),
+    ],
+    ids=["one shape", "every shape"],
+)
+def test_int8_decode_is_right_as_shorts_with_avx2(chosen, tmp_path):
+    result = pytest_on("haswell", tmp_path, chosen, "attend/byte_products")
+    assert result.returncode == 0, result.stdout
+    assert "passed" in result.stdout
+    assert " failed" not in result.stdout
+
+
+def test_int8_decode_multiplies_shorts_with_avx2_and_never_sums_in_16_bits(tmp_path):
+    """Compiled, not run: bfloat16 queries alone, and rows of whole lines."""
+    shorts = "decode-bfloat16-int8-d64-g4"
+    floats = ["decode-float16-int8-d64-g1"]
+    found = found_on("haswell", tmp_path, "cross", "x86_64-unknown-linux-gnu", shorts, *floats)
+    assert found[shorts]["short_products"] >= 16, "eight sums in each of two products"
+    assert not any(code["saturating"] for code in found.values())
+    assert not any(found[case]["short_products"] for case in floats)
+
+
 TILES = ["decode-bfloat16-same-d128-g4", "decode-float32-same-d128-g1", "prefill-float32-same-d128-g1"]
 
 

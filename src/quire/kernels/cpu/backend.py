@@ -14,13 +14,13 @@ import torch
 from quire.kernels.ahead import Job
 from quire.kernels.call import AttentionCall, BoundCall, outside_the_pool
 from quire.kernels.compile import compiled
-from quire.kernels.cpu import wake
+from quire.kernels.cpu import amx, wake
 from quire.kernels.cpu.attend import decode as decoding
 from quire.kernels.cpu.attend import prefill as prefilling
 from quire.kernels.cpu.attend import scores
 from quire.kernels.cpu.attend.config import DTYPE_CODES, Config
 from quire.kernels.cpu.attend.merge import merge
-from quire.kernels.cpu.attend.notes import describe_machine, describe_tile
+from quire.kernels.cpu.attend.notes import describe_machine, describe_tile, factors, prefill_factors
 from quire.kernels.cpu.attend.products import BLOCK
 from quire.kernels.cpu.attend.rows import ITEM_BYTES, Call, Step
 from quire.kernels.cpu.store import Layout, Write, write
@@ -76,6 +76,7 @@ class _Kernel(NamedTuple):
 def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
     """Decode and prefill."""
     config = Config(DTYPE_CODES[spec.dtype], DTYPE_CODES[spec.storage_dtype], spec.head_dim)
+    in_tiles = config._replace(amx=int(config.fits_amx and amx.in_use()))
     tiles, row_bytes = -(-spec.group_size // config.most_heads), config.row_bytes + 8
     takes = wake.key_takes(spec)
     return (
@@ -89,10 +90,10 @@ def _kernels(spec: AttentionSpec) -> tuple[_Kernel, _Kernel]:
         ),
         _Kernel(
             prefilling.prefill,
-            config,
+            in_tiles,
             _prefill_tokens(spec) * spec.group_size,
             row_bytes,
-            _apart(prefilling.scratch_bytes(spec.head_dim)),
+            _apart(prefilling.scratch_bytes(in_tiles)),
             takes,
         ),
     )
@@ -110,13 +111,13 @@ def compile_jobs(spec: AttentionSpec) -> list[Job]:
     """Whatever plans and stores of this spec run, the slowest to compile first."""
     decode, prefill = _kernels(spec)
     step, call = Step._make([0] * len(Step._fields)), Call._make([0] * (len(Call._fields) - 2) + [0.0, 0.0])
-    tokens = Write._make([0] * len(Write._fields))
+    tokens, plain = Write._make([0] * len(Write._fields)), prefill.config._replace(amx=0)
     numbers = np.empty(1, np.int64)
     return [
         Job.of(prefill.function, prefill.config, 1, 1, step, call),
         Job.of(decode.function, decode.config, 1, 1, step, call),
-        Job.of(merge, prefill.config, 1, 1, step, call),
-        Job.of(write, prefill.config, 1, Layout._make([0] * len(Layout._fields)), 0, tokens, tokens),
+        Job.of(merge, plain, 1, 1, step, call),
+        Job.of(write, plain, 1, Layout._make([0] * len(Layout._fields)), 0, tokens, tokens),
         Job.of(addresses, np.empty((1, 1), np.int32), numbers, numbers),
     ]
 
@@ -148,7 +149,7 @@ class _Launch:
         run(kernel.function, kernel.config, threads, self._takes, work.num_workers, step, call)
         if work.num_merges:
             takes = self._merging_takes
-            config = kernel.config._replace(heads=1)  # one merge for both kernels
+            config = kernel.config._replace(heads=1, amx=0)  # one merge for both kernels
             run(merge, config, threads_for(takes), takes, work.num_merges, step, call)
 
     def _in_scratch(self, scratch: int) -> Step:
@@ -193,10 +194,10 @@ class _Prepared(NamedTuple):
         lines = []
         if len(self.step.decode.items):
             config = decode.config
-            lines.append(describe_tile("decode", tiles.decode, config.heads, config.at_once))
+            lines.append(describe_tile("decode", tiles.decode, config.heads, factors(config)))
         if len(self.step.prefill.items):
-            rows, at_once = prefill.partial_rows, 2 if prefill.config.prefill_pairs else 1
-            lines.append(describe_tile("prefill", tiles.prefill, rows, at_once))
+            numbers = prefill_factors(prefill.config)
+            lines.append(describe_tile("prefill", tiles.prefill, prefill.partial_rows, numbers))
         shared = max(self.step.decode.num_workers, self.step.prefill.num_workers) > 1
         return [*lines, describe_machine(num_threads() if shared else 1)] if lines else []
 

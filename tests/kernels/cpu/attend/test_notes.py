@@ -1,5 +1,7 @@
 """What plan.explain() says of the CPU kernels is what they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,6 +24,14 @@ def test_tiles_and_what_they_multiply(monkeypatch, has_pairs, numbers):
     text = explained([900, 700], [1, 200], quire.AttentionSpec(8, 2, 64))
     assert f"\n  decode tile: 1 token × 64 keys, 4 rows; multiplies {numbers}\n" in text
     assert f"\n  prefill tile: 24 tokens × 64 keys, 96 rows; multiplies {numbers}\n" in text
+
+
+def test_int8_is_multiplied_as_shorts_with_avx2(monkeypatch):
+    monkeypatch.setattr(config, "has_pair_products", lambda: False)
+    monkeypatch.setattr(config, "has_short_products", lambda: True)
+    spec = quire.AttentionSpec(8, 2, 64, kv_dtype="int8")
+    assert "4 rows; multiplies integers of 16 bits, in pairs\n" in explained([900], [1], spec)
+    assert "multiplies float32 numbers" in explained([900], [1], replace(spec, head_dim=80))
 
 
 @pytest.mark.skipif(LANES != 16, reason="bytes are multiplied in vectors of 512 bits alone")

@@ -1,4 +1,4 @@
-"""Decode's two products over int8 pages as integers, where the CPU multiplies bytes (``integers``).
+"""Decode's two products over int8 pages as integers, where the CPU multiplies bytes; ``short_products`` are AVX2's.
 
 A query becomes integers of 16 bits, in steps of a power of two of its own, and meets keys in two products: of its high
 bytes and of its low ones. A bfloat16 has 8 bits, so that only elements 2^7 times smaller than the largest lose any.
@@ -42,6 +42,7 @@ from quire.kernels.cpu.simd.integers import (
     shift_up,
     store_high,
     store_low,
+    store_shorts,
     store_weights,
     subtract_integers,
     sum_integer_rows,
@@ -82,7 +83,7 @@ TINY = np.float32(2.0**-110)  # 65535 divided by it is finite, and a 65535th of 
 
 @part
 def split_query(cfg: Any, source: int, q_row: int, state: int, g: int) -> Any:
-    """Lay head g's query as bytes behind its row of scratch, high ones first.
+    """Lay head g's query as integers of 16 bits: as shorts, or as bytes behind its row of scratch, high ones first.
 
     Returns the sum of its elements' rounding errors; infinity where one is NaN.
     """
@@ -95,15 +96,13 @@ def split_query(cfg: Any, source: int, q_row: int, state: int, g: int) -> Any:
     for i in range(cfg.vectors):
         exact = mul(load(BF16, source + i * LANES * BYTES[BF16]), inverse)
         rounded = add(exact, splat(ROUND))
-        store_high(high + i * LANES, rounded)
-        store_low(low + i * LANES, rounded)
+        if cfg.shorts:
+            store_shorts(short_row(cfg, q_row) + i * LANES * 2, rounded)
+        else:
+            store_high(high + i * LANES, rounded)
+            store_low(low + i * LANES, rounded)
         lost = add(lost, magnitude(sub(exact, sub(rounded, splat(ROUND)))))
-    offsets = tile(LANES)
-    for j in range(LANES):
-        offsets[j] = splat(ZERO)
-    for i in range(cfg.lines):  # 128 times the high bytes' sum: what adding 128 to every key adds to a score
-        offsets[0] = multiply_bytes(flip_signs(splat(ZERO)), load(F32, high + i * LINE), offsets[0])
-    offset = first_lane(shift_up(sum_integer_rows(offsets)))
+    offset = ZERO if cfg.shorts else offset_of(cfg, high)
     for t in range(cfg.tokens):
         lane = (t * cfg.padded_heads + g) * 4
         store_f32(state + STEP + lane, first_lane(step))
@@ -113,8 +112,19 @@ def split_query(cfg: Any, source: int, q_row: int, state: int, g: int) -> Any:
 
 
 @part
-def bytes_suffice(cfg: Any, call: Call, count: int, here: int, loss: float) -> Any:
-    """Whether no score of a block is off by more than SLACK where no query loses more than ``loss`` as bytes."""
+def offset_of(cfg: Any, high: int) -> Any:
+    """What adding 128 to every key adds to a score: 128 times the sum of the query's high bytes, times 256."""
+    offsets = tile(LANES)
+    for j in range(LANES):
+        offsets[j] = splat(ZERO)
+    for i in range(cfg.lines):
+        offsets[0] = multiply_bytes(flip_signs(splat(ZERO)), load(F32, high + i * LINE), offsets[0])
+    return first_lane(shift_up(sum_integer_rows(offsets)))
+
+
+@part
+def integers_suffice(cfg: Any, call: Call, count: int, here: int, loss: float) -> Any:
+    """Whether no score of a block is off by more than SLACK where no query loses more than ``loss`` as integers."""
     largest = splat(ZERO)
     for j in range(0, count, LANES):
         largest = maximum(largest, magnitude(load(F32, here + K_SCALES + j * 4)))
@@ -131,6 +141,12 @@ def high_bytes(cfg: Any, q_row: int) -> Any:
 def low_bytes(cfg: Any, q_row: int) -> Any:
     """Where its low bytes lie."""
     return high_bytes(cfg, q_row) + cfg.head_dim
+
+
+@part
+def short_row(cfg: Any, q_row: int) -> Any:
+    """Where its shorts lie: a tile has at most half of MAX_HEADS heads there, and the other half's rows are free."""
+    return q_row + MAX_HEADS // 2 * cfg.row_bytes
 
 
 @part
@@ -200,23 +216,30 @@ def load_four(cfg: Any, v_rows: int, t: int, i: int) -> Any:
 
 
 @part
+def prefetch_ahead(cfg: Any, first: int, t: int, v_rows: int, upcoming: int) -> None:
+    """While a strip takes the values from token t on: the next block's rows, all by the last strip's end, and values
+    further down for the first."""
+    strips = cfg.vectors // cfg.strip
+    for ahead in range(cfg.at_once):
+        step = first // cfg.strip * BLOCK + t + ahead
+        if step % strips == 0:
+            prefetch_row(cfg, upcoming + V_ROWS, step // strips)
+            prefetch_row(cfg, upcoming + K_ROWS, step // strips)
+        if first == 0:
+            prefetch_row(cfg, v_rows, min(t + ahead + DISTANCE, BLOCK - 1))
+
+
+@part
 def accumulate_bytes(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
     """acc_g = correction_g · acc_g + unit_g · Σ_t (256 · high[t, g] + low[t, g]) v_t, as ``accumulate_values``."""
     v_rows, accs = here + V_ROWS, state + Q_ROWS + MAX_HEADS * cfg.row_bytes
-    strips = cfg.vectors // cfg.strip
     for first in range(0, cfg.vectors, cfg.strip):
         sums = tile(cfg.strip_tile)
         values = tile(cfg.strip)
         for j in range(cfg.strip_tile):
             sums[j] = splat(ZERO)
         for t in range(0, count, cfg.at_once):
-            for ahead in range(cfg.at_once):
-                step = first // cfg.strip * BLOCK + t + ahead
-                if step % strips == 0:
-                    prefetch_row(cfg, upcoming + V_ROWS, step // strips)
-                    prefetch_row(cfg, upcoming + K_ROWS, step // strips)
-                if first == 0:
-                    prefetch_row(cfg, v_rows, min(t + ahead + DISTANCE, BLOCK - 1))
+            prefetch_ahead(cfg, first, t, v_rows, upcoming)
             for i in range(cfg.strip):
                 values[i] = load_four(cfg, v_rows, t, first + i)
             weights = scores + t // cfg.tokens * LANES * 4 + t % cfg.tokens * cfg.padded_heads

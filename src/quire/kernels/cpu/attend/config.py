@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from quire.kernels.compile import compile_time
-from quire.kernels.cpu.simd.integers import has_byte_products
+from quire.kernels.cpu.simd.integers import has_byte_products, has_short_products
 from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import BF16, BYTES, E4M3, E5M2, F16, F32, INT8
 from quire.kernels.cpu.simd.pairs import EIGHT_BITS, LINE, PAIRED, has_pair_products
@@ -33,6 +33,7 @@ class Config(NamedTuple):
     kv_dtype: int
     head_dim: int
     heads: int = 1  # decode: query heads of one tile, at most ``most_heads``
+    amx: int = 0  # prefill: whether products are taken by AMX's tile registers, where ``fits_amx``
 
     @property
     def vectors(self) -> int:
@@ -59,18 +60,39 @@ class Config(NamedTuple):
     @property
     def integers(self) -> int:
         """Whether decode multiplies int8 pages as integers. Rows beyond 512 could overflow a score's 32 bits."""
-        fits = self.kv_dtype == INT8 and self.head_dim <= 512
-        return int(self.pairs and fits and has_byte_products())
+        whole = self.head_dim % LINE == 0 and self.head_dim <= 512
+        fits = self.q_dtype == BF16 and self.kv_dtype == INT8 and whole
+        return int(fits and (has_short_products() or has_byte_products()))
+
+    @property
+    def shorts(self) -> int:
+        """Whether these are integers of 16 bits, two to a lane; else they are bytes, four to a lane."""
+        return int(self.integers and has_short_products())
 
     @property
     def lines(self) -> int:
         """Whole lines of bytes in a row where decode multiplies bytes; 0 elsewhere, so that its loops are empty."""
-        return self.head_dim // LINE if self.integers else 0
+        return self.head_dim // LINE if self.integers and not self.shorts else 0
+
+    @property
+    def short_vectors(self) -> int:
+        """Vectors of shorts in a row where decode multiplies them; 0 elsewhere."""
+        return self.head_dim // (2 * LANES) if self.shorts else 0
+
+    @property
+    def fits_amx(self) -> int:
+        """Whether AMX's tile registers can take prefill's products: of bfloat16 in whole tiles."""
+        return int(LANES == 16 and self.q_dtype == self.kv_dtype == BF16 and self.head_dim % PAIRED == 0)
 
     @property
     def prefill_pairs(self) -> int:
         """Whether prefill multiplies pairs: pages have to be bfloat16 themselves."""
-        return int(self.pairs and self.kv_dtype == BF16)
+        return int(self.amx or (self.pairs and self.kv_dtype == BF16))
+
+    @property
+    def prefill_parts(self) -> int:
+        """Vectors of pairs in a row that prefill reads."""
+        return self.head_dim // PAIRED
 
     @property
     def steps(self) -> int:
@@ -106,7 +128,7 @@ class Config(NamedTuple):
     def at_once(self) -> int:
         """Tokens whose values are multiplied at once."""
         if self.integers:
-            return 4
+            return 2 if self.shorts else 4
         return 2 if self.pairs else 1
 
     @property
@@ -137,8 +159,10 @@ class Config(NamedTuple):
     @property
     def strip(self) -> int:
         """Output vectors per head that decode accumulates at once: as many as divide the row and fit registers."""
-        most = LANES // (self.heads * self.sums)
-        return max(n for n in range(1, max(self.vectors, 1) + 1) if self.vectors % n == 0 and n <= most)
+        most, least = LANES // (self.heads * self.sums), 2 if self.shorts else 1  # shorts are zipped by twos
+        return max(
+            n for n in range(least, max(self.vectors, 1) + 1, least) if self.vectors % n == 0 and n <= most
+        )
 
     @property
     def strips_step(self) -> int:
@@ -149,8 +173,8 @@ class Config(NamedTuple):
 
     @property
     def sums(self) -> int:
-        """Registers of sums to an output vector: of integers one by the weights' high bytes, one by the low ones."""
-        return 2 if self.integers else 1
+        """Registers of sums to an output vector: of bytes one by the weights' high bytes, one by the low ones."""
+        return 2 if self.integers and not self.shorts else 1
 
     @property
     def strip_tile(self) -> int:

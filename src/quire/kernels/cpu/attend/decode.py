@@ -26,7 +26,7 @@ from quire.kernels.compile import compiled, part
 from quire.kernels.cpu.attend.blocks import locate_block, scale_block
 from quire.kernels.cpu.attend.byte_products import (
     accumulate_bytes,
-    bytes_suffice,
+    integers_suffice,
     quantize_weights,
     restore_byte_order,
     score_bytes,
@@ -67,6 +67,12 @@ from quire.kernels.cpu.attend.rows import (
     finish_row,
     query_scale,
     share_of,
+)
+from quire.kernels.cpu.attend.short_products import (
+    accumulate_shorts,
+    restore_short_order,
+    score_shorts,
+    weights_to_shorts,
 )
 from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import (
@@ -182,19 +188,19 @@ def attend_item(
         if call.k_scale:
             scale_block(cfg, step, call, sequence, kv_head, begin, block_end, here)
         converted = states + tiles * tile_bytes(cfg.row_bytes)
-        in_bytes = cfg.integers and bytes_suffice(cfg, call, block_end - begin, here, loss)
-        if cfg.converts and not in_bytes:
+        as_integers = cfg.integers and integers_suffice(cfg, call, block_end - begin, here, loss)
+        if cfg.converts and not as_integers:
             convert_block(cfg, here + K_ROWS, converted)
         for i in range(tiles):
             state = states + i * tile_bytes(cfg.row_bytes)
-            if cfg.integers and in_bytes:
-                score_bytes(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
+            if cfg.integers and as_integers:
+                score_integers(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
             else:
                 score_block(cfg, block_end - begin, here, upcoming, state, query_scale(call), scores)
             adjust_scores(cfg, call, position - begin, block_end - begin, here, state, scores)
             update_softmax(cfg, call, block_end - begin, here, state, scores)
             if cfg.integers:
-                accumulate_bytes(cfg, block_end - begin, here, upcoming, state, scores)
+                accumulate_integers(cfg, block_end - begin, here, upcoming, state, scores)
             else:
                 if cfg.converts and i == 0:
                     # Over the keys if no other tile needs them: both and their source outgrow the first cache.
@@ -209,6 +215,26 @@ def attend_item(
 
 
 @part
+def score_integers(
+    cfg: Any, count: int, here: int, upcoming: int, state: int, scale: float, scores: int
+) -> None:
+    """``score_block`` of integers."""
+    if cfg.shorts:
+        score_shorts(cfg, count, here, upcoming, state, scale, scores)
+    else:
+        score_bytes(cfg, count, here, upcoming, state, scale, scores)
+
+
+@part
+def accumulate_integers(cfg: Any, count: int, here: int, upcoming: int, state: int, scores: int) -> None:
+    """``accumulate_values`` of integers."""
+    if cfg.shorts:
+        accumulate_shorts(cfg, count, here, upcoming, state, scores)
+    else:
+        accumulate_bytes(cfg, count, here, upcoming, state, scores)
+
+
+@part
 def tile_bytes(row_bytes: int) -> int:
     """Scratch of one tile; its accumulators follow the rows of q."""
     return Q_ROWS + 2 * MAX_HEADS * row_bytes
@@ -216,7 +242,7 @@ def tile_bytes(row_bytes: int) -> int:
 
 @part
 def start_tile(cfg: Any, step: Step, call: Call, token: int, kv_head: int, number: int, state: int) -> Any:
-    """Load the tile's queries and empty its softmax state; returns the largest loss of a query as bytes."""
+    """Load the tile's queries and empty its softmax state; returns the largest loss of a query as integers."""
     scale = query_scale(call)
     store(F32, state + M, splat(LOWEST))
     store(F32, state + L, splat(ZERO))
@@ -287,7 +313,7 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
     """Scores become weights p = 2^(s − m'); m, l and the correction 2^(m − m') move on (online softmax).
 
     Weights of quantised values come out times their scales, which l leaves out; in pairs, each with the next token's,
-    or as bytes.
+    or as integers.
     """
     vectors = (count * cfg.padded_heads + LANES - 1) // LANES
     before = load(F32, state + M)
@@ -306,7 +332,9 @@ def update_softmax(cfg: Any, call: Call, count: int, here: int, state: int, scor
         if cfg.pairs and not cfg.integers:
             p = pair_up(p, rotate(p, cfg.padded_heads))
         store(F32, scores + j * LANES * 4, p)
-    if cfg.integers:
+    if cfg.shorts:
+        weights_to_shorts(cfg, vectors, state, scores)
+    elif cfg.integers:
         quantize_weights(cfg, vectors, state, scores)
     store(F32, state + M, highest)
     store(F32, state + L, total)
@@ -322,7 +350,9 @@ def finish_tile(
     for g in range(min(cfg.heads, step.group - number * cfg.heads)):
         in_group = number * cfg.heads + g
         acc = state + Q_ROWS + (MAX_HEADS + g) * cfg.row_bytes
-        if cfg.integers:
+        if cfg.shorts:
+            restore_short_order(cfg, acc)
+        elif cfg.integers:
             restore_byte_order(cfg, acc)
         else:
             restore_order(cfg, acc)

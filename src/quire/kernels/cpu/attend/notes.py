@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from numba.core.registry import cpu_target
 
+from quire.kernels.cpu.attend.config import Config
 from quire.kernels.cpu.simd.llvm import LANES
 from quire.planning.work_list import TileShape
 
+SINGLE, PAIRS = "float32 numbers", "pairs of bfloat16 numbers"
 
-def describe_tile(name: str, shape: TileShape, rows: int, at_once: int) -> str:
+
+def factors(config: Config) -> str:
+    """What decode multiplies."""
+    if config.integers:
+        return "integers of 16 bits, in pairs" if config.shorts else "bytes, in fours"
+    return PAIRS if config.pairs else SINGLE
+
+
+def prefill_factors(config: Config) -> str:
+    """What prefill multiplies."""
+    if config.amx:
+        return "bfloat16 numbers, in AMX's tile registers"
+    return PAIRS if config.prefill_pairs else SINGLE
+
+
+def describe_tile(name: str, shape: TileShape, rows: int, numbers: str) -> str:
     """One kernel: what it works on at once."""
     tokens = f"{shape.q_tokens} token{'' if shape.q_tokens == 1 else 's'}"
-    numbers = {1: "float32 numbers", 2: "pairs of bfloat16 numbers", 4: "bytes, in fours"}[at_once]
     return f"{name} tile: {tokens} × {shape.kv_tokens} keys, {rows} rows; multiplies {numbers}"
 
 

@@ -8,7 +8,7 @@ converted to float32, serve ROWS of them. Scores are kept transposed, S[t, row] 
     acc[row] = acc[row]·2^(m − m') + Σ_t p[t, row] v_t
 
 so the softmax needs no work across lanes, and both products are register tiles (``tiles``), with AVX-512 of 24 fused
-multiply-adds per 8 to 11 loads.
+multiply-adds per 8 to 11 loads, or of AMX's registers (``tile_products``).
 
 Sources: FlashAttention-2, arXiv:2307.08691; online softmax, arXiv:1805.02867.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from quire.kernels.compile import compiled, part
+from quire.kernels.cpu.attend.config import Config
 from quire.kernels.cpu.attend.rows import (
     ITEM_AT,
     ITEM_BYTES,
@@ -53,6 +54,16 @@ from quire.kernels.cpu.attend.scores import (
     pair_weights,
     update_softmax,
 )
+from quire.kernels.cpu.attend.tile_products import (
+    SCRATCH_BYTES,
+    SQUARE,
+    accumulate_tiles,
+    copy_keys,
+    correct_rows,
+    lay_out_weights,
+    score_tiles,
+    zip_values,
+)
 from quire.kernels.cpu.attend.tiles import (
     K_ROWS,
     K_SCALES,
@@ -64,6 +75,7 @@ from quire.kernels.cpu.attend.tiles import (
     accumulate_values,
     score_block,
 )
+from quire.kernels.cpu.simd.amx import CONFIG_BYTES, configure_tiles, release_tiles
 from quire.kernels.cpu.simd.llvm import LANES
 from quire.kernels.cpu.simd.memory import BF16, F32, load, load_f32, load_i64, store, store_f32, store_i64
 from quire.kernels.cpu.simd.pairs import load_pairs, zip_pairs_high, zip_pairs_low
@@ -71,9 +83,10 @@ from quire.kernels.cpu.simd.vectors import splat, tile, transpose
 from quire.kernels.cpu.threads import parallel_for
 
 
-def scratch_bytes(head_dim: int) -> int:
-    """Scratch memory of one worker: Qᵀ [head_dim][ROWS], acc [ROWS][head_dim], K and V [BLOCK][head_dim] behind it."""
-    return MATRICES + -(-head_dim // LANES) * LANES * 4 * (2 * ROWS + 2 * BLOCK)
+def scratch_bytes(config: Config) -> int:
+    """Scratch memory of one worker: Qᵀ [head_dim][ROWS], acc [ROWS][head_dim], K and V [BLOCK][head_dim] behind it,
+    and what tile registers need."""
+    return MATRICES + config.row_bytes * (2 * ROWS + 2 * BLOCK) + (SCRATCH_BYTES if config.amx else 0)
 
 
 @compiled
@@ -86,8 +99,18 @@ def prefill(cfg: Any, threads: int, workers: int, step: Step, call: Call) -> Non
 def attend_share(worker: int, cfg: Any, step: Step, call: Call) -> None:
     """One worker's items, in order."""
     begin, end, scratch = share_of(worker, step)
+    if cfg.amx:  # for each share: its thread may be another than the last one's
+        configure_tiles(tile_scratch(cfg, scratch))
     for item in range(begin, end, ITEM_BYTES):
         attend_item(cfg, step, call, item, scratch)
+    if cfg.amx:
+        release_tiles()
+
+
+@part
+def tile_scratch(cfg: Any, scratch: int) -> Any:
+    """Where what tile registers need begins."""
+    return scratch + MATRICES + cfg.row_bytes * (2 * ROWS + 2 * BLOCK)
 
 
 @part
@@ -125,20 +148,31 @@ def attend_heads(
         load_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
         # Rows above see none of the block's keys and stay as they are.
         hidden = min(max(begin - position, 0), q_len) * heads if step.causal else 0
-        first_row = hidden // TILE_ROWS * TILE_ROWS
-        score_block(
-            cfg, first_row, rows, count, queries, scratch + K_ROWS, query_scale(call), scratch + SCORES
-        )
+        if cfg.amx:
+            first_row = hidden // SQUARE * SQUARE
+            scale, at = query_scale(call), scratch + SCORES
+            score_tiles(cfg, first_row, rows, count, queries, keys, scale, at)
+        else:
+            first_row = hidden // TILE_ROWS * TILE_ROWS
+            score_block(
+                cfg, first_row, rows, count, queries, scratch + K_ROWS, query_scale(call), scratch + SCORES
+            )
         adjust_scores(call, first_row, rows, begin, position, count, scratch)
         if begin < all_first or begin + count > all_end:
             hide_keys(first_row, rows, begin, position, count, scratch)
         if call.tree_mask:
             hide_by_tree(step, call, sequence, token, heads, rows, begin, count, scratch)
         update_softmax(first_row, rows, count, scratch)
-        steps = count
-        if cfg.prefill_pairs:
-            steps = pair_weights(first_row, rows, begin % 2, count, scratch)
-        accumulate_values(cfg, first_row, rows, steps, acc, scratch)
+        if cfg.amx:
+            weights = tile_scratch(cfg, scratch) + CONFIG_BYTES
+            lay_out_weights(first_row, rows, begin % BLOCK, count, weights, scratch)
+            correct_rows(cfg, first_row, rows, acc, scratch)
+            accumulate_tiles(cfg, first_row, rows, weights, values, acc)
+        else:
+            steps = count
+            if cfg.prefill_pairs:
+                steps = pair_weights(first_row, rows, begin % 2, count, scratch)
+            accumulate_values(cfg, first_row, rows, steps, acc, scratch)
         begin += count
 
     for row in range(rows):
@@ -184,7 +218,7 @@ def load_queries(
     for row in range(rows):  # acc holds the rows, not transposed yet
         source = call.q + (token + row // heads) * call.q_token + (head + row % heads) * call.q_head
         if cfg.prefill_pairs:
-            for i in range(cfg.parts):
+            for i in range(cfg.prefill_parts):
                 store(
                     F32, acc + row * cfg.row_bytes + i * LANES * 4, load_pairs(BF16, source + i * LANES * 4)
                 )
@@ -210,7 +244,10 @@ def load_block(
     """Find a block's K and V rows, padded to whole register tiles of scores; values are paired up, or all but whole
     float32 rows converted, once for all rows of the tile."""
     locate_tokens(step, call, sequence, kv_head, begin, begin + count, scratch + K_ROWS, scratch + V_ROWS)
-    if cfg.prefill_pairs:
+    if cfg.amx:
+        copy_keys(cfg, count, scratch + K_ROWS, keys)
+        zip_values(cfg, begin % BLOCK, count, scratch + V_ROWS, values)
+    elif cfg.prefill_pairs:
         pair_values(cfg, begin % 2, count, values, scratch + V_ROWS)
     elif cfg.kv_dtype != F32 or cfg.tail:
         convert_block(cfg, step, call, sequence, kv_head, begin, count, keys, values, scratch)
@@ -250,7 +287,7 @@ def pair_values(cfg: Any, odd: int, count: int, values: int, v_rows: int) -> Non
         first, second = max(2 * pair - odd, 0), min(2 * pair - odd + 1, count - 1)
         row, next_row = load_i64(v_rows + first * 8), load_i64(v_rows + second * 8)
         target = values + pair * cfg.row_bytes
-        for i in range(cfg.parts):
+        for i in range(cfg.prefill_parts):
             a, b = load_pairs(BF16, row + i * LANES * 4), load_pairs(BF16, next_row + i * LANES * 4)
             store(F32, target + 2 * i * LANES * 4, zip_pairs_low(a, b))
             store(F32, target + (2 * i + 1) * LANES * 4, zip_pairs_high(a, b))

@@ -1,9 +1,10 @@
-"""Words for products of bytes, four multiply-adds a lane, with 32-bit integers as sums.
+"""Words for products of bytes, four multiply-adds a lane, and of integers of 16 bits ("shorts"), two a lane.
 
-A vector of bytes is 64 of them, a vector of sums 16 integers of 32 bits; both are loaded and stored as 16 lanes of
-32 bits. Sums are exact modulo 2^32. One factor's bytes count from 0 to 255, the other's from −128 to 127.
+Sums are integers of 32 bits, exact modulo 2^32. A vector of bytes holds 4 · LANES of them, one of shorts 2 · LANES, one
+of sums LANES; all are loaded and stored as LANES lanes of 32 bits. One factor's bytes count from 0 to 255, the other's
+from −128 to 127; shorts have a sign.
 
-    load_bytes(address)               64 neighbouring bytes, from any address
+    load_bytes(address)               4 · LANES neighbouring bytes, from any address
     multiply_bytes(u, s, c)           c + u₀·s₀ + u₁·s₁ + u₂·s₂ + u₃·s₃
     flip_signs(v)                     signed bytes plus 128, as unsigned ones
     shift_up(v)                       integers times 256
@@ -11,10 +12,15 @@ A vector of bytes is 64 of them, a vector of sums 16 integers of 32 bits; both a
     power_below(v)                    of floats, positive and normal, the largest powers of two that are no larger;
                                       0 of 0
     sum_integer_rows(tile)            lane i of the result is the sum over the lanes of vector i
-    store_high(address, v)  store_low(address, v)          second-lowest and lowest byte of every lane, 16 bytes
-    zip_rows_low(a, b)  zip_rows_high(a, b)                within quarters of a vector: a₀ b₀ a₁ b₁ …
+    store_high(address, v)  store_low(address, v)          second-lowest and lowest byte of every lane
+    zip_rows_low(a, b)  zip_rows_high(a, b)                within each 16 bytes of a vector: a₀ b₀ a₁ b₁ …
     zip_words_low(a, b)  zip_words_high(a, b)              the same of elements of two bytes
     gather_quarters(a, b, c, d, i)    quarter i of each
+    load_shorts(address)              2 · LANES neighbouring bytes with a sign, as shorts
+    multiply_shorts(v, w, c)          c + v₀·w₀ + v₁·w₁
+    pair_shorts(v, w)                 the low shorts of v's and w's lanes
+    store_shorts(address, v)          the low short of every lane, LANES of them
+    gather_low_halves(a, b)  gather_high_halves(a, b)      the first halves of both vectors, the second ones
     store_weights(address, v, n)      integers below 2^16, of n heads by token: for each head four tokens' high bytes,
                                       then for each four tokens' low ones
 """
@@ -31,6 +37,7 @@ from numba.extending import intrinsic
 
 from quire.kernels.cpu.simd.llvm import (
     LANES,
+    assembly_of,
     call,
     every_lane,
     floats,
@@ -45,8 +52,8 @@ from quire.kernels.cpu.simd.llvm import (
 from quire.kernels.cpu.simd.pairs import has_pair_products
 from quire.kernels.cpu.simd.vectors import sum_by_pairs, vector, word
 
-_bytes, _halves, _sixteen = vector_of(i8, 4 * LANES), vector_of(i16, 2 * LANES), vector_of(i8)
-QUARTERS = 4  # of a vector, 16 bytes each
+_bytes, _shorts = vector_of(i8, 4 * LANES), vector_of(i16, 2 * LANES)
+QUARTERS = 4  # of a vector of 512 bits, 16 bytes each
 
 
 @functools.cache
@@ -54,6 +61,14 @@ def has_byte_products() -> bool:
     """Whether decode multiplies bytes: measured faster on AMD's CPUs from Zen 4 on, which ``pairs`` describes."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return has_pair_products() and "-avx512vnni" not in features.split(",")
+
+
+@functools.cache
+def has_short_products() -> bool:
+    """Whether decode multiplies int8 pages as shorts: with AVX2 and no wider registers."""
+    eight = "<8 x i32>"
+    source = f"define {eight} @add({eight} %x, {eight} %y) {{\n %z = add {eight} %x, %y\n ret {eight} %z\n}}"
+    return LANES == 8 and "%ymm" in assembly_of(source)
 
 
 def _word(arity: int, emit: Callable[..., Any]) -> Any:
@@ -66,7 +81,19 @@ def _emit_products(builder: Any, unsigned: Any, signed: Any, sums: Any) -> Any:
     return call(builder, "llvm.x86.avx512.vpdpbusd.512", ints, operands)
 
 
+def _emit_short_products(builder: Any, a: Any, b: Any, sums: Any) -> Any:
+    operands = [builder.bitcast(x, _shorts) for x in (a, b)]
+    return builder.add(call(builder, "llvm.x86.avx2.pmadd.wd", ints, operands), builder.bitcast(sums, ints))
+
+
+def _emit_pairs_of_shorts(builder: Any, low: Any, high: Any) -> Any:
+    low = builder.and_(builder.bitcast(low, ints), every_lane(i32, 0xFFFF))
+    return builder.or_(low, builder.shl(builder.bitcast(high, ints), every_lane(i32, 16)))
+
+
 multiply_bytes = _word(3, _emit_products)
+multiply_shorts = _word(3, _emit_short_products)
+pair_shorts = _word(2, _emit_pairs_of_shorts)
 flip_signs = _word(1, lambda b, v: b.xor(b.bitcast(v, ints), every_lane(i32, 0x80808080)))
 shift_up = _word(1, lambda b, v: b.shl(b.bitcast(v, ints), every_lane(i32, 8)))
 add_integers = _word(2, lambda b, v, w: b.add(b.bitcast(v, ints), b.bitcast(w, ints)))
@@ -77,7 +104,7 @@ to_floats = _word(1, lambda b, v: b.sitofp(b.bitcast(v, ints), floats))
 
 @intrinsic
 def sum_integer_rows(typingctx: Any, registers: Any) -> Any:
-    """Lane i of the result is the sum over the lanes of vector i of a 16-vector tile of integers."""
+    """Lane i of the result is the sum over the lanes of vector i of a tile of LANES vectors of integers."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         def add(a: Any, b: Any) -> Any:
@@ -91,7 +118,7 @@ def sum_integer_rows(typingctx: Any, registers: Any) -> Any:
 
 @intrinsic
 def load_bytes(typingctx: Any, address: Any) -> Any:
-    """64 neighbouring bytes: a page's row may begin at any."""
+    """A vector of neighbouring bytes: a page's row may begin at any."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(builder.load(pointer(builder, args[0], _bytes), align=1), floats)
@@ -99,25 +126,39 @@ def load_bytes(typingctx: Any, address: Any) -> Any:
     return vector(types.int64), codegen
 
 
-def _store_byte(shift: int) -> Any:
+@intrinsic
+def load_shorts(typingctx: Any, address: Any) -> Any:
+    """Neighbouring bytes with a sign, as many as there are shorts in a vector, from any address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        raw = builder.load(pointer(builder, args[0], vector_of(i8, 2 * LANES)), align=1)
+        return builder.bitcast(builder.sext(raw, _shorts), floats)
+
+    return vector(types.int64), codegen
+
+
+def _store_part(element: Any, shift: int) -> Any:
+    """Store an integer out of every lane, from bit ``shift`` on."""
+
     @intrinsic
-    def store_byte(typingctx: Any, address: Any, value: Any) -> Any:
+    def store_part(typingctx: Any, address: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             moved = builder.lshr(builder.bitcast(args[1], ints), every_lane(i32, shift))
-            builder.store(builder.trunc(moved, _sixteen), pointer(builder, args[0], _sixteen), align=1)
+            parts = vector_of(element)
+            builder.store(builder.trunc(moved, parts), pointer(builder, args[0], parts), align=1)
             return context.get_dummy_value()
 
         return types.void(types.int64, value), codegen
 
-    return store_byte
+    return store_part
 
 
-store_low, store_high = _store_byte(0), _store_byte(8)
+store_low, store_high, store_shorts = _store_part(i8, 0), _store_part(i8, 8), _store_part(i16, 0)
 
 
 def _zipped_quarters(size: int, first: int) -> list[int]:
-    """a₀ b₀ a₁ b₁ … within each quarter of two vectors of ``size``, from a quarter's element ``first`` on."""
-    quarter = size // QUARTERS
+    """a₀ b₀ a₁ b₁ … within each 16 bytes of two vectors of ``size``, from element ``first`` of these on."""
+    quarter = size * 4 // LANES
     return [
         start + first + i // 2 + i % 2 * size for start in range(0, size, quarter) for i in range(quarter)
     ]
@@ -132,8 +173,16 @@ def _zip(type_: Any, size: int, first: int) -> Any:
     return _word(2, emit)
 
 
-zip_rows_low, zip_rows_high = _zip(_bytes, 64, 0), _zip(_bytes, 64, 8)
-zip_words_low, zip_words_high = _zip(_halves, 32, 0), _zip(_halves, 32, 4)
+zip_rows_low, zip_rows_high = _zip(_bytes, 4 * LANES, 0), _zip(_bytes, 4 * LANES, 8)
+zip_words_low, zip_words_high = _zip(_shorts, 2 * LANES, 0), _zip(_shorts, 2 * LANES, 4)
+
+
+def _gather_half(half: int) -> Any:
+    order = [start + half * (LANES // 2) + i for start in (0, LANES) for i in range(LANES // 2)]
+    return _word(2, lambda builder, a, b: shuffle(builder, a, b, order))
+
+
+gather_low_halves, gather_high_halves = _gather_half(0), _gather_half(1)
 
 
 @intrinsic(prefer_literal=True)
