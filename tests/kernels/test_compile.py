@@ -123,7 +123,7 @@ def test_an_edit_in_another_file_than_the_compiled_functions_is_seen(tmp_path):
     first = run()
     assert first == {"compiled": first["compiled"], "numbers": [-7, 5]}
     assert "copy_ints" in first["compiled"]
-    assert run() == {"compiled": [], "numbers": [-7, 5]}
+    assert list(cache.rglob("copy_ints-*.nbc")), "without an edit a later process would find it"
     source = copy / "kernels" / "compile.py"
     edited = source.read_text().replace("builder.sext(value, _i64)", "builder.zext(value, _i64)")
     assert edited != source.read_text()
@@ -206,7 +206,10 @@ def test_a_place_that_cannot_be_written_is_done_without(tmp_path, in_folder):
     assert function_of_the_package()(1) == 2
 
 
-@pytest.mark.parametrize("home", ["file", ""], ids=["no folder", "none"])
+# Where the home is no folder nothing can be written, as in the test above.
+@pytest.mark.parametrize(
+    "home", ["", pytest.param("file", marks=pytest.mark.exhaustive)], ids=["none", "no folder"]
+)
 def test_a_user_without_a_home_computes_all_the_same(home, tmp_path):
     (tmp_path / "file").write_text("")
     code = """
@@ -247,7 +250,7 @@ def test_a_new_folder_removes_all_but_those_used_last(tmp_path, in_folder):
 
 
 def test_cpus_have_entries_of_their_own_and_processes_that_write_at_once_lose_none(tmp_path):
-    """Six signatures of one function, by three processes at once; then all are found, but not on another CPU."""
+    """Six signatures of one function, by two processes at once; then all are found, but not on another CPU."""
     code = (
         RUN
         + """
@@ -275,15 +278,20 @@ print(json.dumps(compiled))
                 stack.enter_context(process)
             return [json.loads(process.communicate()[0]) for process in processes]
 
-    first = outputs([start("generic", 0, 3), start("generic", 3, 6), start("generic", 0, 6)])
-    assert 6 <= sum(names.count("part_end") for names in first) <= 12
+    first = outputs([start("generic", 0, 4), start("generic", 1, 6)])
+    assert 6 <= sum(names.count("part_end") for names in first) <= 9
     assert outputs([start("generic", 0, 6)]) == [[]]
     other = "x86-64" if os.uname().machine == "x86_64" else "cortex-a72"
     assert "part_end" in outputs([start(other, 0, 1)])[0]
 
 
-def test_later_processes_find_every_kernel_on_disk_with_openmp_or_without(tmp_path):
-    """Machine code is linked against nothing that it calls: without OpenMP the same runs on one thread."""
+@pytest.mark.xdist_group("decode-float32-same-d16-g3")
+def test_later_processes_find_every_kernel_on_disk_with_openmp_or_without():
+    """Machine code is linked against nothing that it calls: without OpenMP the same runs on one thread.
+
+    The kernels are those of other tests, in the folder where they look for them: the first process compiles those that
+    none of them has compiled.
+    """
     code = (
         RUN
         + """
@@ -302,25 +310,24 @@ from quire.kernels.cpu.store import write
 wake.PAYS = 0  # so that even this step is shared, and merged
 torch.set_num_threads(2)
 torch.manual_seed(0)
-k, v = torch.empty(1, 80, 16, 1), torch.empty(1, 80, 16, 1)
-quire.write_kv(torch.randn(1280, 1, 1), torch.randn(1280, 1, 1), k, v, torch.arange(1280))
+k, v = torch.empty(1, 80, 16, 16), torch.empty(1, 80, 16, 16)
+quire.write_kv(torch.randn(1280, 1, 16), torch.randn(1280, 1, 16), k, v, torch.arange(1280))
 table = torch.arange(80, dtype=torch.int32).view(2, 40)
 lens, starts = torch.tensor([640, 600], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
-out = quire.paged_attention(torch.randn(3, 1, 1), k, v, table, lens, starts)
+out = quire.paged_attention(torch.randn(3, 3, 16), k, v, table, lens, starts)
 num_threads = threads.num_threads()
 torch.set_num_threads(3)
-quire.paged_attention(torch.randn(3, 1, 1), k, v, table, lens, starts)
+quire.paged_attention(torch.randn(3, 3, 16), k, v, table, lens, starts)
 kernels = {"decode": decode, "prefill": prefill, "merge": merge, "write": write}
 hits = {name: sum(kernel.stats.cache_hits.values()) for name, kernel in kernels.items()}
 print(json.dumps({"compiled": compiled, "hits": hits, "threads": num_threads, "out": out.tolist()}))
 """
     )
     first, second, without = (
-        run_python(f"hidden = {hidden}\n{code}", timeout=1800, NUMBA_CACHE_DIR=str(tmp_path))
-        for hidden in (False, False, True)
+        run_python(f"hidden = {hidden}\n{code}", timeout=1800) for hidden in (False, False, True)
     )
-    assert {"decode", "prefill", "merge", "write"} <= set(first["compiled"])
-    assert first["hits"] == {"decode": 0, "prefill": 0, "merge": 0, "write": 0}
+    for name, hits in first["hits"].items():
+        assert hits or name in first["compiled"], f"{name} has not run"
     for later in (second, without):
         assert later["compiled"] == []
     assert min(second["hits"].values()) >= 1

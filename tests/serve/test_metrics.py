@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine import SamplingParams
@@ -11,7 +10,7 @@ from .conftest import make_engine, serving
 
 
 def figures(running) -> dict[tuple, float]:
-    page = httpx.get(f"{running.url}/metrics")
+    page = running.get("/metrics")
     assert page.status_code == 200
     return {
         (sample.name, *sample.labels.values()): sample.value
@@ -63,4 +62,4 @@ def test_the_model_has_its_names(running):
     assert [model.id for model in models] == ["tiny", "other"]
     assert models[0].max_model_len == 400
     assert running.client().models.retrieve("other").owned_by == "quire"
-    assert httpx.get(f"{running.url}/health").status_code == 200
+    assert running.get("/health").status_code == 200

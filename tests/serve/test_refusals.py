@@ -139,9 +139,9 @@ def test_another_model_and_another_path_are_not_found(running):
     check_error(
         running.post("/v1/completions", {"model": "gpt", "prompt": "x"}), 404, "model must be one of tiny"
     )
-    check_error(httpx.get(f"{running.url}/v1/models/gpt"), 404, "got gpt")
-    check_error(httpx.get(f"{running.url}/v1/engines"), 404, "/v1/engines")
-    check_error(httpx.get(f"{running.url}/v1/completions"), 405)
+    check_error(running.get("/v1/models/gpt"), 404, "got gpt")
+    check_error(running.get("/v1/engines"), 404, "/v1/engines")
+    check_error(running.get("/v1/completions"), 405)
     with pytest.raises(openai.NotFoundError):
         running.client().models.retrieve("gpt")
 
@@ -163,12 +163,12 @@ def test_without_the_key_nothing_of_the_api_is_there(guarded, headers):
         check_error(
             guarded.post(path, json={"prompt": "x"}, headers=headers), 401, "Authorization must be 'Bearer'"
         )
-    assert httpx.get(f"{guarded.url}/health").status_code == 200
+    assert guarded.get("/health").status_code == 200
 
 
 def test_with_the_key_it_is(guarded):
     headers = {"authorization": f"bearer {KEY}".encode()}
-    assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+    assert guarded.get("/v1/models", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [True, False])

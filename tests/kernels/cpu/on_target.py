@@ -69,16 +69,17 @@ def run(cases):
             judge_store(shape)
         else:
             judge(kernel, shape, workers=1 if number else 5)
-    texts = [
-        compiled.library.get_asm_str()
-        for kernel in (decode, merge, prefill, write)
-        for compiled in kernel.overloads.values()
-    ]
+    multiplying, others = (
+        [compiled.library.get_asm_str() for kernel in kernels for compiled in kernel.overloads.values()]
+        for kernels in ((decode, prefill), (merge, write))
+    )
+    texts = multiplying + others
     return {
         "kernels": len(texts),
         "registers": sorted({name for text in texts for name in re.findall(r"%([xyz]mm)\d", text)}),
         "fused": sum(len(re.findall(r"\bvfn?m(?:add|sub)\w*ps\b", text)) for text in texts),
         "pair_products": sum(map(pair_products, texts)),
+        "spills": [count for text in multiplying for count in spills(text)],
         "called": sorted(set(itertools.chain(*map(outside_calls, texts)))),
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import ptx
+import thrift
 import triton
 import triton.language as tl
 from arithmetic import FaithfulArithmetic, FaithfulReduce, KernelFault
@@ -89,7 +90,8 @@ class FaithfulBuilder(FaithfulArithmetic):
 
 def _lanes(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Which lanes take part; descriptors hand over bare arrays."""
-    return np.broadcast_to(mask if isinstance(mask, np.ndarray) else mask.data, shape)
+    lanes: np.ndarray = mask if isinstance(mask, np.ndarray) else mask.data
+    return lanes if lanes.shape == shape else np.broadcast_to(lanes, shape)
 
 
 def _undefined(stored: np.dtype, dtype: tl.dtype) -> np.ndarray:
@@ -201,6 +203,7 @@ def install() -> None:
     stock.GridExecutor = CheckedGrid
     stock.ReduceOps = FaithfulReduce
     stock.InterpretedFunction.__call__ = _call_device_function
+    thrift.install()
     # Once and for good: this process only interprets.
     stock._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     tl.tensor.__index__ = lambda self: int(self.handle.data.item())
