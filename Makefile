@@ -18,8 +18,11 @@ test: $(READY)  ## Run the tests on all cores
 test-all: $(READY)  ## Run the exhaustive cases too: every dtype, head_dim and chip
 	@$(BIN)/python -m pytest -n auto -m ""
 
+# With other Pythons than this one: make test-wheel PYTHONS="python3.10 python3.12 python3.13"
+PYTHONS ?= $(PYTHON)
+
 test-wheel:  ## Build the wheel, install it into an empty environment and use it, extra by extra
-	@$(PYTHON) scripts/try_wheel.py
+	@$(PYTHON) scripts/try_wheel.py $(foreach python,$(PYTHONS),--python $(python))
 
 check: $(READY)  ## Lint, formatting and strict types
 	$(BIN)/ruff check .

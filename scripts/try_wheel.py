@@ -1,7 +1,8 @@
 """Build the wheel, install it as a user would, and run what each extra promises. Minutes, as torch is installed anew.
 
     python scripts/try_wheel.py                       # with this Python
-    python scripts/try_wheel.py --python python3.12   # ... with another
+    python scripts/try_wheel.py --python python3.12 --python python3.13   # ... with others, one after the other
+    python scripts/try_wheel.py --base                # the wheel alone, without its extras: a minute
 
 One environment grows: the wheel alone, then with each extra. Before an extra is there, what needs it must say so.
 """
@@ -63,6 +64,9 @@ CONTENTS = ("quire/py.typed", "quire/assets/demo_model/model.safetensors", "quir
 METADATA = (
     "Requires-Python: <3.14,>=3.10",
     "License-Expression: Apache-2.0",
+    "License-File: LICENSE",
+    "Description-Content-Type: text/markdown",
+    "Classifier: Typing :: Typed",
     "Provides-Extra: hf",
     "Provides-Extra: serve",
 )
@@ -73,19 +77,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", default=sys.executable, help="the interpreter to install for")
+    parser.add_argument("--python", action="append", help="an interpreter to install for (default: this one)")
+    parser.add_argument("--base", action="store_true", help="leave the extras out")
     args = parser.parse_args()
+    for python in args.python or [sys.executable]:
+        try_on(python, {"": BASE} if args.base else PROGRAMS)
+
+
+def try_on(interpreter: str, programs: dict[str, str]) -> None:
+    """Build with this interpreter, install into an environment of it, and run the program of each extra."""
     with tempfile.TemporaryDirectory() as folder:
-        wheel = build(args.python, Path(folder))
+        wheel = build(interpreter, Path(folder))
         check_contents(wheel)
         environment = Path(folder) / "environment"
-        run(args.python, "-m", "venv", environment)
+        run(interpreter, "-m", "venv", environment)
         python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
         install(python, "torch==2.13.0")  # as the Makefile does: other builds may bring CUDA's libraries
-        for extra, program in PROGRAMS.items():
+        for extra, program in programs.items():
             install(python, f"quire[{extra}] @ {wheel.as_uri()}" if extra else str(wheel))
             run(python, "-I", "-c", program, cwd=folder)
-            print(f"quire[{extra}]: ok" if extra else "quire: ok", flush=True)
+            print(f"{interpreter}: quire[{extra}]: ok" if extra else f"{interpreter}: quire: ok", flush=True)
 
 
 def build(python: str, folder: Path) -> Path:

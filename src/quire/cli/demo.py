@@ -24,6 +24,7 @@ from quire.cli.model import load
 from quire.cli.page_map import draw, plain
 from quire.cli.prompts import PROMPTS
 from quire.cli.report import agreement, report
+from quire.cli.story import MOST_TOKENS, stage, tell
 from quire.engine import LLM, SamplingParams
 from quire.engine.llm import load_tokenizer
 from quire.engine.request import Request
@@ -70,6 +71,7 @@ def run(
         f"{len(prompts)} prompts of {min(map(len, token_ids))} to {max(map(len, token_ids))} tokens, "
         f"up to {max_tokens} new ones each; a pool of {llm.model.num_pages} pages of {page_size} tokens"
     )
+    _tell(console, llm, min(max_tokens, MOST_TOKENS))
     fullest = _show(console, llm, prompts, params)
     busy = warning() if llm.model.device.type == "cpu" else None
     on_pages, padded = _measure(llm, prompts, token_ids, params, runs, compare)
@@ -127,6 +129,14 @@ def _warm_up(llm: LLM, prompts: Sequence[str], token_ids: list[list[int]], compa
         serve_padded(llm.model.model, token_ids, WARM_UP_TOKENS, llm.model.eos_token_ids)
 
 
+def _tell(console: Console, llm: LLM, max_tokens: int) -> None:
+    """Requests that come one after another, before the reader's eyes, and a sentence on what happened."""
+    engine = stage(llm, max_tokens)
+    with _view(console, engine, _greedy(max_tokens)) as watch:
+        told = tell(engine, max_tokens, watch)
+    console.print(str(told))
+
+
 def _show(console: Console, llm: LLM, prompts: Sequence[str], params: SamplingParams) -> RenderableType:
     """Serve the prompts before the reader's eyes; return the picture of the step that used most pages."""
     fullest: tuple[int, RenderableType] = (0, "")
@@ -177,8 +187,8 @@ def _measure(
     """Both ways in turn, so that a machine that grows slower slows both."""
     on_pages, padded = [], []
     assert params.max_tokens is not None
-    with spinner("measuring, without drawing"):
-        for _ in range(runs):
+    for run in range(runs):
+        with spinner(f"measuring, without drawing: run {run + 1} of {runs}"):
             on_pages.append(serve_on_pages(llm, prompts, params)[0])
             if compare:
                 padded.append(
