@@ -11,6 +11,7 @@ import torch
 from quire.engine.scheduler import Chunk
 from quire.hf.step import Step
 from quire.pages import PageTable
+from quire.spans import is_recording, span
 
 if TYPE_CHECKING:
     from quire.hf import PagedModel
@@ -25,7 +26,14 @@ def run(model: PagedModel, chunks: abc.Sequence[Chunk], table: PageTable) -> tor
     copies = [pair for chunk in chunks for pair in chunk.copies]
     if copies:
         model.copy_pages(copies)
-    return model.forward(build_step(chunks, table))
+    with span("pack"):
+        step = build_step(chunks, table)
+    with span("launch"):
+        logits = model.forward(step)
+    if is_recording() and model.device.type == "cuda":
+        with span("wait"):  # or the kernels' time would count as that of what needs their results first
+            torch.cuda.synchronize(model.device)
+    return logits
 
 
 def build_step(chunks: abc.Sequence[Chunk], table: PageTable) -> Step:
