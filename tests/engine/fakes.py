@@ -43,6 +43,7 @@ class FakeModel:
 
     device = torch.device("cpu")
     generation_config: GenerationConfig | None = None
+    bytes_per_page = 64
 
     def __init__(
         self,

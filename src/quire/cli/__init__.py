@@ -9,6 +9,7 @@ prompts.py    ... which prompts
 page_map.py   ... the picture of who owns which pages
 measure.py    ... on pages, and in a contiguous padded cache
 report.py     ... the table of both
+pages.py      the pages of a recorded trace, as a picture or a page
 doctor.py     what this machine has
 bench.py      the benchmarks of a checkout
 busy.py       whether other programs are at work

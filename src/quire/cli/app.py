@@ -106,6 +106,14 @@ NumPagesOption = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--num-pages", min=1, help="Pages of the pool."),
 ]
+TraceOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write what each step does to a file, for ui.perfetto.dev and [bold]quire pages[/bold].",
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -174,6 +182,7 @@ def generate(
     kv_dtype: KVDtypeOption = None,
     page_size: PageSizeOption = 16,
     num_pages: NumPagesOption = None,
+    trace: TraceOption = None,
 ) -> None:
     """Continue a text with a language model on pages.
 
@@ -188,14 +197,16 @@ def generate(
       cat start.py | quire generate - --stop "class " > rest.py
     """
     from quire.cli.generate import run
-    from quire.cli.model import sampling
+    from quire.cli.model import check_trace, sampling, tracing
 
+    check_trace(trace)
     params = sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens, stop=stop or None
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     llm = _load(model, revision, dtype, device, kv_dtype, page_size, num_pages)
-    run(llm, text, params)
+    with tracing(llm, trace):
+        run(llm, text, params)
 
 
 @app.command()
@@ -291,6 +302,7 @@ def serve(
     ] = CacheDtype.auto,
     page_size: PageSizeOption = 16,
     num_pages: NumPagesOption = None,
+    trace: TraceOption = None,
 ) -> None:
     """Serve a model by OpenAI's API, over HTTP; for this machine alone unless --host says otherwise.
 
@@ -301,6 +313,7 @@ def serve(
       quire serve
       quire serve Qwen/Qwen3-0.6B --device cuda
       quire serve ~/models/SmolLM2-135M-Instruct --served-model-name smol --port 8001
+      quire serve --trace trace.json                   and see /pages while it runs
       QUIRE_API_KEY=… quire serve ~/models/SmolLM2-135M-Instruct --host 0.0.0.0
     """
     from quire.cli.serve import run
@@ -314,6 +327,7 @@ def serve(
         api_key=api_key,
         max_num_seqs=max_num_seqs,
         max_queue=max_queue,
+        trace=trace,
         max_model_len=max_model_len,
         enable_prefix_caching=enable_prefix_caching,
         revision=revision,
@@ -352,6 +366,7 @@ def demo(
             metavar="FILE.svg", help="Save the page map at its fullest, and the table, as a picture."
         ),
     ] = None,
+    trace: TraceOption = None,
 ) -> None:
     """Serve eight prompts at once and watch who owns which pages.
 
@@ -364,6 +379,7 @@ def demo(
       quire demo --num-pages 112          too few pages: requests give theirs back and resume
       quire demo --model ~/models/SmolLM2-135M --max-tokens 64
       quire demo --save demo.svg
+      quire demo --trace trace.json && quire pages trace.json pages.html
     """
     from quire.cli.demo import run
 
@@ -377,7 +393,32 @@ def demo(
         compare=compare,
         runs=runs,
         save=save,
+        trace=trace,
     )
+
+
+@app.command()
+def pages(
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="A file that --trace wrote.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help=".html: a page to play it on; .svg: a picture of the fullest moment."
+        ),
+    ] = Path("pages.html"),
+) -> None:
+    """Show who owned which pages in a recorded trace. A server that runs shows it at /pages.
+
+    \b
+    Examples:
+      quire pages trace.json                           writes pages.html, for a browser
+      quire pages trace.json fullest.svg
+    """
+    from quire.cli.pages import run
+
+    run(trace, out)
 
 
 @app.command()

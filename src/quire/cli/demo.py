@@ -20,7 +20,7 @@ from quire.assets import DEMO_MODEL
 from quire.cli.busy import warning
 from quire.cli.console import spinner
 from quire.cli.measure import Run, Watch, divergences, serve_on_pages, serve_padded
-from quire.cli.model import load
+from quire.cli.model import check_trace, load, tracing
 from quire.cli.page_map import draw, plain
 from quire.cli.prompts import PROMPTS
 from quire.cli.report import agreement, report
@@ -48,16 +48,19 @@ def run(
     compare: bool,
     runs: int,
     save: Path | None,
+    trace: Path | None,
 ) -> None:
     """Serve, show, measure, compare.
 
     Args:
         model: as for `load`.
         weights: which revision of it, in which dtype and where, as for LLM.
+        trace: where a trace of the run that is watched goes; the measured ones are not slowed by it.
     Raises:
         ArgumentError: prompts that do not fit the model or the pool, or a picture that cannot be written.
     """
     _check_picture(save)
+    check_trace(trace)
     console = Console(highlight=False)
     prompts = list(PROMPTS)
     if seed is not None:
@@ -72,7 +75,8 @@ def run(
         f"up to {max_tokens} new ones each; a pool of {llm.model.num_pages} pages of {page_size} tokens"
     )
     _tell(console, llm, min(max_tokens, MOST_TOKENS))
-    fullest = _show(console, llm, prompts, params)
+    with tracing(llm, trace):
+        fullest = _show(console, llm, prompts, params)
     busy = warning() if llm.model.device.type == "cpu" else None
     on_pages, padded = _measure(llm, prompts, token_ids, params, runs, compare)
     parts = [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.assets import DEMO_MODEL
 from quire.cli.console import spinner
+from quire.errors import ArgumentError
 
 if TYPE_CHECKING:
     from quire.engine import LLM, SamplingParams
@@ -35,3 +38,20 @@ def sampling(**options: Any) -> SamplingParams:
     from quire.engine import SamplingParams
 
     return SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+
+def check_trace(path: Path | None) -> None:
+    """Say what is wrong with a trace's place before a model is loaded, which may take long.
+
+    Raises:
+        ArgumentError: its folder does not exist, or it is a folder.
+    """
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ArgumentError(
+            f"--trace must name a file in a folder that exists; got {str(path)!r}. Fix: --trace trace.json"
+        )
+
+
+def tracing(llm: LLM, path: Path | None) -> AbstractContextManager[None]:
+    """Write a trace while a block runs; None: none."""
+    return nullcontext() if path is None else llm.tracing(path)

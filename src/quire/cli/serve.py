@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from quire.cli.model import load
+from quire.cli.model import check_trace, load, tracing
 from quire.errors import ArgumentError
 from quire.serve.app import create_app
 from quire.serve.limits import Limits
@@ -26,6 +27,7 @@ def run(
     api_key: str | None,
     max_num_seqs: int,
     max_queue: int,
+    trace: Path | None,
     **options: Any,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM.
@@ -34,6 +36,7 @@ def run(
         model: a folder or an id of the hub; None: the embedded model.
         names: what the model is called; default: the model as given, or "demo".
         api_key: default: the environment's QUIRE_API_KEY.
+        trace: where a trace of all steps goes; None: nowhere.
         options: as for LLM.
     Raises:
         ArgumentError: an address that is taken, and as LLM.
@@ -45,6 +48,7 @@ def run(
         raise ArgumentError(
             f"--api-key and {_KEY} must not be empty; got ''. Fix: a long random one, or none"
         )
+    check_trace(trace)
     bound = bind(host, port)  # before the model, which takes long
     try:
         if not is_loopback(bound) and api_key is None:
@@ -52,8 +56,10 @@ def run(
         llm = load(model, max_num_seqs=max_num_seqs, **options)
         names = names or ["demo" if model is None else model]
         app = create_app(llm, names=names, api_key=api_key, limits=Limits(max_texts=max_num_seqs + max_queue))
-        _say(f"{names[0]} at {url_of(bound)}/v1")
-        Server(app).run_until_signal(bound)
+        with tracing(llm, trace):
+            _say(f"{names[0]} at {url_of(bound)}/v1")
+            _say(f"its pages at {url_of(bound)}/pages")
+            Server(app).run_until_signal(bound)
     finally:
         bound.close()
 

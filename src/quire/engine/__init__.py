@@ -18,6 +18,10 @@ logits.py      what changes logits: penalties, bias, a caller's functions, masks
 sampler.py     how a token is drawn
 logprobs.py    how likely tokens were
 text.py        tokens to text, while they come
+snapshot.py    the pool and the queue at a moment: who owns which pages
+picture.py     ... in SVG
+rates.py       how fast it was of late
+trace.py       steps by their parts, in a file for Perfetto
 turns.py       engines on one model: one at a time, and pages for the oldest
 core.py        Engine: add_request and step, generate and stream, over all of these
 llm.py         LLM: an Engine that loads its model
@@ -30,6 +34,7 @@ from quire.engine.llm import LLM
 from quire.engine.logprobs import Logprob
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.request import CompletionOutput, Delta, RequestOutput
+from quire.engine.snapshot import Snapshot
 
 __all__ = [
     "LLM",
@@ -43,4 +48,5 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "Snapshot",
 ]

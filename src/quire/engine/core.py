@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import abc
@@ -22,17 +23,21 @@ from quire.engine.launch import LaunchedStep, choose_on_device, rows_of
 from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.progress import progress_bar
+from quire.engine.rates import Rates
 from quire.engine.reader import Reader, Waiter, raise_first_error
 from quire.engine.request import Delta, Request, RequestOutput, interrupted_request
 from quire.engine.runner import run
 from quire.engine.sampler import sample
 from quire.engine.scheduler import Chunk, Scheduler
 from quire.engine.sequence import Sequence
+from quire.engine.snapshot import Snapshot, take
+from quire.engine.trace import DEFAULT_MAX_TRACE_BYTES, Trace
 from quire.engine.turns import turns_of
-from quire.errors import ArgumentError, OutOfPages, PageStateError
+from quire.errors import ArgumentError, OutOfPages, PageStateError, UnsupportedError
 from quire.hf.transfer import to_device
 from quire.pages import PageAllocator, PageTable
 from quire.pages.balance import settle
+from quire.spans import span
 from quire.spec import check_size
 
 if TYPE_CHECKING:
@@ -158,6 +163,9 @@ class Engine:
         self._driver: int | None = None  # the thread in _drive's loop
         self._num_turns = 0  # of steps, those with nothing to run included
         self._sleepers: dict[int, Waiter] = {}  # by thread: what it waits for while another runs steps
+        self._made_at = time.perf_counter()
+        self._rates = Rates()
+        self._trace: Trace | None = None
 
     def __repr__(self) -> str:
         waiting = len(self.requests) - self.num_running
@@ -263,6 +271,50 @@ class Engine:
             self._turns.defer(self.model.prefix_cache.clear)
         else:
             self._turns.run(self.model.prefix_cache.clear, self._scheduler)
+
+    def snapshot(self) -> Snapshot:
+        """Who owns which pages, and how it goes, as of a moment between two steps: waits for the step that runs.
+
+        `llm.snapshot().svg()` is a picture; a notebook shows it. Within a step, as in a logits processor, it is as of
+        now.
+
+        Cost: a turn of O(num_pages + pages held) in NumPy: 1 ms for 10,000 pages.
+        """
+        return self._turns.look(lambda: take(self))
+
+    @contextmanager
+    def tracing(
+        self, path: str | os.PathLike[str], *, max_bytes: int = DEFAULT_MAX_TRACE_BYTES
+    ) -> Iterator[None]:
+        """Write a trace of the steps in a block to a file, for https://ui.perfetto.dev and `quire pages`.
+
+        Each step by its parts, with its requests and tokens; counters of pages and requests; now and then a snapshot.
+        It holds no text and no tokens. On a GPU a traced step waits for the device after its forward, so that the
+        kernels' time shows as "wait" and not in what follows.
+
+        Args:
+            path: overwritten. After every step it is a whole JSON file, also where the process is killed.
+            max_bytes: when so many are written the trace ends, with a warning of the logger "quire".
+        Raises:
+            ArgumentError: no regular file can be written there, someone else writes a trace there, or max_bytes is too
+                small.
+            UnsupportedError: this engine writes a trace already.
+        Cost: some tenths of a millisecond and about 2 KiB per step; outside of the block nothing.
+        """
+        trace = Trace(path, max_bytes=max_bytes)
+        try:
+            with self._news:
+                if self._trace is not None:
+                    raise UnsupportedError(
+                        f"an engine must write one trace at a time; got {os.fspath(path)!r} while one is written to "
+                        f"{self._trace.path!r}. Fix: call tracing again after the first block"
+                    )
+                self._trace = trace
+            yield
+        finally:
+            if self._trace is trace:
+                self._trace = None
+            trace.close()
 
     def explain_hit(self, request: int | RequestOutput) -> str:
         """How much of a request's prompt was found in pages, and why no more: a sentence about when it began to run.
@@ -470,7 +522,16 @@ class Engine:
     def _run_step(self) -> bool:
         """Schedule, forward, sample, hand out; False when nothing can run."""
         self._num_turns += 1
-        return self._turns.run(self._step_in_turn, self._scheduler)
+        return self._turns.run(
+            self._step_in_turn if self._trace is None else self._traced_step, self._scheduler
+        )
+
+    def _traced_step(self) -> bool:
+        trace = self._trace
+        if trace is None:  # its block has just ended
+            return self._step_in_turn()
+        with trace.step(self):
+            return self._step_in_turn()
 
     def _step_in_turn(self) -> bool:
         try:
@@ -478,17 +539,21 @@ class Engine:
             start = time.perf_counter()
             step, self._ahead = self._ahead, None
             if step is None or not step.is_current:
-                chunks = self._schedule()
+                with span("schedule"):
+                    chunks = self._schedule()
                 if not chunks:
                     return False
                 step = self._launch(chunks)
             self._ahead = self._launch_ahead(step)
-            self._hand_out_all(step)
+            with span("hand out"):
+                self._hand_out_all(step)
             if self._ahead is not None and not self._ahead.is_current:
                 self._ahead = None
+            end = time.perf_counter()
+            self._rates.count(start, end, self.stats.generated_tokens)
             if self.model.swap is not None:
                 num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
-                self.model.swap.costs.observe(num_tokens, time.perf_counter() - start)
+                self.model.swap.costs.observe(num_tokens, end - start)
             return True
         except BaseException as error:
             if isinstance(error, PageStateError):
@@ -512,7 +577,8 @@ class Engine:
         """Launch the next step while this one runs; None where its tokens must be known first."""
         if step.tokens is None:
             return None
-        chunks = self._scheduler.schedule_ahead([chunk for chunk in step.chunks if chunk.is_current])
+        with span("schedule"):
+            chunks = self._scheduler.schedule_ahead([chunk for chunk in step.chunks if chunk.is_current])
         if not chunks:
             return None
         tokens = step.tokens
@@ -544,7 +610,8 @@ class Engine:
     def _hand_out_all(self, step: LaunchedStep) -> None:
         """Choose what follows each sequence whose tokens are all computed, and hand it out."""
         if step.arrive is not None:
-            tokens = step.arrive()
+            with span("wait"):
+                tokens = step.arrive()
             chosen = [(c, token) for c, token in zip(step.chunks, tokens, strict=True) if c.is_current]
             with self._news:
                 self._scheduler.advance([chunk for chunk, _ in chosen])
@@ -559,7 +626,8 @@ class Engine:
         sequences = [sequence for _, sequence in choosing]
         # Samples of one prompt choose their first tokens from the same row.
         of_last = logits[: len(complete)] if len(rows) == len(complete) and not beams else logits[rows]
-        choices = sample(of_last, sequences) if sequences else []
+        with span("sample"):
+            choices = sample(of_last, sequences) if sequences else []
         logprobs = logprobs_of_choices(of_last, sequences, choices)
         of_prompts = prompt_logprobs(logits[len(complete) :], chunks)
         add_candidates(logits, beams)
@@ -605,6 +673,7 @@ class Engine:
         if sequence.finish_reason is not None:
             self._scheduler.finish(request, sequence)
             if request.finished:
+                self._rates.end(request)
                 del self.requests[request.request_id]
         if request.error is not None:
             self._end([request])
@@ -664,6 +733,8 @@ class Engine:
         self._end([request for request in list(self.requests.values()) if request.finished])
 
     def _count(self, chunks: abc.Sequence[Chunk]) -> None:
+        if self._trace is not None:
+            self._trace.note(chunks)
         stats = self.stats
         stats.steps += 1
         stats.computed_tokens += sum(chunk.num_tokens for chunk in chunks)

@@ -12,6 +12,7 @@ import torch
 from quire.engine.scheduler import Chunk
 from quire.hf.step import Step
 from quire.pages import PageTable
+from quire.spans import span
 
 if TYPE_CHECKING:
     from quire.hf import PagedModel
@@ -36,8 +37,10 @@ def run(
     copies = [pair for chunk in chunks for pair in chunk.copies]
     if copies:
         model.copy_pages(copies)
-    step = build_step(chunks, table)
-    return model.forward(step) if input_ids is None else model.forward(step, input_ids)
+    with span("pack"):
+        step = build_step(chunks, table)
+    with span("launch"):
+        return model.forward(step) if input_ids is None else model.forward(step, input_ids)
 
 
 def build_step(chunks: abc.Sequence[Chunk], table: PageTable) -> Step:

@@ -42,7 +42,7 @@ class Turns:
         self._turn_ended = threading.Condition(lock)
         self._owner_thread: int | None = None
         self._last_thread: int | None = None  # who had the last turn
-        self._waiting: dict[int, Scheduler] = {}  # threads that wait for a turn, and for which engine
+        self._waiting: dict[int, Scheduler | None] = {}  # threads that wait for a turn, and for which engine
         self._deferred: deque[Callable[[], object]] = deque()
         self._schedulers: list[Scheduler] = []
         # By engine without pages and by engine that holds some: the latter's steps, and since when they are so many.
@@ -53,9 +53,11 @@ class Turns:
         self._schedulers.append(scheduler)
         weakref.finalize(engine, self.defer, lambda: self._leave(scheduler)).atexit = False
 
-    def run(self, action: Callable[[], T], scheduler: Scheduler) -> T:
+    def run(self, action: Callable[[], T], scheduler: Scheduler | None) -> T:
         """Wait for a turn of an engine and run an action in it.
 
+        Args:
+            scheduler: the engine's; None: someone who only looks, which does not count as work of an engine.
         Raises:
             UnsupportedError: this thread holds the lock or is inside a turn.
         """
@@ -80,6 +82,10 @@ class Turns:
     def in_turn(self) -> bool:
         """Whether this thread is inside a turn."""
         return self._owner_thread == threading.get_ident() and self._holds_lock()
+
+    def look(self, action: Callable[[], T]) -> T:
+        """Run an action that changes nothing, while no step runs: in a turn, or now if this thread holds the lock."""
+        return action() if self._holds_lock() else self.run(action, None)
 
     @property
     def has_owner(self) -> bool:

@@ -24,6 +24,7 @@ from quire.hf.transfer import to_device
 from quire.ops.attention_plan import AttentionPlan
 from quire.ops.store import write_kv
 from quire.ops.torch_op import register
+from quire.spans import span
 
 ATTENTION_NAME = "quire"
 
@@ -85,18 +86,19 @@ class RunningStep:
         Returns:
             [tokens, num_qo_heads, value_dim].
         """
-        self.write(k, v, layer_idx)
         layer = self.cache.layers[layer_idx]
-        out: torch.Tensor = self._plan_for(layer).run(
-            _widen(q, layer.spec.head_dim),
-            layer.k,
-            layer.v,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            sinks=None if sinks is None else sinks.float(),
-            k_scale=layer.k_scale,
-            v_scale=layer.v_scale,
-        )
+        with span("attention"):
+            self.write(k, v, layer_idx)
+            out: torch.Tensor = self._plan_for(layer).run(
+                _widen(q, layer.spec.head_dim),
+                layer.k,
+                layer.v,
+                softmax_scale=softmax_scale,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks.float(),
+                k_scale=layer.k_scale,
+                v_scale=layer.v_scale,
+            )
         return out[..., : layer.value_dim]
 
     def _plan_for(self, layer: LayerPages) -> AttentionPlan:

@@ -30,6 +30,7 @@ from quire.hf.transfer import to_device
 from quire.ops.attention_plan import AttentionPlan
 from quire.ops.planner import Planner
 from quire.planning.checks import Limits
+from quire.spans import span
 
 logger = logging.getLogger("quire")
 
@@ -183,7 +184,10 @@ class _Graph:
         """
         self._plans = {}  # whatever fails from here on leaves nothing to be replayed by mistake
         padded = pad_decode(step, self.size, self._num_groups)
-        plans = {kind: planner.plan(*tables_of(padded, *kind)) for kind, planner in self._planner_of.items()}
+        with span("plan"):
+            plans = {
+                kind: planner.plan(*tables_of(padded, *kind)) for kind, planner in self._planner_of.items()
+            }
         for plan in plans.values():
             plan.check_pages(self._cache.num_pages)
         slots = padded.slot_mapping.reshape(self._num_groups, self.size)

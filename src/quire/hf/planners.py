@@ -9,6 +9,7 @@ from quire.hf.step import Step
 from quire.ops.attention_plan import AttentionPlan
 from quire.ops.planner import Planner
 from quire.planning.checks import Limits
+from quire.spans import span
 from quire.spec import AttentionSpec, Visibility
 
 
@@ -35,6 +36,10 @@ class Planners:
             As `Planner` and `Planner.plan`.
         Cost: host only, and on a GPU one copy that the host does not wait for.
         """
+        with span("plan"):
+            return self._plan(step, spec, visibility, group)
+
+    def _plan(self, step: Step, spec: AttentionSpec, visibility: Visibility, group: int) -> AttentionPlan:
         tables = tables_of(step, spec, visibility, group)
         page_table, _, cu_seqlens_q = tables
         batch, max_pages = page_table.shape

@@ -112,6 +112,14 @@ class PageAllocator:
             raise ArgumentError(self._no_such_page(page))
         return self._refcounts[page]
 
+    def refcounts(self) -> array[int]:
+        """Owners of every page, int32, a copy. Cost: O(num_pages), a copy of 4 bytes per page."""
+        return self._refcounts[:]
+
+    def kept(self) -> bytes:
+        """For every page 1 where its content is kept, else 0, a copy. Cost: O(num_pages), a byte per page."""
+        return bytes(self._kept)
+
     def generation(self, page: int) -> int:
         """How often the content of a page has been dropped.
 

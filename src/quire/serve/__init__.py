@@ -10,6 +10,7 @@ logprobs.py  ... their logprobs
 streaming.py events while they come, for a client that may leave or stop reading
 grammar.py   JSON of a schema, token by token
 limits.py    who may come in, with how much, and how many at once
+pages.py     the page on which people see the pool
 metrics.py   figures for Prometheus
 errors.py    what went wrong, as OpenAI says it
 

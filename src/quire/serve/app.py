@@ -14,6 +14,7 @@ from quire.engine import Engine
 from quire.serve.errors import Json, say_errors
 from quire.serve.limits import Door, Limits
 from quire.serve.metrics import CountResponses
+from quire.serve.pages import page
 from quire.serve.protocol import ChatBody, CompletionBody
 from quire.serve.service import Body, Service
 from quire.serve.streaming import EventStream, unless_gone
@@ -90,6 +91,20 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     return Response(_service(request.app).metrics.page(), media_type=_PROMETHEUS)
+
+
+@router.get("/pages")
+async def pages() -> Response:
+    """The live picture of the pool; it holds no data, so that it needs no key."""
+    content, headers = page()
+    return Response(content, media_type="text/html", headers=headers)
+
+
+@router.get("/pages.json")
+async def pages_json(request: Request) -> Response:
+    """What it shows: the latest snapshot."""
+    content = await unless_gone(request.receive, _service(request.app).view.json())
+    return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
 
 
 async def _answer(request: Request, body: Body) -> Response:

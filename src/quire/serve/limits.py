@@ -18,7 +18,8 @@ from quire.serve.errors import Refusal, refused
 from quire.spec import check_size
 
 DEFAULT_MAX_QUEUE = 256
-_OPEN_PATHS = ("/health", "/metrics")  # without a key, as vLLM's: nothing of a request is in them
+# Without a key, the first two as vLLM's: nothing of a request is in them. What /pages shows comes by /pages.json.
+_OPEN_PATHS = ("/health", "/metrics", "/pages")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import signal
 import socket
 from types import FrameType
@@ -71,6 +72,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(grace) + 1 + _CLOSING_SECONDS,
             )
         )
+        logging.getLogger("uvicorn.access").addFilter(_is_no_look)
 
     def run_until_signal(self, bound: socket.socket) -> None:
         """Serve on a bound socket in this thread; returns after the first signal, when everything has ended."""
@@ -94,6 +96,11 @@ class Server(uvicorn.Server):
     async def _end_late(self) -> None:
         await asyncio.sleep(self._service.limits.grace_seconds)
         await self._service.end()
+
+
+def _is_no_look(record: logging.LogRecord) -> bool:
+    """Whether a line of the access log says more than that a page about the pool is still open."""
+    return not (isinstance(record.args, tuple) and "/pages.json" in record.args and 200 in record.args)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from quire.serve.errors import Refusal, as_refusal, error_object
 from quire.serve.grammar import ANY_OBJECT, Grammars
 from quire.serve.limits import Limits, Places
 from quire.serve.metrics import Metrics
+from quire.serve.pages import View
 from quire.serve.protocol import ChatBody, CompletionBody
 from quire.serve.shapes import ChatShape, Shape, TextShape
 from quire.serve.streaming import DONE, event, merge
@@ -31,6 +32,7 @@ class Service:
     Attributes:
         is_closing: whether requests are refused from now on.
         places: the texts on their way.
+        view: what the page about the pool shows.
     Raises:
         ArgumentError: an engine without a tokenizer, or no name.
     """
@@ -46,6 +48,7 @@ class Service:
         self.names = list(names)
         self.limits = limits
         self.metrics = Metrics(engine)
+        self.view = View(engine)
         self.places = Places(limits.max_texts)
         self.is_closing = False
         self._llm = AsyncLLM(engine)
