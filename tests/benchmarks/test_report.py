@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks import attention, generation, records, report
 from benchmarks.ceilings import GEMM, READ, SGEMM
 from benchmarks.environment import ROOT
+from benchmarks.words import case_in_words, name_of
 
 
 def timed(case: str, who: str, bound_by: str = "reading", **figures: str) -> records.Row:
@@ -142,13 +145,22 @@ def test_the_plots_show_every_row_that_was_timed(tmp_path):
     drawn = plots.attention(tmp_path / "cpu.csv")
     assert drawn == tmp_path / "cpu.svg"
     text = drawn.read_text()
-    for word in ("8x2k:1", "1x2k:2k", "bfloat16", "(L2)", "quire", "2-core Kind", "ceiling"):
+    for word in (
+        "decode, 8 × 2k keys<",
+        "a prompt of 2k<",
+        "Quire<",
+        "1.23<",
+        "80<",
+        "2-core Kind",
+        "dashed: ",
+    ):
         assert f">{word}" in text, word
+    assert "vLLM" not in text, "what was wrong has no time"
 
     records.write(tmp_path / "engines.csv", ENGINES)
     text = plots.generation(tmp_path / "engines.csv").read_text()
-    assert all(f">{word}<" in text for word in ("quire", "model.generate", "180", "90"))
-    assert "openvino" not in text
+    assert all(f">{word}<" in text for word in ("Quire", "transformers' generate", "180", "90"))
+    assert "OpenVINO" not in text
 
     records.write(tmp_path / "prefix.csv", TRACES)
     text = plots.prefix(tmp_path / "prefix.csv").read_text()
@@ -168,20 +180,45 @@ def test_the_same_rows_draw_the_same_plot(tmp_path):
 def test_the_committed_plot_of_prefixes_holds_the_committed_rows():
     text = report.PREFIX.with_suffix(".svg").read_text()
     for row in records.read(report.PREFIX):
-        assert f">Quire {row['who']}<" in text
+        assert f">{name_of(row['who'])}<" in text
         assert f">{float(row['first_token_median_ms']):,.0f}<" in text
         assert f">{float(row['trace_median_ms']):,.0f}<" in text
         assert row["commit"] in text
 
 
-@pytest.mark.parametrize("path", [report.ATTENTION, report.GENERATION], ids=lambda path: path.stem)
-def test_the_committed_plots_hold_the_committed_rows(path):
-    text = path.with_suffix(".svg").read_text()
-    for row in records.read(path):
-        if row.get("median_ms") or row.get("tokens_per_s"):
-            assert f">{row['who']}<" in text
-        assert f">{row['case'].partition('@')[0].partition('+')[0]}" in text or row["case"] in text
+def test_the_committed_plot_of_attention_names_every_case_and_time():
+    text = report.ATTENTION.with_suffix(".svg").read_text()
+    for row in records.read(report.ATTENTION):
+        if row["median_ms"]:
+            assert f">{name_of(row['who'])}<" in text
+            ms = float(row["median_ms"])
+            assert f">{ms:.2f}<" in text if ms < 10 else f">{ms:.0f}<" in text
+        assert all(
+            f">{line}<" in text
+            for line in case_in_words(row["case"]).replace(" beside", "\nbeside").split("\n")
+        )
         assert row["commit"] in text
+
+
+def test_the_committed_plot_of_engines_names_each_and_its_rate():
+    text = report.GENERATION.with_suffix(".svg").read_text()
+    for row in records.read(report.GENERATION):
+        if row["tokens_per_s"]:
+            assert f">{name_of(row['who'])}<" in text
+            assert f">{float(row['tokens_per_s']):.0f}<" in text
+        assert row["commit"] in text
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.svg")), ids=lambda path: path.name)
+def test_a_committed_plot_names_quire_follows_light_and_dark_and_fits_a_page(path):
+    text = path.read_text()
+    assert re.search(">[^<]*Quire", text)
+    assert "prefers-color-scheme:dark" in text
+    width = float(re.search(r'<svg [^>]*width="([\d.]+)pt"', text)[1])
+    assert width * 4 / 3 <= 830
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:bold )?([\d.]+)px", text)]
+    assert sizes
+    assert min(sizes) >= 8, "points, each of which is 4/3 of a pixel"
 
 
 def test_committed_rows_name_where_they_come_from():
