@@ -62,6 +62,26 @@ def test_a_line_per_case_with_the_ceiling_that_binds_it():
     assert lines[3] == "| `1x2k:2k` | L2 | 80.00 | wrong | 412 GFLOP/s | 20% of bfloat16 gemm |"
 
 
+def test_the_short_table_has_words_and_the_share_of_the_ceiling():
+    lines = report.short_table(ROWS).splitlines()
+    assert lines[0] == "| milliseconds a call | Quire | vLLM | Quire, of the ceiling |"
+    assert lines[2] == "| decode, 8 × 2k keys | 1.23 | – | 85% of reading |"
+    assert lines[3] == "| a prompt of 2k | 80.00 | wrong | 20% of bfloat16 gemm |"
+
+
+def test_files_of_the_serving_table_are_found_by_device_and_their_plots_are_shown(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.serving_tables(report.serving_files("cpu")) == report.NOT_MEASURED
+    for name in ("cpu-serving.csv", "gpu-serving.csv", "gpu-h100-serving.csv", "cpu-shapes.csv"):
+        (tmp_path / name).touch()
+    assert [path.name for path in report.serving_files("cpu")] == ["cpu-serving.csv"]
+    assert [path.name for path in report.serving_files("gpu")] == ["gpu-h100-serving.csv", "gpu-serving.csv"]
+    monkeypatch.setattr(report.of_serving, "markdown", lambda rows: "| a table |")
+    text = report.serving_tables(report.serving_files("cpu"))
+    assert text.startswith("| a table |\n\n![")
+    assert all(f"cpu-serving-{name}.svg" in text for name in ("load", "comparison"))
+
+
 def test_the_middle_rounds_stand_behind_the_median_where_asked_for():
     lines = report.attention_table(ROWS, spread=True).splitlines()
     assert lines[2] == "| `8x2k:1` | L2 | 1.23 (1.20 – 1.30) | – | 12.3 GB/s | 85% of reading |"
@@ -132,11 +152,11 @@ def test_a_line_per_trace_and_engine_says_what_was_found_and_how_long_it_took():
 
 def test_a_table_takes_the_place_of_the_one_before():
     text = "a\n<!-- bench: x -->\nold\n<!-- end -->\nb\n<!-- bench: y -->\nother\n<!-- end -->\n"
-    new = report.put(text, "x", "| new |")
+    new = report.put(text, "bench: x", "| new |")
     assert new == text.replace("old\n", "\n| new |\n\n")
-    assert report.put(new, "x", "| new |") == new
+    assert report.put(new, "bench: x", "| new |") == new
     with pytest.raises(ValueError, match="must hold <!-- bench: z -->"):
-        report.put(text, "z", "")
+        report.put(text, "bench: z", "")
 
 
 def test_the_plots_show_every_row_that_was_timed(tmp_path):
