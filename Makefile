@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all test-wheel check bench clean
+.PHONY: help demo test test-all test-wheel check docs bench clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,6 +28,9 @@ check: $(READY)  ## Lint, formatting and strict types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## Build the docs as a site, strictly, into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Peers in environments of their own: make bench VLLM_PYTHON=~/envs/vllm/bin/python OPENVINO_PYTHON=...
 VLLM := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
@@ -54,4 +57,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:  ## Remove the environment and everything generated
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

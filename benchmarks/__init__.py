@@ -8,7 +8,8 @@ ceilings.py     what the machine can do
 
 turns.py        rounds, medians                  foreign.py          peers in other environments (workers/)
 records.py      CSV                              environment.py      where a row comes from
-report.py       the README's tables              plots.py            SVG
+report.py       the tables of README and docs    plots.py            SVG, as drawing.py draws it
+words.py        what they say instead of names
 progress.py, options.py   the terminal           gpu/                the same for GPUs, see docs/gpu.md
 serving/        many requests at once, on GPUs and CPUs
 """

@@ -1,4 +1,4 @@
-"""Put the committed measurements into the README and docs/benchmarks.md, and the plots beside the CSV files.
+"""Put the committed measurements into the README and the docs, and the plots beside the CSV files.
 
 Example:
     python -m benchmarks.report          # after python -m benchmarks.attention --out …, or in `make bench`
@@ -14,13 +14,17 @@ from pathlib import Path
 from benchmarks import records
 from benchmarks.ceilings import NAMES as CEILINGS
 from benchmarks.environment import ROOT
+from benchmarks.gpu import markdown as of_gpu
+from benchmarks.serving import tables as of_serving
 from benchmarks.shapes import COMPARISONS
 from benchmarks.turns import Spread
+from benchmarks.words import case_in_words, name_of
 
 RESULTS = ROOT / "benchmarks/results"
 ATTENTION, SHAPES, GENERATION, HOST, PREFIX = (
     RESULTS / f"cpu{name}.csv" for name in ("", "-shapes", "-generation", "-host", "-prefix")
 )
+GPU = RESULTS / "gpu-h100.csv"  # whose table the README shows
 BASELINE = "model.generate"
 NOT_MEASURED = "*Not measured yet.*"
 
@@ -29,15 +33,20 @@ def main() -> int:
     """Rewrite the tables and draw the plots; the exit code is 0."""
     for page, of_page in tables().items():
         text = page.read_text()
-        for name, table in of_page.items():
-            text = put(text, name, table)
+        for mark, table in of_page.items():
+            text = put(text, mark, table)
         page.write_text(text)
     try:
         from benchmarks import plots
     except ModuleNotFoundError as error:
         print(f"no plots: {error.name} is not installed. Fix: pip install -e '.[bench]'", file=sys.stderr)
         return 0
-    for path in (plots.attention(ATTENTION), plots.generation(GENERATION), plots.prefix(PREFIX)):
+    from benchmarks.serving import plots as serving_plots
+
+    drawn = [plots.attention(ATTENTION), plots.generation(GENERATION), plots.prefix(PREFIX)]
+    for path in serving_files("cpu") + serving_files("gpu"):
+        drawn += serving_plots.draw(path)
+    for path in drawn:
         print(path.relative_to(ROOT))
     return 0
 
@@ -47,29 +56,67 @@ def tables() -> dict[Path, dict[str, str]]:
     attention, shapes, generation = (records.read(path) for path in (ATTENTION, SHAPES, GENERATION))
     return {
         ROOT / "README.md": {
-            "attention": attention_table(attention),
-            "generation": generation_table(generation),
+            "bench: attention": short_table(attention),
+            "gpu": of_gpu.short_table(GPU),
         },
         ROOT / "docs/benchmarks.md": {
-            "spread": f"{attention_table(attention, spread=True)}\n\n{origin(attention)}",
-            "shapes": f"{attention_table(shapes, spread=True)}\n\n{origin(shapes)}",
-            "comparisons": comparison_table(shapes),
-            "host": host_table(records.read(HOST)) if HOST.exists() else NOT_MEASURED,
-            "prefix": prefix_table(records.read(PREFIX)),
+            "bench: spread": f"{attention_table(attention, spread=True)}\n\n{origin(attention)}",
+            "bench: shapes": f"{attention_table(shapes, spread=True)}\n\n{origin(shapes)}",
+            "bench: comparisons": comparison_table(shapes),
+            "bench: host": host_table(records.read(HOST)) if HOST.exists() else NOT_MEASURED,
+            "bench: generation": f"{generation_table(generation)}\n\n{origin(generation)}",
+            "bench: prefix": prefix_table(records.read(PREFIX)),
+        },
+        ROOT / "docs/serving-benchmarks.md": {
+            f"serving: {device}": serving_tables(serving_files(device)) for device in ("cpu", "gpu")
         },
     }
 
 
-def put(text: str, name: str, table: str) -> str:
-    """The text with a table between `<!-- bench: name -->` and the next `<!-- end -->`.
+def serving_files(device: str) -> list[Path]:
+    """The committed files of `quire bench serving` on such a device: cpu-serving.csv, gpu-h100-serving.csv, …"""
+    return sorted(RESULTS.glob(f"{device}*serving.csv"))
+
+
+def serving_tables(paths: Sequence[Path]) -> str:
+    """Each file's table and its two plots, or that nothing has been measured."""
+    return "\n\n".join(map(_of_serving, paths)) or NOT_MEASURED
+
+
+def _of_serving(path: Path) -> str:
+    beside = f"../{path.parent.relative_to(ROOT)}" if path.is_relative_to(ROOT) else path.parent
+    return "\n\n".join(
+        [
+            of_serving.markdown(records.read(path)),
+            f"![Memory and waiting times while requests arrive]({beside}/{path.stem}-load.svg)",
+            f"![The three lines of the original comparison]({beside}/{path.stem}-comparison.svg)",
+            f"[Rows]({beside}/{path.name}).",
+        ]
+    )
+
+
+def put(text: str, mark: str, table: str) -> str:
+    """The text with a table between `<!-- mark -->` and the next `<!-- end -->`.
 
     Raises:
         ValueError: the text has no such mark.
     """
-    mark = re.compile(rf"(<!-- bench: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    if not mark.search(text):
-        raise ValueError(f"text must hold <!-- bench: {name} --> and <!-- end -->; got neither")
-    return mark.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+    place = re.compile(rf"(<!-- {re.escape(mark)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not place.search(text):
+        raise ValueError(f"text must hold <!-- {mark} --> and <!-- end -->; got neither")
+    return place.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+
+
+def short_table(rows: Sequence[records.Row]) -> str:
+    """The README's table: cases and contestants in words, medians in milliseconds, and Quire's share of the ceiling."""
+    peers = [name for name in dict.fromkeys(row["who"] for row in rows) if name not in CEILINGS]
+    lines = ["| milliseconds a call | " + " | ".join(map(name_of, peers)) + " | Quire, of the ceiling |"]
+    lines.append("| --- |" + " ---: |" * (len(peers) + 1))
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = {row["who"]: row for row in rows if row["case"] == case}
+        cells = [_milliseconds(of_case.get(peer), spread=False) for peer in peers]
+        lines.append("| " + " | ".join([case_in_words(case), *cells, _rate(of_case["quire"])[1]]) + " |")
+    return "\n".join(lines)
 
 
 def attention_table(rows: Sequence[records.Row], *, spread: bool = False) -> str:

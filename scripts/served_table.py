@@ -1,8 +1,8 @@
-"""Print what each backend serves, as the table in the README, by asking the backends' own checks.
+"""Print what each backend serves, as the table in docs/features.md, by asking the backends' own checks.
 
 Examples:
     python scripts/served_table.py            # print the table
-    python scripts/served_table.py --write    # put it into README.md
+    python scripts/served_table.py --write    # put it there
 
 A GPU is not needed: the checks are asked for an H100, a chip that the tile table knows.
 """
@@ -22,7 +22,7 @@ from quire.errors import UnsupportedError
 from quire.kernels import load_backend
 from quire.spec import COMPUTE_DTYPES, QUANTIZED_DTYPES, AttentionSpec
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/features.md"
 BEGIN, END = "<!-- served -->\n\n", "\n\n<!-- end -->"
 BACKENDS = {
     "cpu": ("CPU (Numba)", torch.device("cpu")),
@@ -118,17 +118,17 @@ def _batch_invariant(backend: str) -> str:
 
 
 def main() -> None:
-    """Print the table, or write it between the README's marks."""
+    """Print the table, or write it between the page's marks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/features.md")
     if not parser.parse_args().write:
         print(table())
         return
-    text = README.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    README.write_text(before + BEGIN + table() + END + rest.partition(END)[2])
+    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The pictures of docs/engine.md are those that the script draws, and their words fit."""
+"""The pictures of the docs are those that the scripts draw, and their words fit."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/draw_engine.py")))
+TUTORIAL = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/draw_tutorial.py")))
 
 
 @pytest.mark.parametrize("name", SCRIPT.PICTURES)
@@ -33,3 +35,21 @@ def test_words_fit_into_their_boxes_and_everything_onto_the_card(name):
         half = max((len(line) for line in arrow.lines), default=0) * 0.28 * SCRIPT.SMALL
         if arrow.anchor == "middle":
             assert not arrow.lines or half <= arrow.label[0] <= SCRIPT.WIDTH - half
+
+
+@pytest.mark.parametrize("name", TUTORIAL.PICTURES)
+def test_a_committed_picture_of_the_tutorial_is_what_the_script_draws(name):
+    picture, title = TUTORIAL.PICTURES[name]
+    assert (TUTORIAL.IMAGES / f"{name}.svg").read_text(encoding="utf-8") == TUTORIAL.svg(*picture(), title)
+
+
+@pytest.mark.parametrize("name", TUTORIAL.PICTURES)
+def test_everything_in_a_picture_of_the_tutorial_is_on_its_card(name):
+    height, parts = TUTORIAL.PICTURES[name][0]()
+    drawn = "".join(parts)
+    for x, y, size, words in re.findall(r'<text x="([\d.]+)" y="([\d.]+)" font-size="(\d+)"[^>]*>([^<]*)<', drawn):
+        assert float(x) + 0.56 * float(size) * len(words) <= TUTORIAL.WIDTH
+        assert float(y) <= height
+    for x, y, width, tall in re.findall(r'x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', drawn):
+        assert float(x) + float(width) <= TUTORIAL.WIDTH
+        assert float(y) + float(tall) <= height

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.gpu.jobs import Row
 from benchmarks.gpu.report import read_csv
+from benchmarks.words import case_in_words, name_of
 
 PEERS = ("sdpa flash", "sdpa cudnn", "gather + sdpa", "flex")
 
@@ -47,8 +48,8 @@ README_CASES = ("8x1k:1", "8x4k:1", "8x32k:1", "8x32k:1@int8", "1x8k:8k", "1x32k
 README_PEERS = ("sdpa cudnn", "sdpa flash", "gather + sdpa")
 
 
-def short_table(path: Path, title: str) -> str:
-    """The README's table of one machine: a few cases at 32/8 × 128 and page 16, beside peers."""
+def short_table(path: Path) -> str:
+    """The README's table of one machine: a few cases in words at 32/8 × 128 and page 16, beside peers."""
     timed = [row for row in read_csv(path) if row.get("median_us") and row.get("page_size") == 16]
     usual = [row for row in timed if row.get("heads") == "32/8x128"]
 
@@ -60,9 +61,10 @@ def short_table(path: Path, title: str) -> str:
         return "–"
 
     columns = ("quire", *README_PEERS)
-    lines = [f"| {title} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    head = f"time of a layer on an {' '.join(str(usual[0]['gpu']).split()[:2])}"
+    lines = [f"| {head} | " + " | ".join(map(name_of, columns)) + " |", "| --- |" + " ---: |" * len(columns)]
     lines += [
-        f"| `{case}` | " + " | ".join(cell(case, who) for who in columns) + " |" for case in README_CASES
+        f"| {case_in_words(case)} | " + " | ".join(cell(case, who) for who in columns) + " |" for case in README_CASES
     ]
     return "\n".join(lines)
 

@@ -1,106 +1,132 @@
-"""Plots of a CSV file: decode as a share of the memory's rate, prefill as a rate of arithmetic."""
+"""Plots of a CSV file: the time of a layer's attention, decode and prefill apart, beside peers and ceilings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.gpu.jobs import Row
 from benchmarks.gpu.report import read_csv
+from benchmarks.words import case_in_words, name_of
 
-INK = "#333333"
-COLORS = {  # ours in colour, peers in greys
-    "bf16, page 16": "#1f5fa8",
-    "bf16, page 128": "#8fb8e0",
-    "int8, page 16": "#d9822b",
-    "fp8_e4m3, page 16": "#3a923a",
-    "sdpa flash": "#6b6b6b",
-    "sdpa cudnn": "#9c9c9c",
-    "gather + sdpa": "#c9c9c9",
-}
-Series = dict[str, dict[str, float]]  # name → case → height
+PEERS = ("sdpa cudnn", "sdpa flash", "gather + sdpa", "flex")
+PUBLISHED = "FlashAttention-3, its paper"
+# TFLOP/s of the forward with a causal mask, head_dim 128, on an H100 80GB SXM5, 16k tokens in all: figure 5 of
+# arXiv:2407.08608. Contiguous keys, 16 heads of queries and of keys.
+FLASH_ATTENTION_3 = {"4x2k:2k": 521.0, "2x4k:4k": 579.0, "1x8k:8k": 602.0, "1x16k:16k": 616.0}
+Times = dict[
+    str, dict[str, tuple[float, float, float]]
+]  # name → case → median, 20th and 80th percentile in µs
 
 
 def plot(path: Path, folder: Path) -> list[Path]:
     """Draw what the file holds, as SVG and PNG; nothing where matplotlib is missing."""
     try:
-        import matplotlib
+        from benchmarks import drawing
     except ImportError:
         print("matplotlib is not installed: no plots. Later: python -m benchmarks.gpu --plot CSV")
         return []
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "quire", "font.size": 9, "axes.edgecolor": INK, "text.color": INK}
-    )
-    from matplotlib import pyplot
-
     rows = [row for row in read_csv(path) if row.get("median_us")]
     if not rows:
         return []
+    colours = {
+        "Quire": drawing.OURS, "Quire, pages of 128": drawing.OURS_DARKER, "Quire, int8": drawing.OURS_LIGHTER,
+        "Quire, fp8_e4m3": drawing.OURS_LIGHTEST, "cuDNN, contiguous": drawing.PEERS[2],
+        "FlashAttention-2, contiguous": drawing.PEERS[0], PUBLISHED: drawing.PEERS[4],
+        "gather + SDPA": drawing.PEERS[1], "FlexAttention, paged": drawing.PEERS[5],
+    }  # fmt: skip
     written = []
-    for name, peers, rate, unit, ceilings in (
-        (
-            "decode",
-            ("sdpa flash", "gather + sdpa"),
-            "tb_per_s",
-            "TB/s of keys, values and scales",
-            ("read", "copy"),
-        ),
-        ("prefill", ("sdpa flash", "sdpa cudnn"), "tflop_per_s", "TFLOP/s, causal pairs once", ("gemm",)),
+    for section, rate, ceiling, dashed in (
+        ("decode", "tb_per_s", "read", "reading as many bytes as keys and values have in bfloat16"),
+        ("prefill", "tflop_per_s", "gemm", "as many products at the rate of a bfloat16 product of 8192³"),
     ):
-        cases, series = heights(rows, name, peers, rate)
+        cases, times = series(rows, section)
         if not cases:
             continue
-        figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-        draw_bars(axes, cases, series)
-        draw_ceilings(axes, {row["case"]: row[rate] for row in rows if row["case"] in ceilings})
-        axes.set_ylabel(unit)
-        axes.set_title(f"{name} on {rows[0]['gpu']}", loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=len(series))
-        for suffix in ("svg", "png"):
-            written.append(folder / f"{path.stem}-{name}.{suffix}")
-            figure.savefig(written[-1], dpi=140, metadata={"Date": None} if suffix == "svg" else None)
-        pyplot.close(figure)
+        limit = next((float(row[rate]) for row in rows if row["case"] == ceiling), None)
+        found = [
+            drawing.Panel(
+                case_in_words(case).replace(" up to ", "\nup to "),
+                tuple(
+                    drawing.Bar(who, *of[case], _short(of[case][0]))
+                    for who, of in times.items()
+                    if case in of
+                ),
+                _at_ceiling(rows, section, case, rate, limit),
+            )
+            for case in cases
+        ]
+        about = f"{_about(rows, section)}\ndashed: {dashed}"
+        if PUBLISHED in times:
+            about += "\nFlashAttention-3: as many products at the rate of its paper's figure 5, an H100, 16/16 heads"
+        with drawing.pyplot.rc_context(drawing.STYLE):
+            title = f"Quire's {section} on pages, {rows[0]['gpu']}: time of a layer"
+            figure = drawing.panels(found, colours, title=title, about=about)
+            plain = folder / f"{path.stem}-{section}.png"
+            figure.savefig(plain, dpi=140)
+            written += [drawing.save(figure, plain.with_suffix(".svg")), plain]
     return written
 
 
-def heights(rows: Sequence[Row], section: str, peers: tuple[str, ...], rate: str) -> tuple[list[str], Series]:
-    """Cases of a section at its first row's heads, and what stands above each."""
+def series(rows: Sequence[Row], section: str) -> tuple[list[str], Times]:
+    """Cases of a section at its first row's heads that a peer has too (all, where none has), and everyone's times."""
     heads = next((row["heads"] for row in rows if row["section"] == section), None)
     ours = [row for row in rows if row["section"] == section and row["heads"] == heads]
+    peers = [
+        row for row in rows if row["section"] == "peer" and row["who"] in PEERS and row["heads"] == heads
+    ]
     cases = list(dict.fromkeys(row["case"] for row in ours))
-    series: Series = {}
-    for row in ours:
-        name = f"{row.get('kv_dtype') or 'bf16'}, page {row['page_size']}"
-        if name in COLORS:
-            series.setdefault(name, {})[row["case"]] = row[rate]
+    shared = [case for case in cases if any(row["case"] == case for row in peers)] or cases
+    times: Times = {}
+    for row in [*ours, *peers]:
+        name = _name(row)
+        if name and row["case"] in shared:
+            spread = (
+                row["median_us"],
+                row.get("p20_us", row["median_us"]),
+                row.get("p80_us", row["median_us"]),
+            )
+            times.setdefault(name, {})[row["case"]] = spread
+    if section == "prefill" and "H100" in str(rows[0].get("gpu", "")) and heads and heads.endswith("x128"):
+        for row in ours:
+            if row["case"] in FLASH_ATTENTION_3 and row["case"] in shared:
+                us = row["median_us"] * row["tflop_per_s"] / FLASH_ATTENTION_3[row["case"]]
+                times.setdefault(PUBLISHED, {})[row["case"]] = (us, us, us)
+    return shared, times
+
+
+def _name(row: Row) -> str:
+    """Empty for what is not drawn: other page sizes, quantised pages of other sizes than 16."""
+    if row["section"] == "peer":
+        return name_of(str(row["who"]))
+    found = {(16, ""): "Quire", (128, ""): "Quire, pages of 128"}
+    kinds = {(16, kind): f"Quire, {kind}" for kind in ("int8", "fp8_e4m3")}
+    return (found | kinds).get((row["page_size"], row.get("kv_dtype") or ""), "")
+
+
+def _at_ceiling(
+    rows: Sequence[Row], section: str, case: str, rate: str, ceiling: float | None
+) -> float | None:
+    """Microseconds at the ceiling's rate, for what Quire's bfloat16 row of the case reads or multiplies."""
     for row in rows:
-        if row["section"] == "peer" and row["who"] in peers and row["case"] in cases:
-            series.setdefault(row["who"], {})[row["case"]] = row[rate]
-    return cases, series
+        if ceiling and row["section"] == section and row["case"] == case and not row.get("kv_dtype"):
+            return float(row["median_us"]) * float(row[rate]) / ceiling
+    return None
 
 
-def draw_bars(axes: Any, cases: Sequence[str], series: Series) -> None:
-    """One group of bars per case, closed up where a series does not have it."""
-    width = 0.84 / max(1, len(series))
-    for name, values in series.items():
-        at = []
-        for i, case in enumerate(cases):
-            present = [other for other in series if case in series[other]]
-            if name in present:
-                at.append(i + width * (present.index(name) - (len(present) - 1) / 2))
-        found = [values[case] for case in cases if case in values]
-        axes.bar(at, found, width * 0.92, label=name, color=COLORS[name])
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_xlim(-0.6, len(cases) - 0.1)
+def _short(us: float) -> str:
+    if us < 1000:
+        return f"{us:.1f} µs" if us < 100 else f"{us:.0f} µs"
+    return f"{us / 1000:.2f} ms"
 
 
-def draw_ceilings(axes: Any, rates: dict[str, float]) -> None:
-    """A line each, its name at the right end; names keep apart where the lines do not."""
-    for number, (name, rate) in enumerate(sorted(rates.items(), key=lambda pair: pair[1])):
-        axes.axhline(rate, color=INK, linewidth=0.8, linestyle=(0, (4, 2)))
-        axes.annotate(
-            name, (1, rate), xycoords=("axes fraction", "data"), ha="right", va="bottom" if number else "top"
-        )
+def _about(rows: Sequence[Row], section: str) -> str:
+    row = next(row for row in rows if row["section"] == section)
+    heads, _, width = str(row.get("heads", "")).partition("x")
+    facts = (
+        f"{heads} heads of {width}",
+        f"pages of {row['page_size']}, bfloat16 unless said",
+        row.get("date"),
+    )
+    commit = f"commit {row['commit']}" if row.get("commit") else None
+    return ", ".join(str(fact) for fact in (*facts, commit) if fact)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.plots import QUIET, STYLE, pyplot
+from benchmarks.drawing import QUIET, STYLE, WIDTH, pyplot, save
 from benchmarks.serving import figures, tables
 
-WIDTH = 8.6  # inches: 830 px, as wide as a page on GitHub shows it
 COLOURS = {
     "quire": "#d1495b", "quire, compiled": "#a32c40", "generate, dynamic cache": "#66829a",
     "generate, static cache, compiled": "#b8c4ce", "generate_batch": "#c99a2e",
@@ -49,7 +48,7 @@ def _under_load(rows: Sequence[records.Row], path: Path) -> Path:
                 *left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
             )
         figure.suptitle(_about(mixed or rows, named=True), x=0.005, ha="left", fontsize=8, color=QUIET)
-        return _save(figure, path, "load")
+        return save(figure, path.with_name(f"{path.stem}-load.svg"))
 
 
 def _three_lines(rows: Sequence[records.Row], path: Path) -> Path:
@@ -63,7 +62,7 @@ def _three_lines(rows: Sequence[records.Row], path: Path) -> Path:
         _bars(panels[2], [row for row in rows if row["key"] == MIXED], "between_p99_ms")
         panels[2].set_title("8 requests arriving: ms\nbetween tokens, p99", loc="left", fontsize=10)
         figure.suptitle(_about(rows), x=0.005, ha="left", fontsize=8, color=QUIET)
-        return _save(figure, path, "comparison")
+        return save(figure, path.with_name(f"{path.stem}-comparison.svg"))
 
 
 def _bars(axes: Any, rows: Sequence[records.Row], column: str) -> None:
@@ -121,11 +120,3 @@ def _about(rows: Sequence[records.Row], *, named: bool = False) -> str:
         return "nothing was measured"
     said = re.sub(r"( avx\w+| amx\w+)+", "", tables.origin(rows).strip("*")).replace("; ", "\n", 1)
     return f"{rows[0]['case']}\n{said}" if named else said
-
-
-def _save(figure: Any, path: Path, name: str) -> Path:
-    drawn = path.with_name(f"{path.stem}-{name}.svg")
-    figure.patch.set_facecolor("white")  # a page in dark colours shows dark ink on it, too
-    figure.savefig(drawn, metadata={"Date": None})
-    pyplot.close(figure)
-    return drawn

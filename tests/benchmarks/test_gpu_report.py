@@ -114,13 +114,52 @@ def test_plots_are_drawn_from_the_file_alone(tmp_path):
         f"gpu-h100-{what}.{suffix}" for what in ("decode", "prefill") for suffix in ("svg", "png")
     }
     svg = (tmp_path / "gpu-h100-decode.svg").read_text()
-    assert "NVIDIA H100" in svg or "<path" in svg
+    words = (
+        "Quire<",
+        "FlashAttention-2, contiguous<",
+        "decode, 8 × 1k keys<",
+        "100 µs<",
+        "Quire's decode on pages, NVIDIA H100",
+    )
+    for word in words:
+        assert f">{word}" in svg, word
+    assert "FlashAttention-3" not in svg, "its paper has figures of prefill alone"
+    assert ">FlashAttention-3, its paper<" in (tmp_path / "gpu-h100-prefill.svg").read_text()
+
+
+@pytest.mark.parametrize(("gpu", "shown"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA A100", False)])
+def test_the_published_line_is_the_paper_s_rate_on_the_rows_own_products_and_on_its_chip_alone(gpu, shown):
+    plots = pytest.importorskip("benchmarks.gpu.plots")
+    row = a_row(section="prefill", case="1x8k:8k", median_us=1000.0, tflop_per_s=301.0, gpu=gpu)
+    _, times = plots.series([row], "prefill")
+    assert times["Quire"] == {"1x8k:8k": (1000.0, 1000.0, 1000.0)}
+    assert (plots.PUBLISHED in times) == shown
+    if shown:
+        assert times[plots.PUBLISHED]["1x8k:8k"][0] == pytest.approx(1000.0 * 301 / 602)
+
+
+def test_the_committed_plots_hold_the_time_of_every_rival():
+    for path in sorted((ROOT / "benchmarks/results").glob("gpu-*-decode.svg")):
+        text = path.read_text()
+        rows = report.read_csv(path.with_name(path.name.replace("-decode.svg", ".csv")))
+        for row in rows:
+            if (
+                row["section"] == "peer"
+                and row["case"].endswith(":1")
+                and row["who"] != "quire"
+                and row.get("median_us")
+            ):
+                us = row["median_us"]
+                time = f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.1f} µs" if us < 100 else f"{us:.0f} µs"
+                assert f">{time}<" in text, (path.name, row["who"], row["case"])
 
 
 def test_the_tables_of_the_docs_are_made_from_the_committed_files():
     page = (ROOT / "docs/gpu.md").read_text()
     measured = [
-        path for path in sorted((ROOT / "benchmarks/results").glob("gpu-*.csv")) if "tune" not in path.name
+        path
+        for path in sorted((ROOT / "benchmarks/results").glob("gpu-*.csv"))
+        if "tune" not in path.name and "serving" not in path.name
     ]
     for path in measured:
         assert tables(path) in page

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks import attention, generation, records, report
 from benchmarks.ceilings import GEMM, READ, SGEMM
 from benchmarks.environment import ROOT
+from benchmarks.words import case_in_words, name_of
 
 
 def timed(case: str, who: str, bound_by: str = "reading", **figures: str) -> records.Row:
@@ -57,6 +60,26 @@ def test_a_line_per_case_with_the_ceiling_that_binds_it():
     assert lines[0] == "| case | fits in | quire | vllm | Quire's rate | ceiling |"
     assert lines[2] == "| `8x2k:1` | L2 | 1.23 | – | 12.3 GB/s | 85% of reading |"
     assert lines[3] == "| `1x2k:2k` | L2 | 80.00 | wrong | 412 GFLOP/s | 20% of bfloat16 gemm |"
+
+
+def test_the_short_table_has_words_and_the_share_of_the_ceiling():
+    lines = report.short_table(ROWS).splitlines()
+    assert lines[0] == "| milliseconds a call | Quire | vLLM | Quire, of the ceiling |"
+    assert lines[2] == "| decode, 8 × 2k keys | 1.23 | – | 85% of reading |"
+    assert lines[3] == "| a prompt of 2k | 80.00 | wrong | 20% of bfloat16 gemm |"
+
+
+def test_files_of_the_serving_table_are_found_by_device_and_their_plots_are_shown(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.serving_tables(report.serving_files("cpu")) == report.NOT_MEASURED
+    for name in ("cpu-serving.csv", "gpu-serving.csv", "gpu-h100-serving.csv", "cpu-shapes.csv"):
+        (tmp_path / name).touch()
+    assert [path.name for path in report.serving_files("cpu")] == ["cpu-serving.csv"]
+    assert [path.name for path in report.serving_files("gpu")] == ["gpu-h100-serving.csv", "gpu-serving.csv"]
+    monkeypatch.setattr(report.of_serving, "markdown", lambda rows: "| a table |")
+    text = report.serving_tables(report.serving_files("cpu"))
+    assert text.startswith("| a table |\n\n![")
+    assert all(f"cpu-serving-{name}.svg" in text for name in ("load", "comparison"))
 
 
 def test_the_middle_rounds_stand_behind_the_median_where_asked_for():
@@ -129,11 +152,11 @@ def test_a_line_per_trace_and_engine_says_what_was_found_and_how_long_it_took():
 
 def test_a_table_takes_the_place_of_the_one_before():
     text = "a\n<!-- bench: x -->\nold\n<!-- end -->\nb\n<!-- bench: y -->\nother\n<!-- end -->\n"
-    new = report.put(text, "x", "| new |")
+    new = report.put(text, "bench: x", "| new |")
     assert new == text.replace("old\n", "\n| new |\n\n")
-    assert report.put(new, "x", "| new |") == new
+    assert report.put(new, "bench: x", "| new |") == new
     with pytest.raises(ValueError, match="must hold <!-- bench: z -->"):
-        report.put(text, "z", "")
+        report.put(text, "bench: z", "")
 
 
 def test_the_plots_show_every_row_that_was_timed(tmp_path):
@@ -142,13 +165,22 @@ def test_the_plots_show_every_row_that_was_timed(tmp_path):
     drawn = plots.attention(tmp_path / "cpu.csv")
     assert drawn == tmp_path / "cpu.svg"
     text = drawn.read_text()
-    for word in ("8x2k:1", "1x2k:2k", "bfloat16", "(L2)", "quire", "2-core Kind", "ceiling"):
+    for word in (
+        "decode, 8 × 2k keys<",
+        "a prompt of 2k<",
+        "Quire<",
+        "1.23<",
+        "80<",
+        "2-core Kind",
+        "dashed: ",
+    ):
         assert f">{word}" in text, word
+    assert "vLLM" not in text, "what was wrong has no time"
 
     records.write(tmp_path / "engines.csv", ENGINES)
     text = plots.generation(tmp_path / "engines.csv").read_text()
-    assert all(f">{word}<" in text for word in ("quire", "model.generate", "180", "90"))
-    assert "openvino" not in text
+    assert all(f">{word}<" in text for word in ("Quire", "transformers' generate", "180", "90"))
+    assert "OpenVINO" not in text
 
     records.write(tmp_path / "prefix.csv", TRACES)
     text = plots.prefix(tmp_path / "prefix.csv").read_text()
@@ -168,20 +200,45 @@ def test_the_same_rows_draw_the_same_plot(tmp_path):
 def test_the_committed_plot_of_prefixes_holds_the_committed_rows():
     text = report.PREFIX.with_suffix(".svg").read_text()
     for row in records.read(report.PREFIX):
-        assert f">Quire {row['who']}<" in text
+        assert f">{name_of(row['who'])}<" in text
         assert f">{float(row['first_token_median_ms']):,.0f}<" in text
         assert f">{float(row['trace_median_ms']):,.0f}<" in text
         assert row["commit"] in text
 
 
-@pytest.mark.parametrize("path", [report.ATTENTION, report.GENERATION], ids=lambda path: path.stem)
-def test_the_committed_plots_hold_the_committed_rows(path):
-    text = path.with_suffix(".svg").read_text()
-    for row in records.read(path):
-        if row.get("median_ms") or row.get("tokens_per_s"):
-            assert f">{row['who']}<" in text
-        assert f">{row['case'].partition('@')[0].partition('+')[0]}" in text or row["case"] in text
+def test_the_committed_plot_of_attention_names_every_case_and_time():
+    text = report.ATTENTION.with_suffix(".svg").read_text()
+    for row in records.read(report.ATTENTION):
+        if row["median_ms"]:
+            assert f">{name_of(row['who'])}<" in text
+            ms = float(row["median_ms"])
+            assert f">{ms:.2f}<" in text if ms < 10 else f">{ms:.0f}<" in text
+        assert all(
+            f">{line}<" in text
+            for line in case_in_words(row["case"]).replace(" beside", "\nbeside").split("\n")
+        )
         assert row["commit"] in text
+
+
+def test_the_committed_plot_of_engines_names_each_and_its_rate():
+    text = report.GENERATION.with_suffix(".svg").read_text()
+    for row in records.read(report.GENERATION):
+        if row["tokens_per_s"]:
+            assert f">{name_of(row['who'])}<" in text
+            assert f">{float(row['tokens_per_s']):.0f}<" in text
+        assert row["commit"] in text
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.svg")), ids=lambda path: path.name)
+def test_a_committed_plot_names_quire_follows_light_and_dark_and_fits_a_page(path):
+    text = path.read_text()
+    assert re.search(">[^<]*Quire", text)
+    assert "prefers-color-scheme:dark" in text
+    width = float(re.search(r'<svg [^>]*width="([\d.]+)pt"', text)[1])
+    assert width * 4 / 3 <= 830
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:bold )?([\d.]+)px", text)]
+    assert sizes
+    assert min(sizes) >= 8, "points, each of which is 4/3 of a pixel"
 
 
 def test_committed_rows_name_where_they_come_from():
