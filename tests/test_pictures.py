@@ -47,9 +47,13 @@ def test_a_committed_picture_of_the_tutorial_is_what_the_script_draws(name):
 def test_everything_in_a_picture_of_the_tutorial_is_on_its_card(name):
     height, parts = TUTORIAL.PICTURES[name][0]()
     drawn = "".join(parts)
-    for x, y, size, words in re.findall(r'<text x="([\d.]+)" y="([\d.]+)" font-size="(\d+)"[^>]*>([^<]*)<', drawn):
+    for x, y, size, words in re.findall(
+        r'<text x="([\d.]+)" y="([\d.]+)" font-size="(\d+)"[^>]*>([^<]*)<', drawn
+    ):
         assert float(x) + 0.56 * float(size) * len(words) <= TUTORIAL.WIDTH
         assert float(y) <= height
-    for x, y, width, tall in re.findall(r'x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', drawn):
+    for x, y, width, tall in re.findall(
+        r'x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', drawn
+    ):
         assert float(x) + float(width) <= TUTORIAL.WIDTH
         assert float(y) + float(tall) <= height

@@ -11,4 +11,6 @@ from benchmarks import report
 def test_the_tables_of_a_page_are_made_from_the_committed_csv(page):
     text = page.read_text(encoding="utf-8")
     for mark, table in report.tables()[page].items():
-        assert f"<!-- {mark} -->\n\n{table}\n\n<!-- end -->" in text, f"python -m benchmarks.report puts {mark}"
+        assert f"<!-- {mark} -->\n\n{table}\n\n<!-- end -->" in text, (
+            f"python -m benchmarks.report puts {mark}"
+        )

@@ -15,4 +15,6 @@ def test_the_table_in_the_docs_is_what_the_checks_say():
     spec = importlib.util.spec_from_file_location("served_table", ROOT / "scripts/served_table.py")
     served_table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(served_table)
-    assert served_table.BEGIN + served_table.table() + served_table.END in (ROOT / "docs/features.md").read_text(encoding="utf-8")
+    assert served_table.BEGIN + served_table.table() + served_table.END in (
+        ROOT / "docs/features.md"
+    ).read_text(encoding="utf-8")

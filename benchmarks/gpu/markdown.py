@@ -64,7 +64,8 @@ def short_table(path: Path) -> str:
     head = f"time of a layer on an {' '.join(str(usual[0]['gpu']).split()[:2])}"
     lines = [f"| {head} | " + " | ".join(map(name_of, columns)) + " |", "| --- |" + " ---: |" * len(columns)]
     lines += [
-        f"| {case_in_words(case)} | " + " | ".join(cell(case, who) for who in columns) + " |" for case in README_CASES
+        f"| {case_in_words(case)} | " + " | ".join(cell(case, who) for who in columns) + " |"
+        for case in README_CASES
     ]
     return "\n".join(lines)
 

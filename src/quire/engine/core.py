@@ -289,8 +289,8 @@ class Engine:
         """Write a trace of the steps in a block to a file, for https://ui.perfetto.dev and `quire pages`.
 
         Each step by its parts, with its requests and tokens; counters of pages and requests; now and then a snapshot.
-        It holds no text and no tokens. On a GPU "wait" is the time until a step's tokens have arrived; "launch" is then of
-        the step after it.
+        It holds no text and no tokens. On a GPU "wait" is the time until a step's tokens have arrived; "launch" is
+        then of the step after it.
 
         Args:
             path: overwritten. After every step it is a whole JSON file, also where the process is killed.
