@@ -3,8 +3,8 @@
 Example:
     python scripts/draw_tutorial.py        # writes docs/images/contiguous.svg, paged.svg and shared.svg
 
-The page tables are those that a PageTable gives for the tutorial's own calls. The pictures stand on a light card of their
-own, so that they are legible on light and dark pages.
+The page tables are those that a PageTable gives for the tutorial's own calls. The pictures stand on a light card
+of their own, so that they are legible on light and dark pages.
 """
 
 from __future__ import annotations

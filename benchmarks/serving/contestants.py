@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -221,9 +222,13 @@ class GenerateBatch:
             eos_token_id=-1,
             pad_token_id=0,
         )
-        page_size = min(self.PAGE_SIZE, 1 << (max(each.length for each in room.asked) - 1).bit_length())
+        page_size = self._page_size = min(
+            self.PAGE_SIZE, 1 << (max(each.length for each in room.asked) - 1).bit_length()
+        )
+        # transformers 5.17 gave it another name.
+        size = "page_size" if "page_size" in signature(ContinuousBatchingConfig).parameters else "block_size"
         self._batching = ContinuousBatchingConfig(
-            page_size=page_size,
+            **{size: page_size},
             num_blocks=room.pages(page_size) + 1,
             max_batch_tokens=MAX_BATCH_TOKENS,
             max_requests_per_batch=len(room.asked),
@@ -251,7 +256,7 @@ class GenerateBatch:
             i = number[result.request_id]
             served.tokens[i] = list(result.generated_tokens)
             served.times[i] = [at - start for at in result.timestamps]
-        page = self._batching.page_size
+        page = self._page_size
         # Computed, where it says nothing itself: only the last page of a request is not full.
         served.allocated_slots = sum(-(-(each.length - 1) // page) * page for each in asked)
         served.filled_slots = sum(each.length - 1 for each in asked)

@@ -7,10 +7,14 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
+import torch
 
+import quire
 from quire.kernels import ahead
 from quire.kernels.ahead import Job, compile_ahead
+from quire.ops.warm_up import compile_jobs
 from quire.planning.split import part_end, visible_range
 from quire.planning.work_list import TileShape, Tiling
 
@@ -89,6 +93,23 @@ def test_a_job_is_the_same_after_its_way_to_a_process():
         Tiling,
     ]
     assert type(again.arguments[-1].decode) is TileShape
+
+
+def test_arrays_keep_their_values_and_types_on_the_way():
+    job = Job("a.module", "name", (np.array([[1 << 23]], np.int32), np.array([1 << 46])))
+    again = ahead._from_json(json.loads(json.dumps(ahead._to_json(job))))
+    for array, before in zip(again.arguments, job.arguments, strict=True):
+        assert array.dtype == before.dtype
+        assert array.tolist() == before.tolist()
+
+
+def test_every_job_of_an_operator_can_be_sent():
+    spec = quire.AttentionSpec(num_qo_heads=4, num_kv_heads=2, head_dim=16, page_size=4, dtype=torch.float32)
+    jobs = compile_jobs([spec], "cpu", torch.device("cpu"))
+    assert len(jobs) > 5
+    for job in jobs:
+        again = ahead._from_json(json.loads(json.dumps(ahead._to_json(job))))
+        assert (again.module, again.function) == (job.module, job.function)
 
 
 # --- which, and where ------------------------------------------------------------------------------------

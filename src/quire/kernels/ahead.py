@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import numpy as np
+
 LONGEST = 600.0  # seconds for one kernel; a process that takes longer is ended
 DONE = b"done\n"
 
@@ -181,7 +183,9 @@ def serve() -> None:
 
 
 def _to_json(value: Any) -> Any:
-    """A job, or an argument of one: numbers, text, and tuples of these; of a NamedTuple also where its class is."""
+    """A job, or an argument of one: numbers, text, arrays, and tuples of these; of a NamedTuple also its class."""
+    if isinstance(value, np.ndarray):
+        return {"dtype": value.dtype.str, "values": value.tolist()}
     if not isinstance(value, tuple):
         return value
     kind = type(value)
@@ -190,6 +194,8 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return np.array(value["values"], np.dtype(value["dtype"]))
     if not isinstance(value, list):
         return value
     name, *fields = value
