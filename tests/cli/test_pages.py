@@ -11,7 +11,7 @@ from browser import dom
 from engine.test_snapshot import busy_engine
 
 from quire import cli
-from quire.cli import pages
+from quire.cli import demo, model, pages, serve
 from quire.engine import trace as traces
 from quire.engine.snapshot import Snapshot
 from quire.engine.trace import read_snapshots
@@ -42,8 +42,12 @@ def test_generate_writes_a_trace_of_its_steps(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["generate x", "serve --port 0", "demo"])
 def test_a_trace_in_no_folder_is_refused_before_the_model_is_loaded(monkeypatch, capsys, command):
-    for module in ("model", "serve", "demo"):
-        monkeypatch.setattr(f"quire.cli.{module}.load", lambda *a, **o: pytest.fail("loaded"))
+    for module in (
+        serve,
+        demo,
+        model,
+    ):  # loaded by now: who imports `load` later would keep what is put in its place
+        monkeypatch.setattr(module, "load", lambda *a, **o: pytest.fail("loaded"))
     assert cli.run([*command.split(), "--trace", "nowhere/at/all.json"]) == 2
     assert (
         "--trace must name a file in a folder that exists; got 'nowhere/at/all.json'"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from quire.engine.core import Engine, EngineStats
+from quire.engine.core import Engine
 from quire.engine.params import SamplingParams
+from quire.engine.stats import EngineStats
 from quire.errors import ArgumentError, PageStateError, UnsupportedError
 
 from .fakes import FakeModel, ask, drain, fork

@@ -29,12 +29,13 @@ async_llm.py   AsyncLLM: an Engine for coroutines
 """
 
 from quire.engine.async_llm import Answer, AsyncLLM
-from quire.engine.core import Engine, EngineStats
+from quire.engine.core import Engine
 from quire.engine.llm import LLM
 from quire.engine.logprobs import Logprob
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.request import CompletionOutput, Delta, RequestOutput
 from quire.engine.snapshot import Snapshot
+from quire.engine.stats import EngineStats
 
 __all__ = [
     "LLM",

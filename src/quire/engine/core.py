@@ -8,7 +8,6 @@ import time
 from collections import abc
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +15,10 @@ import torch
 from quire.debug import debug_enabled
 from quire.engine.admission import Prompt, Prompts, check_priority, list_prompts
 from quire.engine.audit import audit_all, audit_counts, audit_sample
-from quire.engine.beams import Beam, BeamRequest, add_candidates
+from quire.engine.beams import BeamRequest, add_candidates
 from quire.engine.chat import Messages
 from quire.engine.intake import Intake
-from quire.engine.launch import LaunchedStep, choose_on_device, rows_of
+from quire.engine.launch import LaunchedStep, choose_on_device, rows_of, who_chooses
 from quire.engine.logprobs import TokenLogprobs, logprobs_of_choices, prompt_logprobs
 from quire.engine.params import BeamSearchParams, SamplingParams
 from quire.engine.progress import progress_bar
@@ -31,6 +30,7 @@ from quire.engine.sampler import sample
 from quire.engine.scheduler import Chunk, Scheduler
 from quire.engine.sequence import Sequence
 from quire.engine.snapshot import Snapshot, take
+from quire.engine.stats import EngineStats
 from quire.engine.trace import DEFAULT_MAX_TRACE_BYTES, Trace
 from quire.engine.turns import turns_of
 from quire.errors import ArgumentError, OutOfPages, PageStateError, UnsupportedError
@@ -46,38 +46,6 @@ if TYPE_CHECKING:
 DEFAULT_MAX_BATCH_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = 128
 SILENCE = 1.0  # seconds after which a sleeping thread sees whether anyone has run a step meanwhile
-
-
-@dataclass
-class EngineStats:
-    """What an engine has done so far.
-
-    Attributes:
-        steps: packed forwards.
-        computed_tokens: tokens that went through the model, those computed again included.
-        admitted_tokens: known tokens of the sequences that began to run, those that began again included.
-        cached_tokens: how many of these were found in pages, and not computed.
-        returned_tokens: how many were found because their pages came back from host memory.
-        swapped_pages: pages with a copy in host memory, of all engines on the model, as of the last step.
-        generated_tokens: tokens handed out.
-        peak_pages: most pages of `model.bytes_per_page` that its sequences held at once; a shared page counts once.
-        peak_unused_slots: slots of those pages that held no token at that moment.
-    """
-
-    steps: int = 0
-    computed_tokens: int = 0
-    admitted_tokens: int = 0
-    cached_tokens: int = 0
-    returned_tokens: int = 0
-    swapped_pages: int = 0
-    generated_tokens: int = 0
-    peak_pages: int = 0
-    peak_unused_slots: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """The share of admitted tokens that was found in pages; 0.0 before the first."""
-        return self.cached_tokens / self.admitted_tokens if self.admitted_tokens else 0.0
 
 
 class Engine:
@@ -622,7 +590,7 @@ class Engine:
             return
         chunks, logits = step.chunks, step.logits
         complete = [chunk for chunk in chunks if chunk.is_last]
-        choosing, rows, beams = _who_chooses(complete)
+        choosing, rows, beams = who_chooses(complete)
         sequences = [sequence for _, sequence in choosing]
         # Samples of one prompt choose their first tokens from the same row.
         of_last = logits[: len(complete)] if len(rows) == len(complete) and not beams else logits[rows]
@@ -768,20 +736,3 @@ def _raise_first(interruptions: abc.Iterable[BaseException | None]) -> None:
     for interruption in interruptions:
         if interruption is not None:
             raise interruption
-
-
-def _who_chooses(
-    complete: abc.Sequence[Chunk],
-) -> tuple[list[tuple[Request, Sequence]], list[int], list[tuple[int, BeamRequest, Beam]]]:
-    """The sequences that get a token from the logits of these chunks, beside them their rows; and beams with theirs."""
-    choosing: list[tuple[Request, Sequence]] = []
-    rows: list[int] = []
-    beams: list[tuple[int, BeamRequest, Beam]] = []
-    for row, chunk in enumerate(complete):
-        for sequence in chunk.choosing:
-            if isinstance(sequence, Beam) and isinstance(chunk.request, BeamRequest):
-                beams.append((row, chunk.request, sequence))
-            else:
-                choosing.append((chunk.request, sequence))
-                rows.append(row)
-    return choosing, rows, beams

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from quire.engine.beams import Beam
+from quire.engine.beams import Beam, BeamRequest
+from quire.engine.request import Request
 from quire.engine.sampler import choose
 from quire.engine.scheduler import Chunk
+from quire.engine.sequence import Sequence
 from quire.hf.transfer import begin_list
 
 
@@ -70,3 +72,20 @@ def rows_of(step: LaunchedStep, chunks: abc.Sequence[Chunk]) -> list[int]:
     """The rows of the chunks whose sequences go on in these chunks of the next step."""
     going_on = {chunk.sequence.seq_id for chunk in chunks}
     return [row for row, chunk in enumerate(step.chunks) if chunk.sequence.seq_id in going_on]
+
+
+def who_chooses(
+    complete: abc.Sequence[Chunk],
+) -> tuple[list[tuple[Request, Sequence]], list[int], list[tuple[int, BeamRequest, Beam]]]:
+    """The sequences that get a token from the logits of these chunks, beside them their rows; and beams with theirs."""
+    choosing: list[tuple[Request, Sequence]] = []
+    rows: list[int] = []
+    beams: list[tuple[int, BeamRequest, Beam]] = []
+    for row, chunk in enumerate(complete):
+        for sequence in chunk.choosing:
+            if isinstance(sequence, Beam) and isinstance(chunk.request, BeamRequest):
+                beams.append((row, chunk.request, sequence))
+            else:
+                choosing.append((chunk.request, sequence))
+                rows.append(row)
+    return choosing, rows, beams

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_targets import ON_X86, found_on
+from other_cpus import ON_X86, found_on
 
 import quire
 from quire.cli import doctor

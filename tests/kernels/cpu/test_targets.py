@@ -3,17 +3,9 @@
 Each target needs a process of its own, for Numba asks once which CPU it compiles for.
 """
 
-import json
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from other_cpus import ON_X86, found_on, pytest_on
 
-HERE = Path(__file__).parent
-ON_X86 = platform.machine() in ("x86_64", "AMD64")
 # What kernels may ask the rest of the process for: the C library's, and OpenMP's, which torch brings along.
 LIBRARY = {"exp2f", "log2f", "memset", "memcpy", "GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num"}
 
@@ -38,33 +30,6 @@ NO_PAIRS = [
 ]  # multiplied in pairs where that is fast
 FEW = ["decode-float32-same-d20-g2", "prefill-float16-fp8_e4m3-d20-g2"]
 TILES = ["decode-bfloat16-same-d128-g4", "prefill-float32-same-d128-g1", "decode-float32-same-d128-g1"]
-
-
-def on_target(cpu, folder, *command):
-    """A command in a Python that compiles for that CPU, however this one was asked to."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "PYTEST_"))}
-    return subprocess.run(
-        [sys.executable, *command],
-        env={**kept, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=1800,  # to end one that hangs, not to hurry one that works
-        check=False,
-    )
-
-
-def found_on(cpu, folder, *arguments):
-    """The JSON that on_target.py prints last."""
-    result = on_target(cpu, folder, str(HERE / "on_target.py"), *arguments)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def pytest_on(cpu, folder, chosen, *names):
-    """Tests of this folder's files, chosen by a pytest expression, in such a process."""
-    plain = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"]
-    files = [str(HERE / Path(name).with_name(f"test_{Path(name).name}.py")) for name in names]
-    return on_target(cpu, folder, "-m", "pytest", "-k", chosen, *plain, *files)
 
 
 @pytest.mark.skipif(not ON_X86, reason="x86's extensions cannot be turned off here")
