@@ -18,6 +18,8 @@ logits.py      what changes logits: penalties, bias, a caller's functions, masks
 sampler.py     how a token is drawn
 logprobs.py    how likely tokens were
 text.py        tokens to text, while they come
+launch.py      a step on its way, and whether the next may be launched before it has ended
+stats.py       what an engine has done, in numbers
 snapshot.py    the pool and the queue at a moment: who owns which pages
 picture.py     ... in SVG
 rates.py       how fast it was of late

@@ -37,7 +37,7 @@ def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[int 
     """
     ruled = [row for row, sequence in enumerate(sequences) if sequence.rules is not None]
     if not ruled:
-        return to_list(_choose(logits, sequences, _drawing(sequences)))
+        return to_list(choose(logits, sequences))
     rows = _on_device(ruled, logits)
     changed, their_sequences = logits[rows], [sequences[row] for row in ruled]
     failures = change_logits(changed, their_sequences)

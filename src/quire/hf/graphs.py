@@ -34,9 +34,8 @@ from quire.spans import span
 
 logger = logging.getLogger("quire")
 
-SMALLEST_CAPACITY = (
-    2048  # KV tokens of a sequence; more than so many take larger graphs, a power of two each time
-)
+# KV tokens of a sequence that each graph has room for; a longer sequence takes one with room for a power of two.
+SMALLEST_CAPACITY = 2048
 MAX_BATCH = 1024  # larger steps keep the device busy without
 # A replay differs from the launches one by one in rounding at most, where sums are added by atomics.
 _TOLERANCE = 0.05

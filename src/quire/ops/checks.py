@@ -310,8 +310,8 @@ def check_beside_layer(spec: AttentionSpec, call: AttentionCall) -> None:
 def _check_planned_queries(
     spec: AttentionSpec, num_tokens: int, device: torch.device, q: torch.Tensor
 ) -> None:
-    check_queries(q)
     """q has the plan's tokens, and perhaps rows of padding behind them."""
+    check_queries(q)
     planned = (num_tokens, spec.num_qo_heads, spec.head_dim)
     if q.shape[1:] != planned[1:] or q.shape[0] < num_tokens:
         raise ShapeError(f"q must be {list(planned)} as planned; got {describe(q)}. Fix: plan this step anew")
